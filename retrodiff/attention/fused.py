@@ -1,0 +1,287 @@
+"""Fused neighbor cross-attention as two PyTorch operators, with their gradients and launch sizes.
+
+`fused_attention` is absorbed neighbor cross-attention in one kernel. The operators are opaque to
+torch.compile (they have fake kernels), so that nothing breaks the graph and CUDA graphs record them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrodiff.attention.absorbed import AttentionTables
+from retrodiff.attention.reference import check_grid
+
+MAX_K = 64
+"""Most neighbors of one region that the kernels take."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What x and the tables may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Sizes of one launch.
+
+    Args:
+        kp: columns of a head, a power of two.
+        hg: heads of a group, a power of two.
+        groups: of heads.
+        bn: rows of a tile.
+        bc: channels of a chunk.
+        bj: columns of a chunk where heads play no role.
+        warps: of a program.
+        stages: of software pipelining.
+        precision: of float32 products.
+    """
+
+    kp: int
+    hg: int
+    groups: int
+    bn: int
+    bc: int
+    bj: int
+    warps: int
+    stages: int
+    precision: str
+
+    @property
+    def columns(self) -> int:
+        """Columns that the padded score product runs over."""
+        return self.groups * self.hg * self.kp
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is no smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool = False) -> Launch:
+    """Sizes for regions of ``size`` positions.
+
+    Args:
+        size: positions of a region.
+        heads: h.
+        k: neighbors.
+        dtype: of the tables.
+        backward: for the kernel that gives the gradient of x.
+    """
+    kp = power_of_two(k)
+    widest = 128 if backward or dtype == torch.float32 else 256
+    hg = max(power_of_two(heads), -(-16 // kp))
+    if hg * kp > widest:
+        hg = max(1, widest // (2 * kp), -(-16 // kp))
+    groups = -(-heads // hg)
+    columns = hg * kp
+    if dtype == torch.float32:
+        bn, bc, warps, stages = 32, 32, 4, 2
+    elif columns > 128 or backward:
+        bn, bc, warps, stages = 64, 64, 8, 2
+    else:
+        bn, bc, warps, stages = 128, 64, 8, 3
+    return Launch(
+        kp=kp,
+        hg=hg,
+        groups=groups,
+        bn=min(bn, max(16, power_of_two(size))),
+        bc=bc,
+        bj=64 if dtype != torch.float32 else 32,
+        warps=warps,
+        stages=stages,
+        precision="interpreted" if interpreted() else "ieee",
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (it takes CPU tensors)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableTile:
+    """Sizes of a launch that sums over rows: bj table rows by bc channels, bn positions at a time."""
+
+    bn: int
+    bc: int
+    bj: int
+    warps: int
+    stages: int
+
+
+def table_tile(size: int, dtype: torch.dtype) -> TableTile:
+    """Sizes for the gradients of the tables."""
+    edge = 32 if dtype == torch.float32 else 64
+    bn = min(edge, max(16, power_of_two(size)))
+    return TableTile(bn=bn, bc=edge, bj=edge, warps=4, stages=2)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton's kernels cannot run on any device; None if they can."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def refusal(x: Tensor, tables: AttentionTables) -> str | None:
+    """Why the fused kernels cannot take this call, in words; None if they can."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if x.device.type != "cuda" and not interpreted():
+        return f"device {x.device.type} has no Triton kernels (CUDA only)"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if x.dtype not in DTYPES or tables.m.dtype not in DTYPES:
+        return f"{x.dtype} is not one of float32, bfloat16, float16"
+    if tables.k > MAX_K:
+        return f"k={tables.k} is above the kernels' limit of {MAX_K}"
+    return None
+
+
+def fused_attention(
+    x: Tensor,
+    tables: AttentionTables,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
+    """The same as `absorbed_attention`, in one kernel; (b, n, c) -> (b, n, c)."""
+    if tables.m.shape[0] == 0:
+        return x + bias.to(x.dtype)
+    n, r = x.shape[1], tables.regions
+    if shape is not None:
+        check_grid(n, r, shape)
+    elif n % r:
+        raise ValueError(f"{r} regions do not divide {n} positions evenly")
+    height, width = shape or (0, 0)
+    return torch.ops.retrodiff.neighbor_attention(
+        x, tables.m, tables.offset, tables.u, bias, eps, tables.heads, height, width
+    )
+
+
+def _geometry(n: int, regions: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(size, block_width, row_width, grid_width) of the regions, as the kernels count them."""
+    size = n // regions
+    if regions == 1 or height == 0:
+        return size, size, size, 1
+    side = check_grid(n, regions, (height, width))
+    return size, width // side, width, side
+
+
+@torch.library.custom_op("retrodiff::neighbor_attention", mutates_args=())
+def _forward(
+    x: Tensor,
+    m: Tensor,
+    offset: Tensor,
+    u: Tensor,
+    bias: Tensor,
+    eps: float,
+    heads: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    from retrodiff.attention.triton_kernel import forward_kernel
+
+    x, m, offset, u = (t.contiguous() for t in (x, m, offset, u))
+    b, n, c = x.shape
+    live, r, j, _ = m.shape
+    size, *geometry = _geometry(n, r, height, width)
+    plan = launch(size=size, heads=heads, k=j // heads, dtype=m.dtype)
+    out = torch.empty_like(x)
+    scratch = m.new_empty((live, n, j)) if plan.groups > 1 else m
+    with _device(x):
+        forward_kernel[(-(-size // plan.bn), r, b)](
+            x, m, offset, u, bias.contiguous(), out, scratch, n, size, live, *geometry, eps,
+            C=c, K=j // heads, H=heads, KP=plan.kp, HG=plan.hg, GROUPS=plan.groups,
+            BN=plan.bn, BC=plan.bc, BJ=plan.bj, PRECISION=plan.precision,
+            STAGES=plan.stages, num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+    return out
+
+
+@_forward.register_fake
+def _(x, m, offset, u, bias, eps, heads, height, width):
+    del m, offset, u, bias, eps, heads, height, width
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("retrodiff::neighbor_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    m: Tensor,
+    offset: Tensor,
+    u: Tensor,
+    eps: float,
+    heads: int,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from retrodiff.attention.triton_kernel import backward_rows_kernel, backward_tables_kernel
+
+    grad, x, m, offset, u = (t.contiguous() for t in (grad, x, m, offset, u))
+    b, n, c = x.shape
+    live, r, j, _ = m.shape
+    size, *geometry = _geometry(n, r, height, width)
+    k = j // heads
+    plan = launch(size=size, heads=heads, k=k, dtype=m.dtype, backward=True)
+    grad_x = torch.empty_like(x)
+    attention = m.new_empty((live, n, j))
+    grad_scores = torch.empty_like(attention)
+    mean_of, rstd_of = x.new_empty((2, live, n), dtype=torch.float32)
+    grad_m, grad_u = torch.empty_like(m), torch.empty_like(u)
+    grad_offset = torch.empty_like(offset)
+    grad_bias = x.new_empty((live, r, c), dtype=torch.float32)
+    tile = table_tile(size, m.dtype)
+    with _device(x):
+        backward_rows_kernel[(-(-size // plan.bn), r, b)](
+            grad, x, m, m.mean(-1, dtype=torch.float32), offset, u, grad_x,
+            attention, grad_scores, mean_of, rstd_of, n, size, live, *geometry, eps,
+            C=c, K=k, H=heads, KP=plan.kp, HG=plan.hg, GROUPS=plan.groups,
+            BN=plan.bn, BC=plan.bc, BJ=plan.bj, PRECISION=plan.precision,
+            STAGES=plan.stages, num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+        backward_tables_kernel[(-(-c // tile.bc), -(-j // tile.bj), live * r)](
+            grad, x, attention, grad_scores, mean_of, rstd_of,
+            grad_m, grad_offset, grad_u, grad_bias, n, size, r, *geometry,
+            C=c, J=j, BN=tile.bn, BC=tile.bc, BJ=tile.bj, PRECISION=plan.precision,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    bias = grad_bias.sum((0, 1))
+    if b > live:
+        bias = bias + grad[live:].sum((0, 1), dtype=torch.float32)
+    return grad_x, grad_m, grad_offset, grad_u, bias
+
+
+@_backward.register_fake
+def _(grad, x, m, offset, u, eps, heads, height, width):
+    del grad, eps, heads, height, width
+    like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return like(x), like(m), like(offset), like(u), x.new_empty(x.shape[-1:], dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:
+    del output
+    x, m, offset, u, bias, *ctx.constants = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, m, offset, u)
+
+
+def _gradients(ctx, grad: Tensor):
+    *grads, bias = torch.ops.retrodiff.neighbor_attention_backward(
+        grad, *ctx.saved_tensors, *ctx.constants
+    )
+    return *grads, bias.to(ctx.bias_dtype), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _device(x: Tensor):
+    """Triton launches on the current device: make that the one of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

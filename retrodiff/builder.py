@@ -1,0 +1,190 @@
+"""Plugs components together: one slot each, filled by an object or by a recipe that runs last.
+
+Immutable: every step returns a new builder, so a preset can be the start of many models. `build`
+runs the recipes, then names all empty or disagreeing slots at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar, cast
+
+from retrodiff.checks import check_components
+from retrodiff.diffusion.autoencoder import Identity
+from retrodiff.diffusion.guidance import Unguided
+from retrodiff.diffusion.sampler import sampler_named
+from retrodiff.interfaces import (
+    Autoencoder,
+    Conditioner,
+    Database,
+    Denoiser,
+    Encoder,
+    Guidance,
+    ProposalDistribution,
+    Retriever,
+    Sampler,
+    Schedule,
+)
+from retrodiff.model import Model
+from retrodiff.retrieval.retriever import NearestNeighbors
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Slot = T | Callable[[], T]
+"""A finished component, or a function without arguments that makes it when `build` runs."""
+
+SLOTS = tuple(f.name for f in dataclasses.fields(Model))
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """An open recipe for a `Model`.
+
+    Slots that a plain model can do without have a default: nearest neighbors, no guidance, pixel
+    space, and the denoiser's own schedule and sampler DDIM.
+
+    Example:
+        >>> from retrodiff import Builder
+        >>> from retrodiff.diffusion import DDIM, ClassifierFree
+        >>> recipe = Builder().sampler(DDIM()).guidance(ClassifierFree(2.0))
+        >>> recipe.build()
+        Traceback (most recent call last):
+        ...
+        ValueError: the components do not fit together:
+          - denoiser is empty: set it with .denoiser(...)
+          - conditioner is empty: set it with .conditioner(...)
+    """
+
+    slots: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+    def set(self, **slots: Any) -> Builder:
+        """The same recipe with these slots filled; None empties one."""
+        unknown = sorted(set(slots) - set(SLOTS))
+        if unknown:
+            raise ValueError(f"no slot {', '.join(unknown)}: the slots are {', '.join(SLOTS)}")
+        return Builder(MappingProxyType({**self.slots, **slots}))
+
+    def encoder(self, encoder: Slot[Encoder] | str) -> Builder:
+        """An encoder, or the name of one: ``open_clip:MODEL:TAG``, ``timm:NAME``, a folder."""
+        if isinstance(encoder, str):
+            from retrodiff.encoders import encoder_from_string
+
+            encoder = functools.partial(encoder_from_string, encoder)
+        return self.set(encoder=encoder)
+
+    def database(self, database: Slot[Database] | str | Path) -> Builder:
+        """A database, or the folder of one."""
+        if isinstance(database, (str, Path)):
+            from retrodiff.databases import open_database
+
+            database = functools.partial(open_database, database)
+        return self.set(database=database)
+
+    def retriever(self, retriever: Slot[Retriever]) -> Builder:
+        """Which rows; `NearestNeighbors` unless set."""
+        return self.set(retriever=retriever)
+
+    def proposal(self, proposal: Slot[ProposalDistribution]) -> Builder:
+        """What unconditional sampling asks."""
+        return self.set(proposal=proposal)
+
+    def conditioner(self, conditioner: Slot[Conditioner]) -> Builder:
+        """How query and neighbors enter the network."""
+        return self.set(conditioner=conditioner)
+
+    def denoiser(self, denoiser: Slot[Denoiser]) -> Builder:
+        """The network under its parametrization."""
+        return self.set(denoiser=denoiser)
+
+    def guidance(self, guidance: Slot[Guidance]) -> Builder:
+        """How strongly the condition acts; `Unguided` unless set."""
+        return self.set(guidance=guidance)
+
+    def sampler(self, sampler: Slot[Sampler] | str) -> Builder:
+        """How noise becomes data, or the name of a sampler; `DDIM` unless set."""
+        if isinstance(sampler, str):
+            sampler = sampler_named(sampler)
+        return self.set(sampler=sampler)
+
+    def schedule(self, schedule: Slot[Schedule]) -> Builder:
+        """At which noise levels; the denoiser's own unless set."""
+        return self.set(schedule=schedule)
+
+    def autoencoder(self, autoencoder: Slot[Autoencoder]) -> Builder:
+        """In which space; `Identity` (pixels) unless set."""
+        return self.set(autoencoder=autoencoder)
+
+    def defaults(self, **numbers: Any) -> Builder:
+        """``k``, ``steps``, ``prompt_template`` and ``class_top`` of the model."""
+        return self.set(**numbers)
+
+    def build(self) -> Model:
+        """The model.
+
+        Raises:
+            ValueError: one line for every empty or disagreeing slot.
+        """
+        slots: dict[str, Any] = {
+            "retriever": NearestNeighbors(),
+            "guidance": Unguided(),
+            "sampler": sampler_named("ddim"),
+            "autoencoder": Identity(),
+            **self.slots,
+        }
+        parts = {name: value() if _is_recipe(value) else value for name, value in slots.items()}
+        check_components(parts)
+        return Model(**parts)
+
+    @classmethod
+    def from_model(cls, model: Model) -> Builder:
+        """The recipe of a built model, all slots filled with its own components."""
+        return cls().set(**{name: getattr(model, name) for name in SLOTS})
+
+    @classmethod
+    def from_preset(cls, name: str | Callable[..., Any], /, **arguments: Any) -> Builder:
+        """The open recipe of a preset.
+
+        Args:
+            name: of a function in `retrodiff.presets`, or any function of your own that returns a
+                Builder or a Model.
+            arguments: of that function.
+        """
+        if isinstance(name, str):
+            presets = importlib.import_module("retrodiff.presets")
+            if name not in presets.__all__:
+                raise ValueError(f"unknown preset {name!r}: choose {', '.join(presets.__all__)}")
+            name = cast("Callable[..., Any]", getattr(presets, name))
+        made = getattr(name, "recipe", name)(**arguments)
+        if isinstance(made, Model):
+            return cls.from_model(made)
+        if not isinstance(made, Builder):
+            raise ValueError(
+                f"a preset returns a Builder or a Model, but {name} returned {type(made).__name__}"
+            )
+        return made
+
+
+def preset(recipe: Callable[P, Builder]) -> Callable[P, Model]:
+    """Turns a function that returns a Builder into one that returns the built model.
+
+    The open recipe stays at hand for `Builder.from_preset`.
+    """
+
+    @functools.wraps(recipe)
+    def build(*args: P.args, **kwargs: P.kwargs) -> Model:
+        return recipe(*args, **kwargs).build()
+
+    build.recipe = recipe  # type: ignore[attr-defined]
+    build.__annotations__ = {**recipe.__annotations__, "return": "Model"}
+    return build
+
+
+def _is_recipe(value: Any) -> bool:
+    """Functions, lambdas, methods and partials; a network is callable too, but a component."""
+    return inspect.isroutine(value) or isinstance(value, functools.partial)

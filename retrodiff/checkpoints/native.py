@@ -1,0 +1,252 @@
+"""A model as a folder: one JSON that says what it is, safetensors for everything with numbers.
+
+``model.json`` describes each component by its class and its constructor's arguments (nested, for
+wrappers and networks). Loading constructs classes of this package only; a component of your own is
+named in the file but never imported from it: hand it to `load` in its slot. Weights are in
+``weights.safetensors`` under ``slot.parameter``. The database is not copied: the file keeps its path
+and fingerprint, and loading refuses another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from retrodiff.files import write_folder, write_json, write_safetensors
+from retrodiff.interfaces import Fingerprint
+
+FORMAT = 1
+_PACKAGE = __name__.split(".")[0]
+
+
+def describe(component: Any, weights: dict[str, Tensor], prefix: str) -> Any:
+    """A component as plain JSON; its tensors go to ``weights`` under ``prefix``."""
+    if component is None or isinstance(component, (bool, int, float, str)):
+        return component
+    if isinstance(component, (list, tuple)):
+        items = cast("list[Any]", component)
+        return [describe(x, weights, f"{prefix}.{i}") for i, x in enumerate(items)]
+    if isinstance(component, dict):
+        entries = cast("dict[str, Any]", component)
+        return {key: describe(x, weights, f"{prefix}.{key}") for key, x in entries.items()}
+    if isinstance(component, Tensor):
+        weights[prefix] = component
+        return {"tensor": prefix}
+    kind = type(component)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.split(".")[0] != _PACKAGE:
+        return {"custom": name}
+    if isinstance(component, nn.Module):
+        config = cast("dict[str, Any]", component.config())  # type: ignore[operator]
+        own = getattr(component, "saved_state", component.state_dict)()
+        state = {k: v for k, v in own.items() if not _inside(k, config)}
+        if state:
+            weights.update({f"{prefix}.{key}": tensor for key, tensor in state.items()})
+    elif dataclasses.is_dataclass(component):
+        config = {f.name: getattr(component, f.name) for f in dataclasses.fields(component)}
+    else:
+        return {"custom": name}
+    inner = {key: describe(x, weights, f"{prefix}.{key}") for key, x in config.items()}
+    return {"class": name, "config": inner}
+
+
+def construct(description: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
+    """The component that `describe` described."""
+    if isinstance(description, list):
+        items = cast("list[Any]", description)
+        return [construct(x, weights, f"{prefix}.{i}") for i, x in enumerate(items)]
+    if not isinstance(description, dict):
+        return description
+    entries = cast("dict[str, Any]", description)
+    if set(entries) == {"tensor"}:
+        return weights[entries["tensor"]]
+    if "custom" in entries:
+        raise ValueError(
+            f"{prefix} was saved as {entries['custom']}, which is not part of {_PACKAGE} and is "
+            f"never imported from a file: pass it as load(..., {prefix.split('.')[0]}=...)"
+        )
+    if "class" not in entries:
+        return {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries.items()}
+    kind = _class_named(entries["class"])
+    config = {
+        key: construct(x, weights, f"{prefix}.{key}") for key, x in entries["config"].items()
+    }
+    component = kind(**config)
+    if isinstance(component, nn.Module):
+        state = {
+            key.removeprefix(f"{prefix}."): tensor
+            for key, tensor in weights.items()
+            if key.startswith(f"{prefix}.") and not _inside(key.removeprefix(f"{prefix}."), config)
+        }
+        load_state(component, state, prefix, [k for k in config if _holds(config[k])])
+    return component
+
+
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, elsewhere: list[str] | None = None
+) -> None:
+    """Copies ``state`` into ``module``; names every missing, extra and misshapen tensor.
+
+    Args:
+        module: what receives the tensors.
+        state: by parameter name.
+        what: the module's name in the error.
+        elsewhere: children that are filled by themselves.
+    """
+    own = getattr(module, "saved_state", module.state_dict)()
+    skipped = tuple(f"{name}." for name in elsewhere or [])
+    wanted = {k: v for k, v in own.items() if not k.startswith(skipped)} if skipped else own
+    wrong = [f"missing {k}" for k in wanted if k not in state]
+    wrong += [f"extra {k}" for k in state if k not in wanted]
+    wrong += [
+        f"{k} has shape {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if wrong[10:] else "")
+        raise ValueError(
+            f"the saved weights do not match {what} ({type(module).__name__}), {len(wrong)} "
+            f"tensors: {shown}. Was the file written for another architecture?"
+        )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            wanted[key].copy_(tensor)
+
+
+def save_components(
+    parts: Mapping[str, Any], folder: Path, *, overwrite: bool = False, extra: Any = None
+) -> None:
+    """Writes ``model.json`` and ``weights.safetensors``; the folder appears whole or not at all.
+
+    Args:
+        parts: component by slot.
+        folder: to be written.
+        overwrite: replace an earlier model there.
+        extra: anything JSON-able to keep beside it.
+    """
+    weights: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for slot, part in parts.items():
+        if slot == "database":
+            described[slot] = None if part is None else _database(part, folder)
+        else:
+            described[slot] = describe(part, weights, slot)
+
+    def write(temporary: Path) -> None:
+        write_safetensors(temporary / "weights.safetensors", weights, {"format": str(FORMAT)})
+        value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}
+        write_json(temporary / "model.json", value)
+
+    write_folder(folder, write, marker="model.json", overwrite=overwrite)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """``model.json`` of a saved model, its format checked."""
+    file = folder / "model.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no model.json: it is not a saved model")
+    try:
+        value = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged") from None
+    if value.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has format {value.get('format')}, but this version reads format {FORMAT}: "
+            f"update {_PACKAGE}"
+        )
+    return value
+
+
+def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Component by slot; those in ``given`` are taken as they are instead of the saved ones."""
+    from safetensors.torch import load_file
+
+    given = given or {}
+    described: dict[str, Any] = read_description(folder)["components"]
+    weights = load_file(folder / "weights.safetensors")
+    parts: dict[str, Any] = {}
+    for slot, description in described.items():
+        if slot in given:
+            continue
+        if slot == "database":
+            parts[slot] = _reopened(description, folder)
+        else:
+            parts[slot] = construct(description, weights, slot)
+    return {**parts, **given}
+
+
+def _class_named(name: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    if module.split(".")[0] != _PACKAGE or not attribute.isidentifier():
+        raise ValueError(f"the file names the class {name!r}, which is not part of {_PACKAGE}")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"the file names the class {name!r}, which this version of {_PACKAGE} does not have"
+        ) from None
+    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or _plain(kind))):
+        raise ValueError(f"the file names {name!r}, which is no component")
+    return kind
+
+
+def _plain(kind: type) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _inside(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a state-dict key belongs to a child that is described (and saved) by itself."""
+    child = key.split(".")[0]
+    return child in config and _holds(config[child])
+
+
+def _database(database: Any, folder: Path) -> Any:
+    path = getattr(database, "path", None)
+    if path is None:
+        return {"custom": "a database in memory"}
+    return {
+        "path": str(Path(path).resolve()),
+        "relative": _relative(Path(path).resolve(), folder.resolve()),
+        "fingerprint": vars(database.fingerprint),
+    }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    import os
+
+    return os.path.relpath(path, folder)
+
+
+def _reopened(description: Any, folder: Path) -> Any:
+    """The database where it was, or at the same place relative to the model."""
+    if description is None or "custom" in description:
+        return None
+    from retrodiff.databases import open_database
+
+    for path in (folder / description["relative"], Path(description["path"])):
+        if path.exists():
+            database = open_database(path)
+            saved = Fingerprint(**description["fingerprint"])
+            if database.fingerprint != saved:
+                raise ValueError(
+                    f"the database at {path} is not the one the model was saved with "
+                    f"(rows={database.fingerprint.rows!r} against rows={saved.rows!r}): pass the "
+                    "right one as load(..., database=...)"
+                )
+            return database
+    raise FileNotFoundError(
+        f"the model's database is neither at {description['path']} nor at "
+        f"{description['relative']} beside the model: pass it as load(..., database=...)"
+    )

@@ -1,0 +1,111 @@
+"""What must hold where components join; every disagreement is named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retrodiff.interfaces import (
+    Autoencoder,
+    Conditioner,
+    Database,
+    Denoiser,
+    Encoder,
+    Guidance,
+    ProposalDistribution,
+    Retriever,
+    Sampler,
+    Schedule,
+)
+
+ROLES: dict[str, tuple[type, str]] = {
+    "encoder": (Encoder, "dim, fingerprint, encode_image(images)"),
+    "database": (Database, "fingerprint, __len__, embeddings, search, records"),
+    "retriever": (Retriever, "retrieve(query, database, k)"),
+    "proposal": (ProposalDistribution, "support(database), propose(database, n, generator)"),
+    "conditioner": (Conditioner, "uses_neighbors, widths, condition, null, drop"),
+    "denoiser": (Denoiser, "shape, widths, schedule, denoise, prepare"),
+    "guidance": (Guidance, "guide(denoiser, branches)"),
+    "sampler": (Sampler, "sample(denoise, x, sigmas, generator, callback)"),
+    "schedule": (Schedule, "sigmas(steps), start, finish"),
+    "autoencoder": (Autoencoder, "encode(images), decode(latents)"),
+}
+REQUIRED = ("denoiser", "conditioner", "retriever", "guidance", "sampler", "autoencoder")
+
+
+def check_components(parts: Mapping[str, Any]) -> None:
+    """Raise one ValueError that lists every empty or disagreeing slot."""
+    found = problems(parts)
+    if found:
+        raise ValueError("the components do not fit together:\n  - " + "\n  - ".join(found))
+
+
+def problems(parts: Mapping[str, Any]) -> list[str]:
+    """Every empty or disagreeing slot, a line each, with both sides and the way out."""
+    lines: list[str] = []
+    for name in REQUIRED:
+        if parts.get(name) is None:
+            lines.append(f"{name} is empty: set it with .{name}(...)")
+    for name, (protocol, members) in ROLES.items():
+        part = parts.get(name)
+        if part is not None and not isinstance(part, protocol):
+            lines.append(
+                f"{name}={type(part).__name__} is no {protocol.__name__}: it needs {members}"
+            )
+    if lines:
+        return lines
+    return [*_widths(parts), *_fingerprints(parts), *_proposal(parts)]
+
+
+def _widths(parts: Mapping[str, Any]) -> list[str]:
+    denoiser: Denoiser = parts["denoiser"]
+    conditioner: Conditioner = parts["conditioner"]
+    encoder: Encoder | None = parts.get("encoder")
+    database: Database | None = parts.get("database")
+    if encoder is not None:
+        dim, origin = encoder.dim, f"encoder.dim={encoder.dim}"
+    elif database is not None:
+        dim = database.fingerprint.dim
+        origin = f"database.dim={dim}"
+    else:
+        return []
+    given, taken = conditioner.widths(dim), denoiser.widths
+    if given == taken or not taken:
+        return []
+    return [
+        f"{origin} gives the streams {given} through {type(conditioner).__name__}, but the "
+        f"denoiser takes {taken}: build the network with these widths, or use the encoder it was "
+        "trained with"
+    ]
+
+
+def _fingerprints(parts: Mapping[str, Any]) -> list[str]:
+    encoder: Encoder | None = parts.get("encoder")
+    database: Database | None = parts.get("database")
+    if encoder is None or database is None:
+        return []
+    stored = database.fingerprint
+    if encoder.dim != stored.dim:
+        return [
+            f"encoder.dim={encoder.dim} does not match database.dim={stored.dim}: open the "
+            f"database with the encoder it was built with ({stored.encoder})"
+        ]
+    difference = encoder.fingerprint.disagreement(stored)
+    if difference is None:
+        return []
+    return [
+        f"encoder and database disagree, {difference}: use the encoder the database was built "
+        f"with ({stored.encoder}), or build the database again with this one"
+    ]
+
+
+def _proposal(parts: Mapping[str, Any]) -> list[str]:
+    proposal: ProposalDistribution | None = parts.get("proposal")
+    database: Database | None = parts.get("database")
+    if proposal is None or database is None:
+        return []
+    try:
+        proposal.support(database)
+    except ValueError as error:
+        return [str(error)]
+    return []

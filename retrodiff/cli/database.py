@@ -1,0 +1,244 @@
+"""``retrodiff database ...``: builds, looks into, searches and changes databases of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrodiff.databases import (
+    EmbeddingDatabase,
+    ImageFolder,
+    Patchify,
+    append_to_database,
+    build_database,
+    captions_of,
+    contact_sheet,
+    delete_rows,
+    open_database,
+    read_image,
+)
+from retrodiff.databases.images import to_float
+from retrodiff.databases.ingest import skipped_message
+from retrodiff.databases.sources import Source
+from retrodiff.encoders import encoder_from_string
+from retrodiff.indexes import recipe_from_string
+from retrodiff.interfaces import Query, TextEncoder
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds ``database`` and its commands to the command line."""
+    parser = subparsers.add_parser("database", help="build, inspect, search and change databases")
+    commands = parser.add_subparsers(dest="database_command", required=True)
+
+    build = commands.add_parser("build", help="encode a folder of pictures into a database")
+    _source_options(build)
+    build.add_argument("out", help="folder to be made")
+    _encoder_options(build)
+    build.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
+    build.add_argument("--thumbnails", type=int, metavar="SIDE", help="keep small copies to show")
+    build.add_argument("--overwrite", action="store_true", help="replace what is there")
+    build.set_defaults(run=_build)
+
+    append = commands.add_parser("append", help="add a folder of pictures to a database")
+    _source_options(append)
+    append.add_argument("database")
+    _encoder_options(append)
+    append.set_defaults(run=_append)
+
+    for name, run, text in (
+        ("info", _info, "what is in a database"),
+        ("verify", _verify, "check every byte against its hash"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("database")
+        command.set_defaults(run=run)
+
+    delete = commands.add_parser("delete", help="take out the rows that meet a condition")
+    delete.add_argument("database")
+    delete.add_argument("condition", help="such as \"label == 'dog' and year > 2000\"")
+    delete.set_defaults(run=_delete)
+
+    index = commands.add_parser("index", help="build an index and measure its recall")
+    index.add_argument("database")
+    index.add_argument("recipe", help="exact, annoy, usearch, faiss; annoy:trees=20,rerank=200")
+    index.add_argument("-k", type=int, default=20, help="neighbors that recall is measured at")
+    index.set_defaults(run=_index)
+
+    search = commands.add_parser("search", help="find neighbors, write a contact sheet")
+    search.add_argument("database")
+    search.add_argument("--text", action="append", default=[], help="a prompt; may be repeated")
+    search.add_argument("--image", action="append", default=[], help="a file; may be repeated")
+    search.add_argument("-k", type=int, default=8, help="neighbors per query")
+    search.add_argument("--index", help="a saved index; exact if not given")
+    search.add_argument("--where", help="condition on the columns")
+    search.add_argument("--out", default="neighbors.png", help="the contact sheet")
+    _encoder_options(search)
+    search.set_defaults(run=_search)
+
+
+def _source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of pictures; its sub-folders are labels")
+    parser.add_argument("--patch-size", type=int, help="cut patches of this side")
+    parser.add_argument("--short-side", type=int, help="resize pictures to this first")
+    parser.add_argument("--patches", type=int, help="random patches per picture; else a grid")
+    parser.add_argument("--stride", type=int, help="distance of the grid's patches")
+    parser.add_argument("--seed", type=int, default=0, help="of the random patches")
+    parser.add_argument("--licence", help="kept with every row")
+    parser.add_argument("--credit", help="kept with every row")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode ahead")
+    parser.add_argument("--resume", action="store_true", help="continue what was interrupted")
+
+
+def _encoder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        help="open_clip:NAME:TAG, timm:NAME, or a folder with an encoder of your own",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights (--seed 0)")
+    parser.add_argument("--device", default="cpu")
+
+
+def _encoder(options: argparse.Namespace) -> Any:
+    # Random weights must be the same ones whenever the database is resumed, extended or asked.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return encoder_from_string(
+            options.encoder, pretrained=not options.no_pretrained, device=options.device
+        )
+
+
+def _source(options: argparse.Namespace) -> Source:
+    columns = {n: v for n in ("licence", "credit") if (v := getattr(options, n)) is not None}
+    source: Source = ImageFolder(options.folder, columns)
+    if options.patch_size is None:
+        if options.patches or options.stride or options.short_side:
+            raise ValueError("--patches, --stride and --short-side need --patch-size")
+        return source
+    patchify = Patchify(
+        size=options.patch_size,
+        short_side=options.short_side,
+        n=options.patches,
+        stride=options.stride,
+        seed=options.seed,
+    )
+    return patchify.over(source)
+
+
+def _build(options: argparse.Namespace) -> int:
+    database = build_database(
+        options.out,
+        _source(options),
+        _encoder(options),
+        batch_size=options.batch_size,
+        thumbnails=options.thumbnails,
+        workers=options.workers,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(f"{options.out}: {len(database):,} rows")
+    return 0
+
+
+def _append(options: argparse.Namespace) -> int:
+    database = append_to_database(
+        options.database,
+        _source(options),
+        _encoder(options),
+        workers=options.workers,
+        resume=options.resume,
+    )
+    print(f"{options.database}: {len(database):,} rows")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    database = open_database(options.database)
+    for name, value in describe(database).items():
+        print(f"{name:<14} {value}")
+    return 0
+
+
+def describe(database: EmbeddingDatabase) -> dict[str, str]:
+    """What ``database info`` prints."""
+    manifest, mark = database.manifest, database.fingerprint
+    sizes: dict[str, int] = {}
+    for shard in manifest.shards:
+        for name, about in shard.files.items():
+            kind = name.split("-")[0]
+            sizes[kind] = sizes.get(kind, 0) + about["bytes"]
+    hidden = 0 if database.hidden is None else len(database.hidden)
+    about = {
+        "rows": f"{len(database):,}" + (f" ({hidden:,} deleted)" if hidden else ""),
+        "encoder": f"{mark.encoder}, weights {mark.weights[:12]}",
+        "preprocessing": mark.preprocessing,
+        "width": f"{mark.dim}, {mark.scale}, float16",
+        "rows hash": mark.rows,
+        "columns": ", ".join(database.columns),
+        "size": ", ".join(f"{kind} {n / 1e6:,.1f} MB" for kind, n in sizes.items()),
+    }
+    if manifest.skipped:
+        about["skipped"] = skipped_message(manifest.skipped, 5)
+    for name, (_, recall) in database.saved_indexes().items():
+        about[f"index {name}"] = str(recall)
+    return about
+
+
+def _verify(options: argparse.Namespace) -> int:
+    wrong = open_database(options.database).verify()
+    for line in wrong:
+        print(f"{options.database}: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"{options.database}: every file is as it was written")
+    return 1 if wrong else 0
+
+
+def _delete(options: argparse.Namespace) -> int:
+    rows = open_database(options.database).where(options.condition).rows
+    database = delete_rows(options.database, rows)
+    print(f"{options.database}: {len(rows):,} rows deleted, {len(database):,} left")
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    recipe = recipe_from_string(options.recipe)
+    database = open_database(options.database, "exact").build_index(recipe, k=options.k)
+    print(f"{options.database}: {recipe}: {database.recall}")
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    if not options.text and not options.image:
+        raise ValueError("nothing to search for: give --text or --image")
+    opened = open_database(options.database, options.index)
+    database = opened.where(options.where) if options.where else opened
+    encoder = _encoder(options)
+    if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
+        raise ValueError(f"--encoder and {options.database} disagree: {what}")
+    queries: list[Any] = list(options.text)
+    parts = []
+    if options.text:
+        if not isinstance(encoder, TextEncoder):
+            raise ValueError(f"{options.encoder} has no text tower: search with --image")
+        parts.append(encoder.encode_text(options.text))
+    for file in options.image:
+        queries.append(to_float(read_image(Path(file))))
+        parts.append(encoder.encode_image(queries[-1][None]))
+    found = database.search(Query(torch.cat(parts).cpu()), options.k)
+    records = tuple(tuple(database.records(row)) for row in found.indices)
+    found = replace(found, records=records)
+    captions = captions_of(found)
+    names = [*options.text, *options.image]
+    for name, row, lines in zip(names, found.indices.tolist(), captions, strict=True):
+        print(name)
+        for i, line in zip(row, lines, strict=True):
+            print(f"  row {i}: " + line.replace("\n", " "))
+    pictures = [[database.image(i) for i in row] for row in found.indices.tolist()]
+    contact_sheet(queries, pictures, captions).save(options.out)
+    print(f"contact sheet: {options.out}")
+    return 0

@@ -1,0 +1,108 @@
+"""Adds rows to a database and takes rows out; readers keep what they opened.
+
+New rows go into new shards, deleted rows into a list of row numbers that are passed over. Either
+becomes true at the moment when the manifest is replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retrodiff.databases.files import make_folder, writing
+from retrodiff.databases.ingest import Build, skipped_message
+from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
+from retrodiff.databases.shards import about_file, reached, save_tensors
+from retrodiff.databases.sources import Source
+from retrodiff.databases.store import EmbeddingDatabase, open_database
+from retrodiff.interfaces import Encoder
+
+
+def append_to_database(
+    path: str | Path,
+    source: Source,
+    encoder: Encoder,
+    *,
+    workers: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> EmbeddingDatabase:
+    """Encodes more pictures and puts their rows behind the ones that are there.
+
+    Args:
+        path: the database.
+        source: the pictures to add.
+        encoder: the one that the database was built with.
+        workers: processes that decode ahead.
+        resume: continue an append that was killed.
+        progress: show a bar.
+    """
+    path = Path(path)
+    database = open_database(path)
+    if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
+        raise ValueError(f"encoder and {path} disagree: {what}: append with the encoder it has")
+    partial = path / "append.partial"
+    with writing(path):
+        manifest = Manifest.read(path / MANIFEST)
+        if (partial / BUILD).is_file() and not resume:
+            raise FileExistsError(
+                f"{partial} is an unfinished append: continue it (--resume) or delete that folder"
+            )
+        make_folder(partial)
+        plan = replace(manifest, shards=(), skipped=(), deleted=None, sources=(source.describe(),))
+        first = (len(manifest.shards), manifest.rows, len(manifest.sources))
+        build = Build(
+            partial, plan, source, encoder, workers=workers, progress=progress, first=first
+        )
+        added = build.run(resume)
+        for shard in added.shards:
+            for name in shard.files:
+                # Linked, not moved: a kill here leaves the append complete, to be resumed.
+                (path / name).unlink(missing_ok=True)
+                os.link(partial / name, path / name)
+        reached("append linked")
+        replace(
+            manifest,
+            shards=manifest.shards + added.shards,
+            skipped=manifest.skipped + added.skipped,
+            sources=manifest.sources + added.sources,
+        ).write(path / MANIFEST)
+        reached("append recorded")
+        shutil.rmtree(partial)
+    if added.skipped:
+        warnings.warn(skipped_message(added.skipped), stacklevel=2)
+    return open_database(path)
+
+
+def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingDatabase:
+    """Takes rows out of a database; the ones behind them move up.
+
+    Args:
+        path: the database.
+        rows: row numbers, as they are now; for a condition, ``database.where(...).rows``.
+    """
+    path = Path(path)
+    with writing(path):
+        database = open_database(path)
+        chosen = torch.as_tensor(rows, dtype=torch.int64).unique()
+        hidden = database.stored(database._checked(chosen))
+        if database.hidden is not None:
+            hidden = torch.cat([hidden, database.hidden]).sort().values
+        if len(hidden) == len(database.vectors):
+            raise ValueError(f"that would delete every row of {path}: delete the folder instead")
+        if not len(chosen):
+            return database
+        name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
+        save_tensors({"rows": hidden}, path / name)
+        reached("deletion written")
+        deleted = {"file": name, "rows": len(hidden), **about_file(path / name)}
+        replace(database.manifest, deleted=deleted).write(path / MANIFEST)
+    return open_database(path)

@@ -1,0 +1,98 @@
+"""Reads conditions such as ``label == 'dog' and year > 2000``; nothing is evaluated as Python."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def parse_filter(text: str, columns: Sequence[str]) -> tuple[Any, list[str]]:
+    """A condition over columns -> pyarrow expression, and the columns that it needs.
+
+    Known: comparisons, ``in``, ``not in``, ``is None``, ``and``, ``or``, ``not`` and parentheses.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the filter {text!r}: {error.msg}") from None
+    names = list(dict.fromkeys(n.id for n in ast.walk(tree) if isinstance(n, ast.Name)))
+    for name in names:
+        if name not in columns:
+            raise ValueError(
+                f"filter {text!r}: unknown column {name!r}; columns: {', '.join(columns)}"
+            )
+    return _Translator(text).boolean(tree.body), names
+
+
+class _Translator:
+    def __init__(self, text: str):
+        self.text = text
+
+    def boolean(self, node: ast.expr) -> Any:
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                parts = [self.boolean(value) for value in values]
+                result = parts[0]
+                for part in parts[1:]:
+                    result = result & part if isinstance(op, ast.And) else result | part
+                return result
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return ~self.boolean(operand)
+            case ast.Compare(left=left, ops=ops, comparators=rights):
+                result = None
+                for op, right in zip(ops, rights, strict=True):
+                    part = self.comparison(left, op, right)
+                    result = part if result is None else result & part
+                    left = right
+                return result
+            case ast.Name():
+                return self.value(node)
+            case _:
+                raise self.refusal(node)
+
+    def comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
+            raise self.refusal(left)
+        one = self.value(left)
+        if isinstance(op, ast.In | ast.NotIn):
+            if not isinstance(left, ast.Name) or not isinstance(right, ast.List | ast.Tuple):
+                raise self.refusal(right)
+            inside = one.isin([self.constant(item) for item in right.elts])
+            return ~inside if isinstance(op, ast.NotIn) else inside
+        if isinstance(right, ast.Constant) and right.value is None:
+            is_null = one.is_null()
+            return ~is_null if isinstance(op, ast.IsNot | ast.NotEq) else is_null
+        if type(op) not in _COMPARISONS:
+            raise self.refusal(right)
+        return _COMPARISONS[type(op)](one, self.value(right))
+
+    def value(self, node: ast.expr) -> Any:
+        import pyarrow.compute as pc
+
+        return pc.field(node.id) if isinstance(node, ast.Name) else pc.scalar(self.constant(node))
+
+    def constant(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=str() | int() | float() | bool() as value):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+            case _:
+                raise self.refusal(node)
+
+    def refusal(self, node: ast.expr) -> ValueError:
+        return ValueError(
+            f"cannot use {ast.unparse(node)!r} in the filter {self.text!r}: compare columns with "
+            "constants, and join comparisons by and, or, not"
+        )

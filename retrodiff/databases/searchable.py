@@ -1,0 +1,146 @@
+"""What every database of vectors can do, wherever its rows lie: search, show, select."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrodiff.databases.filters import parse_filter
+from retrodiff.indexes import Exact, Vectors
+from retrodiff.interfaces import Database, Fingerprint, Index, Neighbors, Query, Record
+
+if TYPE_CHECKING:
+    from retrodiff.databases.views import Subset
+
+
+class Searchable(Database):
+    """Rows of vectors with records, and an index over them."""
+
+    def __init__(self, vectors: Vectors, fingerprint: Fingerprint, index: Index | None = None):
+        if fingerprint.dim != vectors.dim:
+            raise ValueError(
+                f"fingerprint.dim={fingerprint.dim} does not match the embeddings' width "
+                f"{vectors.dim}: give the fingerprint of the encoder that made them"
+            )
+        self.vectors = vectors
+        self.index: Index = index or Exact().build(vectors)
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Who made the embeddings, and a hash of the rows in their order."""
+        return self._fingerprint
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is known about every row."""
+        ...
+
+    @abstractmethod
+    def table(self, columns: Sequence[str] | None = None) -> Any:
+        """The records of all rows as a pyarrow table, in their order."""
+        ...
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
+        ...
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} rows, {self.fingerprint.encoder})"
+
+    def embeddings(self, indices: Tensor) -> Tensor:
+        """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
+        flat = self._checked(indices)
+        return self.vectors.rows(self.stored(flat)).view(*indices.shape, -1).to(indices.device)
+
+    def search(self, query: Query, k: int) -> Neighbors:
+        """The k rows of highest cosine for each query, or for each region of it."""
+        embedding = query.embedding
+        if embedding.shape[-1] != self.fingerprint.dim:
+            raise ValueError(
+                f"query.dim={embedding.shape[-1]} does not match "
+                f"database.dim={self.fingerprint.dim}: ask with the encoder that the database was "
+                f"built with ({self.fingerprint.encoder})"
+            )
+        if k > len(self):
+            raise ValueError(
+                f"k={k} is more than the database's {len(self)} rows: ask for at most {len(self)}"
+            )
+        similarity, indices = self._find(embedding.reshape(-1, embedding.shape[-1]), k)
+        shape = (*embedding.shape[:-1], k)
+        indices = indices.view(shape)
+        return Neighbors(indices, similarity.view(shape), self.embeddings(indices))
+
+    def column(self, name: str) -> np.ndarray:
+        """What is known under a name about every row (m,)."""
+        if name not in self.columns:
+            raise ValueError(f"unknown column {name!r}; columns: {', '.join(self.columns)}")
+        return self.table([name])[name].to_numpy()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The column ``label``."""
+        return self.column("label")
+
+    def where(self, condition: str) -> Subset:
+        """The rows that meet a condition on the columns.
+
+        Args:
+            condition: such as ``label == 'dog' and year > 2000`` or ``label in ['cat', 'dog']``.
+        """
+        import pyarrow as pa
+
+        expression, names = parse_filter(condition, self.columns)
+        table = self.table(names).append_column(" row", pa.array(np.arange(len(self))))
+        rows = table.filter(expression)[" row"].to_numpy()
+        return self.subset(torch.from_numpy(rows.copy()))
+
+    def subset(self, rows: Tensor | Sequence[int]) -> Subset:
+        """The given rows, numbered anew in the given order."""
+        from retrodiff.databases.views import Subset
+
+        return Subset(self, torch.as_tensor(rows, dtype=torch.int64))
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """Row numbers (n,) here -> row numbers (n,) among the stored vectors."""
+        return rows
+
+    def _find(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self.index.search(queries, k)
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        """Row numbers (...) -> the same, flat, on the CPU; refused where there is no such row."""
+        flat = indices.detach().reshape(-1).to("cpu", torch.int64)
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
+            raise IndexError(
+                f"rows {int(flat.min())} to {int(flat.max())} asked of a database of "
+                f"{len(self)} rows"
+            )
+        return flat
+
+
+def show(record: Record, root: str | Path | None) -> Tensor:
+    """The picture that a record speaks of, read from its file: (3, h, w) in [-1, 1]."""
+    from retrodiff.databases.images import read_image, to_float
+    from retrodiff.databases.patchify import cut_record
+
+    file = record.get("file")
+    if file is None or (root is None and not Path(file).is_file()):
+        raise ValueError(
+            "the row has neither a thumbnail nor a file: build the database with thumbnails=SIZE"
+        )
+    path = Path(file) if root is None else Path(root) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is gone: open the database with root= the files' folder")
+    return to_float(cut_record(read_image(path), record))

@@ -1,0 +1,136 @@
+"""Databases that own no files: in memory, and chosen rows of another one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrodiff.databases.fingerprint import SHARD_ROWS, rows_digest, rows_hash
+from retrodiff.databases.images import to_float
+from retrodiff.databases.searchable import Searchable, show
+from retrodiff.indexes import Recipe, Vectors
+from retrodiff.interfaces import Fingerprint, Record
+
+
+class ArrayDatabase(Searchable):
+    """Embeddings in memory, for small data and for tests.
+
+    Args:
+        embeddings: (m, d), raw scale; kept in float16, as on disk.
+        fingerprint: of the encoder that made them.
+        records: one per row; by default its number.
+        images: one (c, h, w) per row, to be shown.
+        index: recipe of the index; exact by default.
+    """
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        fingerprint: Fingerprint,
+        records: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        images: Tensor | Sequence[Tensor] | None = None,
+        index: Recipe | None = None,
+    ):
+        for name, values in (("records", records), ("images", images)):
+            if values is not None and len(values) != len(embeddings):
+                raise ValueError(
+                    f"{len(embeddings)} embeddings, but {len(values)} {name}: give one for each"
+                )
+        check_storable(embeddings, fingerprint.encoder, lambda row: f"row {row}")
+        stored = embeddings.detach().cpu().to(torch.float16)
+        vectors = Vectors([stored])
+        digests = [rows_digest(part) for part in stored.split(SHARD_ROWS) if len(part)]
+        fingerprint = replace(fingerprint, rows=rows_hash(digests))
+        super().__init__(vectors, fingerprint, index.build(vectors) if index else None)
+        self._records = [dict(r) for r in records] if records is not None else None
+        self._images = images
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is known about every row."""
+        if self._records is None:
+            return ("number",)
+        return tuple(dict.fromkeys(name for record in self._records for name in record))
+
+    def records(self, indices: Tensor) -> list[Record]:
+        """Row numbers (n,) -> their metadata, in that order."""
+        rows = self._checked(indices).tolist()
+        if self._records is None:
+            return [{"number": row} for row in rows]
+        return [self._records[row] for row in rows]
+
+    def table(self, columns: Sequence[str] | None = None) -> Any:
+        """The records of all rows as a pyarrow table, in their order."""
+        import pyarrow as pa
+
+        records = self.records(torch.arange(len(self)))
+        names = self.columns if columns is None else columns
+        return pa.table({name: pa.array([r.get(name) for r in records]) for name in names})
+
+    def image(self, index: int) -> Tensor:
+        """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
+        if self._images is None:
+            return show(self.records(torch.tensor([index]))[0], None)
+        return to_float(self._images[index]).expand(3, -1, -1)
+
+
+class Subset(Searchable):
+    """Chosen rows of a database, numbered anew; nothing is copied.
+
+    Args:
+        database: whose rows.
+        rows: (m,) row numbers there, in the order they shall have here.
+    """
+
+    def __init__(self, database: Searchable, rows: Tensor):
+        self.database = database
+        self.rows = database._checked(rows)
+        digest = hashlib.sha256(database.fingerprint.rows.encode())
+        digest.update(self.rows.numpy().tobytes())
+        fingerprint = replace(database.fingerprint, rows=digest.hexdigest()[:32])
+        super().__init__(database.vectors.select(database.stored(self.rows)), fingerprint)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is known about every row."""
+        return self.database.columns
+
+    def records(self, indices: Tensor) -> list[Record]:
+        """Row numbers (n,) -> their metadata, in that order."""
+        return self.database.records(self.rows[self._checked(indices)])
+
+    def table(self, columns: Sequence[str] | None = None) -> Any:
+        """The records of all rows as a pyarrow table, in their order."""
+        return self.database.table(columns).take(self.rows.numpy())
+
+    def image(self, index: int) -> Tensor:
+        """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
+        return self.database.image(int(self.rows[index]))
+
+
+def check_storable(embeddings: Tensor, encoder: str, name: Any) -> None:
+    """Refuses embeddings that float16 cannot hold, naming the first bad row.
+
+    Args:
+        embeddings: (n, d).
+        encoder: who made them.
+        name: row number -> what that row is called.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}, expected (m, d)")
+    if not embeddings.is_floating_point():
+        raise ValueError(f"embeddings are {embeddings.dtype}, expected floats")
+    good = embeddings.to(torch.float16).isfinite().all(1)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0, 0])
+        what = "NaN or infinity" if not embeddings[row].isfinite().all() else "more than 65504"
+        raise ValueError(
+            f"the embedding of {name(row)} by {encoder} holds {what}: leave it out, or look at the "
+            "encoder's weights and precision"
+        )

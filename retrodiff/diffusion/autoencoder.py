@@ -1,0 +1,49 @@
+"""Latent spaces without weights: the pixels themselves, or the pixels folded into channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor
+
+from retrodiff.interfaces import Autoencoder
+
+
+@dataclass(frozen=True)
+class Identity(Autoencoder):
+    """Latents are images."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images as they are."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents as they are."""
+        return latents
+
+
+@dataclass(frozen=True)
+class PixelUnshuffle(Autoencoder):
+    """Each square of pixels becomes one position with more channels; exact (Shi et al. 2016).
+
+    Args:
+        factor: side of the square; divides height and width.
+    """
+
+    factor: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c * factor², h / factor, w / factor)."""
+        if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
+            raise ValueError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} cannot be folded by "
+                f"factor={self.factor}: crop or resize them to a multiple"
+            )
+        pattern = "b c (h p) (w q) -> b (c p q) h w"
+        return rearrange(images, pattern, p=self.factor, q=self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`."""
+        pattern = "b (c p q) h w -> b c (h p) (w q)"
+        return rearrange(latents, pattern, p=self.factor, q=self.factor)

@@ -1,0 +1,139 @@
+"""How query and neighbors enter the network: as a set of tokens in named streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from retrodiff.interfaces import Conditioner, Context, Neighbors, Query, Scale, Tokens, unit
+
+
+def _scaled(embedding: Tensor, scale: Scale) -> Tensor:
+    if scale not in ("raw", "unit"):
+        raise ValueError(f"scale={scale!r}, but a conditioner takes 'raw' or 'unit'")
+    return unit(embedding) if scale == "unit" else embedding
+
+
+@dataclass(frozen=True)
+class NeighborEmbeddings(Conditioner):
+    """The embeddings of the neighbors, as a set (Blattmann et al. 2022, section 3.2).
+
+    Args:
+        scale: ``raw`` as the encoder gave them (the paper's models), ``unit`` divided by their norm
+            (the 768 model). Search is by cosine either way; the wrong scale here gives bad images
+            without an error, so checkpoints record it.
+    """
+
+    scale: Scale
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """One stream."""
+        return {"neighbors": dim}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """One token per neighbor; the query takes part only where it is one of them."""
+        del query
+        return Context({"neighbors": Tokens(_scaled(neighbors.embeddings, self.scale))})
+
+
+@dataclass(frozen=True)
+class QueryOnly(Conditioner):
+    """The query's own embedding and no database: the parametric baseline with CLIP guidance.
+
+    Args:
+        scale: as for `NeighborEmbeddings`.
+    """
+
+    scale: Scale
+
+    @property
+    def uses_neighbors(self) -> bool:
+        """No database is needed."""
+        return False
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """One stream."""
+        return {"query": dim}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """One token."""
+        del neighbors
+        return Context({"query": Tokens(_scaled(query.embedding.unsqueeze(-2), self.scale))})
+
+
+@dataclass(frozen=True)
+class QueryAndNeighbors(Conditioner):
+    """Query and neighbors as two streams, each droppable alone (kNN-Diffusion, Sheynin et al. 2022).
+
+    Args:
+        scale: as for `NeighborEmbeddings`, of both streams.
+    """
+
+    scale: Scale
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """Two streams of the same width."""
+        return {"query": dim, "neighbors": dim}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """One query token, k neighbor tokens."""
+        streams = QueryOnly(self.scale).condition(query, neighbors).streams
+        more = NeighborEmbeddings(self.scale).condition(query, neighbors).streams
+        return Context({**streams, **more})
+
+
+@dataclass(frozen=True)
+class Dropped(Conditioner):
+    """A conditioner that training hides at random, so that the null condition is learned.
+
+    Ho & Salimans 2022. Sampling is not affected. Wrap twice to drop streams independently.
+
+    Args:
+        conditioner: what is hidden.
+        probability: of hiding a sample's condition.
+        stream: the stream to hide; None hides all of them together.
+    """
+
+    conditioner: Conditioner
+    probability: float
+    stream: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability={self.probability}, but it lies between 0 and 1")
+
+    @property
+    def uses_neighbors(self) -> bool:
+        """As the inner conditioner."""
+        return self.conditioner.uses_neighbors
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """As the inner conditioner."""
+        return self.conditioner.widths(dim)
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """As the inner conditioner."""
+        return self.conditioner.condition(query, neighbors)
+
+    def null(self, context: Context) -> Context:
+        """As the inner conditioner."""
+        return self.conditioner.null(context)
+
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """The null's values in place of the hidden samples' (their length is kept)."""
+        context = self.conditioner.drop(context, generator)
+        null = self.conditioner.null(context)
+        kept = torch.rand(len(context), generator=generator) >= self.probability
+        streams = dict(context.streams)
+        for name, tokens in context.streams.items():
+            if self.stream in (None, name):
+                where = kept.to(tokens.values.device)
+                where = where.view(-1, *[1] * (tokens.values.ndim - 1))
+                values = torch.where(where, tokens.values, null.streams[name].values)
+                streams[name] = replace(tokens, values=values)
+        vector = context.vector
+        if vector is not None and null.vector is not None and self.stream is None:
+            vector = torch.where(kept.to(vector.device).view(-1, 1), vector, null.vector)
+        return Context(streams, vector)

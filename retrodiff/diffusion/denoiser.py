@@ -1,0 +1,250 @@
+"""Four ways to turn a network into ``(x, sigma) -> denoised``, all in one form.
+
+Every parametrization is ``denoised = c_skip x + c_out F(c_in x, c_noise)`` (Karras et al. 2022,
+eq. 7) with its own four scalings; the training target follows from them: F should equal
+``(x0 - c_skip x) / c_out``. The squared error is taken there, which gives each parametrization its
+published loss: noise, velocity, EDM's unit-weight target, flow velocity.
+
+A network is called as ``network(x, timesteps, context)``, with timesteps on the scale of 0 to 1000
+whatever the parametrization, and says its latent ``shape`` and the ``widths`` of its context
+streams. One that can do work once per run has ``prepare(context)``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from retrodiff.interfaces import Context, Schedule
+from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
+
+
+class Scalings(NamedTuple):
+    """c_skip, c_out, c_in and c_noise, each (b,)."""
+
+    skip: Tensor
+    out: Tensor
+    inp: Tensor
+    noise: Tensor
+
+
+class Preconditioned(nn.Module):
+    """A denoiser made of a network and four scalings; subclasses say which.
+
+    Args:
+        network: ``network(x, timesteps, context)`` with ``shape`` and ``widths``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of a latent."""
+        return tuple(self.network.shape)  # type: ignore[return-value]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each context stream."""
+        return dict(self.network.widths)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """The natural schedule to sample at."""
+
+    @abstractmethod
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """The four scalings at sigma (b,)."""
+
+    @abstractmethod
+    def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n noise levels (n,) of the training distribution."""
+
+    def prepare(self, context: Context) -> Any:
+        """What all steps share, computed once by networks that can."""
+        prepare = getattr(self.network, "prepare", None)
+        return context if prepare is None else prepare(context)
+
+    def _output(self, x: Tensor, sigma: Tensor, context: Any) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.scalings(sigma)
+        skip, out, inp = (v.to(x.dtype).view(-1, 1, 1, 1) for v in s[:3])
+        x, noise = inp * x, s.noise.to(x.dtype)
+        if isinstance(context, Context) and not hasattr(self.network, "prepare"):
+            # Networks that prepare also share what the branches of guidance have in common.
+            branches = max(1, len(context) // len(x))
+            x, noise = x.repeat(branches, 1, 1, 1), noise.repeat(branches)
+        return skip, out, self.network(x, noise, context)
+
+    def denoise(self, x: Tensor, sigma: Tensor, context: Any) -> Tensor:
+        """E[x0 | x] for x = x0 + sigma * noise.
+
+        Args:
+            x: (b, c, h, w).
+            sigma: (b,).
+            context: of b rows, or of a whole multiple of b: the branches of guidance on the same x.
+
+        Returns:
+            (rows of the context, c, h, w).
+        """
+        skip, out, output = self._output(x, sigma, context)
+        clean = skip * x
+        branches = len(output) // len(x)
+        if branches == 1:
+            return clean + out * output
+        split = output.unflatten(0, (branches, len(x)))
+        return (clean + out * split).flatten(0, 1)
+
+    def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
+        """Squared error (b,) of the network's output, averaged over c, h, w."""
+        x = x0 + sigma.to(x0.dtype).view(-1, 1, 1, 1) * noise
+        skip, out, output = self._output(x, sigma, context)
+        target = (x0 - skip * x) / out
+        return (output - target).square().flatten(1).mean(1)
+
+
+class EpsDenoiser(Preconditioned):
+    """The network predicts the noise of a variance-preserving process (Ho et al. 2020).
+
+    Args:
+        network: as for all denoisers.
+        schedule: the discrete schedule that gives sigma its timestep; the paper's by default.
+    """
+
+    def __init__(self, network: nn.Module, schedule: ScaledLinear | None = None) -> None:
+        super().__init__(network)
+        self._schedule = schedule or ScaledLinear()
+
+    @property
+    def schedule(self) -> ScaledLinear:
+        """The schedule that training used."""
+        return self._schedule
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"network": self.network, "schedule": self._schedule}
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip = 1, c_out = -sigma, c_in = 1 / sqrt(1 + sigma²)."""
+        t = self._schedule.timestep(sigma)
+        return Scalings(torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), t)
+
+    def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform over the integer timesteps."""
+        t = torch.randint(self._schedule.length, (n,), generator=generator)
+        return self._schedule.table[t].float()
+
+
+class VDenoiser(EpsDenoiser):
+    """The network predicts v = alpha * noise - sigma_vp * x0 (Salimans & Ho 2022)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip = alpha², c_out = -sigma * alpha, c_in = alpha, alpha = 1 / sqrt(1 + sigma²)."""
+        alpha = (1 + sigma**2).rsqrt()
+        return Scalings(alpha**2, -sigma * alpha, alpha, self._schedule.timestep(sigma))
+
+
+class EDMDenoiser(Preconditioned):
+    """Unit-variance input and target at every noise level (Karras et al. 2022, table 1).
+
+    Args:
+        network: as for all denoisers.
+        sigma_data: standard deviation of the data.
+        mean: mean of ln sigma in training.
+        std: standard deviation of ln sigma in training.
+        sigma_min: last sampling level before zero.
+        sigma_max: first sampling level.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        sigma_data: float = 0.5,
+        mean: float = -1.2,
+        std: float = 1.2,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        super().__init__(network)
+        self.sigma_data, self.mean, self.std = sigma_data, mean, std
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    @property
+    def schedule(self) -> Karras:
+        """EDM's own levels."""
+        return Karras(self.sigma_min, self.sigma_max)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        names = ("network", "sigma_data", "mean", "std", "sigma_min", "sigma_max")
+        return {name: getattr(self, name) for name in names}
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """Karras et al. 2022, table 1; c_noise = ln(sigma) / 4, times 1000 for the embedding."""
+        s2 = self.sigma_data**2
+        total = sigma**2 + s2
+        return Scalings(
+            s2 / total,
+            sigma * self.sigma_data * total.rsqrt(),
+            total.rsqrt(),
+            250 * sigma.clamp_min(1e-12).log(),
+        )
+
+    def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Log-normal."""
+        return (self.mean + self.std * torch.randn(n, generator=generator)).exp()
+
+
+class FlowDenoiser(Preconditioned):
+    """The network predicts the velocity noise - x0 of a straight path (Lipman et al. 2023).
+
+    x_t = (1 - t) x0 + t noise is x / (1 + sigma) with sigma = t / (1 - t).
+
+    Args:
+        network: as for all denoisers.
+        mean: mean of logit(t) in training, 0 in Esser et al. 2024.
+        std: its standard deviation, 1 there.
+        t_max: the time sampling starts from.
+        shift: of the sampling times, see `LinearFlow`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        t_max: float = 0.995,
+        shift: float = 1.0,
+    ) -> None:
+        super().__init__(network)
+        self.mean, self.std, self.t_max, self.shift = mean, std, t_max, shift
+
+    @property
+    def schedule(self) -> LinearFlow:
+        """Even steps in t."""
+        return LinearFlow(self.t_max, self.shift)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        names = ("network", "mean", "std", "t_max", "shift")
+        return {name: getattr(self, name) for name in names}
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip = c_in = 1 - t, c_out = -t, c_noise = 1000 t."""
+        t = sigma / (1 + sigma)
+        return Scalings(1 - t, -t, 1 - t, 1000 * t)
+
+    def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """logit(t) normal, so that sigma = t / (1 - t) is log-normal."""
+        return (self.mean + self.std * torch.randn(n, generator=generator)).exp()

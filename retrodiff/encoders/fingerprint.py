@@ -1,0 +1,48 @@
+"""Tells whether two sets of weights are the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and bytes of a state dict, whatever its order and device.
+
+    Returns:
+        The first 32 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+class WeightsHash:
+    """The weights hash of a module; remembered only while the module is frozen and untouched.
+
+    A module with a single parameter that requires a gradient is hashed each time anew: an optimizer
+    or an average of weights can change values without leaving a trace.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._hash = ""
+
+    def of(self, module: nn.Module) -> str:
+        """The hash of the module's present weights."""
+        state = module.state_dict(keep_vars=True)
+        if any(tensor.requires_grad for tensor in state.values()):
+            return weights_hash(state)
+        key = tuple((name, t.data_ptr(), t._version) for name, t in state.items())
+        if key != self._key:
+            self._hash, self._key = weights_hash(state), key
+        return self._hash

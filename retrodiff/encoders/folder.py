@@ -1,0 +1,93 @@
+"""Keeps an encoder of one's own in a folder: ``encoder.json`` and ``encoder.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrodiff.encoders.clip import CLIPEncoder
+from retrodiff.encoders.timm import TimmEncoder
+
+FORMAT = 1
+
+
+def save_encoder(encoder: CLIPEncoder | TimmEncoder, path: str | Path) -> None:
+    """Writes the encoder's configuration, weights and fingerprint into a folder."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
+    state = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    save_file(state, path / "encoder.safetensors.partial")
+    os.replace(path / "encoder.safetensors.partial", path / "encoder.safetensors")
+    config = {"format": FORMAT, **encoder.config(), "weights": encoder.fingerprint.weights}
+    partial = path / "encoder.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, path / "encoder.json")
+
+
+def load_encoder(
+    path: str | Path, *, device: torch.device | str = "cpu"
+) -> CLIPEncoder | TimmEncoder:
+    """The encoder that `save_encoder` wrote; its weights are checked against their hash."""
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not (path / "encoder.json").is_file():
+        raise FileNotFoundError(f"{path} holds no encoder.json: not a folder made by save_encoder")
+    config: dict[str, Any] = json.loads((path / "encoder.json").read_text())
+    if config.pop("format") > FORMAT:
+        raise ValueError(f"{path} has a newer format than {FORMAT}: upgrade retrodiff")
+    kind, weights = config.pop("kind"), config.pop("weights")
+    config.pop("pretrained", None)  # whatever was downloaded then is in the folder now
+    if kind == "clip":
+        encoder = CLIPEncoder.from_config(config.pop("config"), device=device, **config)
+    elif kind == "open_clip":
+        encoder = CLIPEncoder(device=device, **config)
+    elif kind == "timm":
+        encoder = TimmEncoder(device=device, **config)
+    else:
+        raise ValueError(f"{path / 'encoder.json'}: unknown kind of encoder {kind!r}")
+    module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
+    module.load_state_dict(load_file(path / "encoder.safetensors"))
+    if (found := encoder.fingerprint.weights) != weights:
+        raise ValueError(
+            f"{path}: encoder.safetensors has weights {found}, encoder.json expects {weights}: "
+            "the two files are not from one encoder"
+        )
+    return encoder
+
+
+def encoder_from_string(
+    text: str, *, pretrained: bool = True, device: torch.device | str = "cpu", **options: Any
+) -> CLIPEncoder | TimmEncoder:
+    """The encoder that a command line names.
+
+    Args:
+        text: ``open_clip:NAME:TAG``, ``timm:NAME`` or a folder made by `save_encoder`.
+        pretrained: False: random weights, whatever the name says.
+        device: where the weights live.
+        **options: further arguments of the encoder, such as ``image_size`` or ``preprocessing``.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "open_clip" and rest:
+        name, _, tag = rest.partition(":")
+        if pretrained and not tag:
+            raise ValueError(
+                f"{text!r} names no weights: add a tag (open_clip:{name}:TAG) or --no-pretrained"
+            )
+        return CLIPEncoder(name, tag if pretrained else None, device=device, **options)
+    if kind == "timm" and rest:
+        return TimmEncoder(rest, pretrained, device=device, **options)
+    if not Path(text).exists():
+        raise FileNotFoundError(
+            f"no encoder {text!r}: give open_clip:NAME:TAG, timm:NAME or a folder of save_encoder"
+        )
+    if options:
+        raise ValueError(f"{text} is a saved encoder, its {', '.join(options)} cannot be changed")
+    return load_encoder(text, device=device)

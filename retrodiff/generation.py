@@ -1,0 +1,84 @@
+"""What sampling returns: images together with what was retrieved for them and how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from retrodiff.files import write_folder, write_json
+from retrodiff.interfaces import Neighbors, Query
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated images, their queries and neighbors, and the settings that make them again.
+
+    Args:
+        images: (b, c, h, w) in [-1, 1].
+        latents: (b, c, h, w) of the denoiser, before decoding.
+        query: what was asked for each image.
+        neighbors: what conditioned each image, with records; k = 0 when nothing did.
+        settings: mode, k, guidance, steps, seed, fingerprints.
+    """
+
+    images: Tensor
+    latents: Tensor
+    query: Query
+    neighbors: Neighbors
+    settings: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def pictures(self) -> list[Image]:
+        """The images as PIL pictures."""
+        return [to_picture(image) for image in self.images]
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """PNG files and ``generation.json`` with everything that is needed to make them again."""
+        folder = Path(folder)
+
+        def write(temporary: Path) -> None:
+            rows = []
+            for i, picture in enumerate(self.pictures()):
+                name = f"{i:05d}.png"
+                picture.save(temporary / name)
+                rows.append(
+                    {
+                        "file": name,
+                        "source": self.query.source[i] if self.query.source else None,
+                        "neighbors": [
+                            {
+                                "row": int(self.neighbors.indices[i].flatten()[j]),
+                                "similarity": float(self.neighbors.similarity[i].flatten()[j]),
+                                "record": dict(record),
+                            }
+                            for j, record in enumerate(
+                                self.neighbors.records[i] if self.neighbors.records else ()
+                            )
+                        ],
+                    }
+                )
+            value = {"format": FORMAT, "settings": dict(self.settings), "images": rows}
+            write_json(temporary / "generation.json", value)
+
+        write_folder(folder, write, marker="generation.json", overwrite=overwrite)
+        return folder
+
+
+def to_picture(image: Tensor) -> Image:
+    """An image (c, h, w) in [-1, 1], c = 1 or 3, as an 8-bit PIL picture."""
+    from PIL import Image
+
+    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,131 @@
+"""Approximate neighbors by random-projection trees, for large databases on a CPU.
+
+Annoy (Bernhardsson, Spotify) searches the principal components of the unit vectors; what it finds
+is ranked again by exact cosine. Trees on the full width are too weak at the widths of CLIP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retrodiff.indexes.principal import principal_axes, rank_again, unit_rows
+from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.interfaces import Index
+
+_works: bool | None = None
+
+
+@dataclass(frozen=True)
+class Annoy:
+    """Recipe of an Annoy index.
+
+    Args:
+        trees: more trees find more, and take more memory.
+        components: principal components that the trees see (at most the embedding's width).
+        rerank: candidates ranked again by exact cosine.
+        search: nodes visited, at least; None: trees * rerank.
+        seed: of the random splits.
+    """
+
+    trees: int = 50
+    components: int = 64
+    rerank: int = 400
+    search: int | None = None
+    seed: int = 0
+    name = "annoy"
+
+    def build(self, vectors: Vectors, progress: bool = False) -> AnnoyIndex:
+        """Projects every row, and grows the trees."""
+        check_annoy()
+        axes = principal_axes(vectors, self.components, progress=progress)
+        trees = _empty(axes.shape[1])
+        trees.set_seed(self.seed)
+        with tqdm(total=len(vectors), desc="annoy", unit="rows", disable=not progress) as bar:
+            for start, rows, norms in vectors.blocks(8192):
+                for i, row in enumerate((unit_rows(rows, norms) @ axes).tolist(), start):
+                    trees.add_item(i, row)
+                bar.update(len(rows))
+        trees.build(self.trees, n_jobs=1)
+        return AnnoyIndex(self, vectors, axes, trees)
+
+    def load(self, folder: Path, vectors: Vectors) -> AnnoyIndex:
+        """The index that `AnnoyIndex.save` wrote; its trees stay on disk until touched."""
+        from safetensors.torch import load_file
+
+        check_annoy()
+        axes = load_file(folder / "axes.safetensors")["axes"]
+        trees = _empty(axes.shape[1])
+        trees.load(str(folder / "trees.ann"))
+        return AnnoyIndex(self, vectors, axes, trees)
+
+
+class AnnoyIndex(Index):
+    """Trees over principal components, and exact cosine on what they find."""
+
+    def __init__(self, recipe: Annoy, vectors: Vectors, axes: Tensor, trees: Any):
+        self.recipe, self.vectors, self.axes, self.trees = recipe, vectors, axes, trees
+
+    def save(self, folder: Path) -> None:
+        """Writes axes and trees."""
+        from safetensors.torch import save_file
+
+        save_file({"axes": self.axes.contiguous()}, folder / "axes.safetensors")
+        self.trees.save(str(folder / "trees.ann"))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
+        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
+        visit = self.recipe.search or self.recipe.trees * n
+        cpu = queries.detach().cpu().float()
+        points = unit_rows(cpu, cpu.norm(dim=1)) @ self.axes
+        found = [
+            torch.tensor(self.trees.get_nns_by_vector(point, n, search_k=visit), dtype=torch.int64)
+            for point in points.tolist()
+        ]
+        return rank_again(self.vectors, queries, found, k)
+
+
+def check_annoy() -> None:
+    """Refuses builds of annoy that find too few neighbors; looked at once per process."""
+    global _works
+    if _works is None:
+        _works = _finds_neighbors()
+    if not _works:
+        raise ValueError(
+            "this build of annoy does not return the k nearest of a small test set (a known fault "
+            "of some platforms' builds): use the index Exact() instead"
+        )
+
+
+def _finds_neighbors(rows: int = 300, dim: int = 8, k: int = 10) -> bool:
+    points = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    points = points / points.norm(dim=1, keepdim=True)
+    trees = _empty(dim)
+    trees.set_seed(0)
+    for i, point in enumerate(points.tolist()):
+        trees.add_item(i, point)
+    trees.build(20, n_jobs=1)
+    hits = 0
+    for query in points[:10]:
+        found = trees.get_nns_by_vector(query.tolist(), k, search_k=20 * rows)
+        if len(set(found)) != k:
+            return False
+        hits += len(set(found) & set((points @ query).topk(k).indices.tolist()))
+    return hits >= 0.9 * 10 * k
+
+
+def _empty(dim: int) -> Any:
+    try:
+        from annoy import AnnoyIndex as Trees
+    except ImportError as error:
+        raise ValueError(
+            "annoy is not installed: pip install annoy, or use the index Exact()"
+        ) from error
+    return Trees(dim, "euclidean")

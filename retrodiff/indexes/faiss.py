@@ -1,0 +1,88 @@
+"""Neighbors by any index that faiss can describe in a word, such as ``HNSW32`` or ``IVF4096,SQ8``.
+
+faiss: Johnson, Douze & Jégou 2017; its "index factory" reads the description.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retrodiff.indexes.principal import rank_again, unit_rows
+from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.interfaces import Index
+
+
+@dataclass(frozen=True)
+class Faiss:
+    """Recipe of a faiss index.
+
+    Args:
+        factory: description for faiss's index factory.
+        rerank: candidates ranked again by exact cosine.
+        train_rows: rows that quantizers and clusters are fitted on, evenly spaced.
+    """
+
+    factory: str = "HNSW32"
+    rerank: int = 64
+    train_rows: int = 200_000
+    name = "faiss"
+
+    def build(self, vectors: Vectors, progress: bool = False) -> FaissIndex:
+        """Fits what must be fitted and adds every row."""
+        faiss = _import_faiss()
+        try:
+            index = faiss.index_factory(vectors.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(
+                f"faiss cannot read the factory {self.factory!r}: try 'HNSW32'"
+            ) from error
+        if not index.is_trained:
+            n = min(self.train_rows, len(vectors))
+            sample = vectors.rows(torch.linspace(0, len(vectors) - 1, n).long())
+            index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
+        with tqdm(total=len(vectors), desc="faiss", unit="rows", disable=not progress) as bar:
+            for _, rows, norms in vectors.blocks(8192):
+                index.add(unit_rows(rows, norms).numpy())
+                bar.update(len(rows))
+        return FaissIndex(self, vectors, index)
+
+    def load(self, folder: Path, vectors: Vectors) -> FaissIndex:
+        """The index that `FaissIndex.save` wrote."""
+        index = _import_faiss().read_index(str(folder / "index.faiss"))
+        return FaissIndex(self, vectors, index)
+
+
+class FaissIndex(Index):
+    """A faiss index, and exact cosine on what it finds."""
+
+    def __init__(self, recipe: Faiss, vectors: Vectors, index: Any):
+        self.recipe, self.vectors, self.index = recipe, vectors, index
+
+    def save(self, folder: Path) -> None:
+        """Writes faiss's own file."""
+        _import_faiss().write_index(self.index, str(folder / "index.faiss"))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
+        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
+        cpu = queries.detach().cpu().float()
+        _, ids = self.index.search(unit_rows(cpu, cpu.norm(dim=1)).numpy(), n)
+        found = [row[row >= 0] for row in torch.from_numpy(ids)]
+        return rank_again(self.vectors, queries, found, k)
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            "faiss is not installed: pip install faiss-cpu, or use the index Exact()"
+        ) from error
+    return faiss

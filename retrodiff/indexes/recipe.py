@@ -1,0 +1,160 @@
+"""Builds, measures, saves and reopens indexes, whatever their kind.
+
+A recipe holds hyper-parameters; ``build`` makes an index from vectors. A saved index carries the
+fingerprint of the rows that it was built from, and its recall against the exact search on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from retrodiff.indexes.annoy import Annoy
+from retrodiff.indexes.exact import Exact
+from retrodiff.indexes.faiss import Faiss
+from retrodiff.indexes.usearch import USearch
+from retrodiff.indexes.vectors import Vectors
+from retrodiff.interfaces import Index
+
+FORMAT = 1
+RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss)}
+
+
+class SavableIndex(Index, Protocol):
+    """An index that can be written into a folder."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what `Recipe.load` needs."""
+        ...
+
+
+class Recipe(Protocol):
+    """Hyper-parameters of an index: a frozen dataclass of JSON-able values."""
+
+    @property
+    def name(self) -> str:
+        """What it is called on a command line and on disk."""
+        ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, vectors: Vectors, progress: bool = False) -> SavableIndex:
+        """The index over these vectors."""
+        ...
+
+    def load(self, folder: Path, vectors: Vectors) -> SavableIndex:
+        """The index that was saved in the folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of the true k nearest that an index finds, on the user's own vectors.
+
+    Args:
+        value: in [0, 1].
+        k: neighbors asked for.
+        queries: rows that were asked for their neighbors (each one's own row is left out).
+    """
+
+    value: float
+    k: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"recall@{self.k} {self.value:.3f} on {self.queries} rows"
+
+
+def recall_of(
+    index: Index, vectors: Vectors, k: int = 20, queries: int = 256, seed: int = 0
+) -> Recall:
+    """Asks an index and the exact search for the neighbors of some of the rows themselves."""
+    m = len(vectors)
+    k = min(k, m - 1)
+    if k < 1:
+        return Recall(1.0, 0, 0)
+    rows = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:queries]
+    asked = vectors.rows(rows)
+    truth = Exact().build(vectors).search(asked, k + 1)[1]
+    found = index.search(asked, k + 1)[1]
+    hits = total = 0
+    for row, true, got in zip(rows.tolist(), truth.tolist(), found.tolist(), strict=True):
+        wanted = set([r for r in true if r != row][:k])
+        hits += len(wanted & set(got))
+        total += len(wanted)
+    return Recall(hits / total, k, len(rows))
+
+
+def save_index(
+    index: SavableIndex, recipe: Recipe, folder: Path, rows: str, recall: Recall
+) -> None:
+    """Writes an index into a folder, all at once.
+
+    Args:
+        index: what the recipe built.
+        recipe: its hyper-parameters.
+        folder: replaced if it exists.
+        rows: hash of the rows that the index was built from.
+        recall: what was measured.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index.save(partial)
+    about = {
+        "format": FORMAT,
+        "recipe": {"name": recipe.name, **asdict(recipe)},
+        "rows": rows,
+        "recall": asdict(recall),
+    }
+    (partial / "index.json").write_text(json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_index(folder: Path, vectors: Vectors, rows: str) -> tuple[SavableIndex, Recipe, Recall]:
+    """The index of a folder, refused if it was built from other rows."""
+    recipe, recall, built_from = saved_index(folder)
+    if built_from != rows:
+        raise ValueError(
+            f"index {folder} was built from rows {built_from[:12]}, the database has rows "
+            f"{rows[:12]}: build the index again"
+        )
+    return recipe.load(folder, vectors), recipe, recall
+
+
+def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
+    """Recipe, recall and hash of the rows of a saved index, without loading it."""
+    about = json.loads((folder / "index.json").read_text())
+    if about["format"] > FORMAT:
+        raise ValueError(f"{folder} has a newer format than {FORMAT}: upgrade retrodiff")
+    options = dict(about["recipe"])
+    recipe = RECIPES[options.pop("name")](**options)
+    return recipe, Recall(**about["recall"]), about["rows"]
+
+
+def recipe_from_string(text: str) -> Recipe:
+    """The recipe that a command line names: ``annoy``, ``annoy:trees=20,rerank=200``."""
+    name, _, options = text.partition(":")
+    if name not in RECIPES:
+        raise ValueError(f"unknown index {name!r}; known: {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    known = {f.name: f for f in fields(recipe)}
+    values: dict[str, Any] = {}
+    last = ""
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals and isinstance(values.get(last), str):
+            values[last] += f",{option}"  # a faiss factory has commas of its own
+            continue
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; it has: {', '.join(known)}")
+        values[key] = value if known[key].type == "str" else int(value)
+        last = key
+    return recipe(**values)

@@ -1,0 +1,91 @@
+"""Approximate neighbors by a navigable graph: fast on a CPU, slower to build.
+
+USearch (Unum): HNSW graphs (Malkov & Yashunin 2016) with half-precision storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retrodiff.indexes.principal import rank_again, unit_rows
+from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.interfaces import Index
+
+
+@dataclass(frozen=True)
+class USearch:
+    """Recipe of a USearch index.
+
+    Args:
+        connectivity: edges per node of the graph.
+        expansion_add: candidates looked at while building.
+        expansion_search: candidates looked at in a search.
+        rerank: candidates ranked again by exact cosine.
+    """
+
+    connectivity: int = 16
+    expansion_add: int = 128
+    expansion_search: int = 128
+    rerank: int = 64
+    name = "usearch"
+
+    def build(self, vectors: Vectors, progress: bool = False) -> USearchIndex:
+        """Inserts every row into the graph."""
+        graph = self._empty(vectors.dim)
+        with tqdm(total=len(vectors), desc="usearch", unit="rows", disable=not progress) as bar:
+            for start, rows, norms in vectors.blocks(8192):
+                keys = np.arange(start, start + len(rows), dtype=np.uint64)
+                graph.add(keys, unit_rows(rows, norms).numpy())
+                bar.update(len(rows))
+        return USearchIndex(self, vectors, graph)
+
+    def load(self, folder: Path, vectors: Vectors) -> USearchIndex:
+        """The index that `USearchIndex.save` wrote, memory-mapped."""
+        graph = self._empty(vectors.dim)
+        graph.view(str(folder / "graph.usearch"))
+        return USearchIndex(self, vectors, graph)
+
+    def _empty(self, dim: int) -> Any:
+        try:
+            from usearch.index import Index as Graph
+        except ImportError as error:
+            raise ValueError(
+                "usearch is not installed: pip install usearch, or use the index Exact()"
+            ) from error
+        return Graph(
+            ndim=dim,
+            metric="cos",
+            dtype="f16",
+            connectivity=self.connectivity,
+            expansion_add=self.expansion_add,
+            expansion_search=self.expansion_search,
+        )
+
+
+class USearchIndex(Index):
+    """A graph, and exact cosine on what it finds."""
+
+    def __init__(self, recipe: USearch, vectors: Vectors, graph: Any):
+        self.recipe, self.vectors, self.graph = recipe, vectors, graph
+
+    def save(self, folder: Path) -> None:
+        """Writes the graph."""
+        self.graph.save(str(folder / "graph.usearch"))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
+        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
+        cpu = queries.detach().cpu().float()
+        points = unit_rows(cpu, cpu.norm(dim=1)).numpy()
+        found = [
+            torch.from_numpy(self.graph.search(point, n).keys.astype(np.int64)) for point in points
+        ]
+        return rank_again(self.vectors, queries, found, k)

@@ -1,0 +1,103 @@
+"""The stored embeddings as an index sees them: rows in parts that may lie on disk.
+
+Nothing here copies a part; whoever needs numbers asks for a block or for some rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Vectors:
+    """Rows of embeddings (m, d) in parts, with their norms.
+
+    Args:
+        parts: tensors (n, d) of any float type, memory-mapped or not, in the order of their rows.
+        norms: for each part the norms (n,) of the stored values; computed where not given.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], norms: Sequence[Tensor] | None = None):
+        self.parts = list(parts)
+        if not self.parts:
+            raise ValueError("no vectors: give at least one part, (0, d) if there is no row")
+        self.norms = list(norms) if norms is not None else [row_norms(part) for part in parts]
+        self.dim = self.parts[0].shape[1]
+        sizes = torch.tensor([0, *(len(part) for part in self.parts)])
+        self._starts = sizes.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, stored values (n, d) and norms (n,), at most ``size`` rows at a time."""
+        start = 0
+        for part, norms in zip(self.parts, self.norms, strict=True):
+            for i in range(0, len(part), size):
+                yield start + i, part[i : i + size], norms[i : i + size]
+            start += len(part)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Row numbers (n,) -> stored values (n, d) in float32."""
+        if len(self.parts) == 1:
+            return self.parts[0][indices].float()
+        out = torch.empty(len(indices), self.dim)
+        order = indices.argsort()
+        counts = torch.bincount(
+            torch.searchsorted(self._starts, indices, right=True) - 1, minlength=len(self.parts)
+        )
+        at = 0
+        for i in counts.nonzero().flatten().tolist():
+            chosen = order[at : at + int(counts[i])]
+            out[chosen] = self.parts[i][indices[chosen] - self._starts[i]].float()
+            at += len(chosen)
+        return out
+
+    def select(self, rows: Tensor) -> VectorsView:
+        """Some of the rows (n,), numbered anew in the given order; copies nothing."""
+        return VectorsView(self, rows)
+
+
+class VectorsView(Vectors):
+    """Chosen rows of other vectors; gathered block by block when they are searched."""
+
+    def __init__(self, vectors: Vectors, chosen: Tensor):
+        self.vectors, self.chosen, self.dim = vectors, chosen, vectors.dim
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, stored values (n, d) and norms (n,), at most ``size`` rows at a time."""
+        for i in range(0, len(self.chosen), size):
+            block = self.rows(torch.arange(i, min(i + size, len(self.chosen))))
+            yield i, block, row_norms(block)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Row numbers (n,) of the view -> stored values (n, d) in float32."""
+        return self.vectors.rows(self.chosen[indices])
+
+
+def row_norms(rows: Tensor, block: int = 8192) -> Tensor:
+    """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all."""
+    norms = [part.float().norm(dim=1) for part in rows.split(block)]
+    return torch.cat(norms) if norms else torch.empty(0)
+
+
+def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
+    """Refuses what no index could answer."""
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise ValueError(
+            f"queries have shape {tuple(queries.shape)}, the index holds vectors of width {dim}: "
+            "use the encoder that the database was built with"
+        )
+    if not 1 <= k <= rows:
+        raise ValueError(
+            f"k={k} neighbors asked of {rows} rows: ask for at most {rows}, or add rows"
+            if k > rows
+            else f"k={k}: ask for at least one neighbor"
+        )
+    if not queries.isfinite().all():
+        raise ValueError("a query holds NaN or infinity: look at the encoder that made it")

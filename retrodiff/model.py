@@ -1,0 +1,550 @@
+"""The built model: every component in its place, frozen; sample, train, swap, save.
+
+``model.replace(database=art)`` is the paper's test-time swap and leaves the old model as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from retrodiff.checkpoints.native import load_components, save_components
+from retrodiff.checks import check_components
+from retrodiff.diffusion.generator import DiffusionGenerator
+from retrodiff.diffusion.guidance import ClassifierFree
+from retrodiff.diffusion.sampler import sampler_named
+from retrodiff.generation import Generation
+from retrodiff.interfaces import (
+    Autoencoder,
+    Conditioner,
+    Context,
+    Database,
+    Denoiser,
+    Encoder,
+    Guidance,
+    Mode,
+    Neighbors,
+    ProposalDistribution,
+    Query,
+    Record,
+    Retriever,
+    Sampler,
+    Schedule,
+    TextEncoder,
+    TrainableDenoiser,
+)
+from retrodiff.progress import progress_bar
+from retrodiff.retrieval.retriever import RandomOfTop
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A retrieval-augmented diffusion model. Make one with `Builder` or a preset.
+
+    Args:
+        encoder: places images and prompts; None where nothing is ever encoded.
+        database: what is retrieved from; None: only modes without a search work.
+        retriever: which rows.
+        proposal: what unconditional sampling asks; None: it is refused.
+        conditioner: how they enter the network.
+        denoiser: the network, as ``(x, sigma) -> denoised``.
+        guidance: how strongly the condition acts.
+        sampler: how noise becomes data.
+        autoencoder: in which space.
+        schedule: at which noise levels; None: the denoiser's own.
+        k: tokens that condition an image, unless asked otherwise.
+        prompt_template: turns a class name into a prompt.
+        class_top: l, the nearest rows of a class prompt that k are drawn from.
+        steps: of the sampler, unless asked otherwise.
+    """
+
+    denoiser: Denoiser
+    conditioner: Conditioner
+    retriever: Retriever
+    guidance: Guidance
+    sampler: Sampler
+    autoencoder: Autoencoder
+    schedule: Schedule | None = None
+    encoder: Encoder | None = None
+    database: Database | None = None
+    proposal: ProposalDistribution | None = None
+    k: int = 4
+    prompt_template: str = "A photo of {}"
+    class_top: int = 20
+    steps: int = 50
+
+    # --- sampling ------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+        images: Tensor | None = None,
+        query: Query | None = None,
+        n: int | None = None,
+        mode: Mode | Sequence[Mode] | None = None,
+        k: int | None = None,
+        guidance: Guidance | float | None = None,
+        sampler: Sampler | str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> Generation:
+        """Generates images. Give one of prompts, classes, images, query, or n alone.
+
+        Args:
+            prompts: texts, one image each (repeat a prompt for more).
+            classes: class names, put into the prompt template.
+            images: (b, c, h, w) in [-1, 1], whose neighbors condition.
+            query: embeddings of your own.
+            n: number of unconditional images.
+            mode: ``text`` the prompt's embedding alone, no search; ``text+neighbors`` it and its
+                k - 1 neighbors; ``neighbors`` k neighbors of it; ``class`` k drawn from the
+                class prompt's top rows; ``image`` k neighbors of the image; ``unconditional``
+                k neighbors of a row drawn from the proposal. One word, or one per row. By default
+                ``text+neighbors``, ``class``, ``image``, ``neighbors`` or ``unconditional``, by
+                what was given.
+            k: tokens that condition an image; ``text`` always has one.
+            guidance: a classifier-free scale or a Guidance; None: the model's.
+            sampler: a Sampler or its name; None: the model's.
+            steps: of the sampler; None: the model's.
+            seed: of everything random. The same seed gives the same images.
+            batch_size: images per network call (twice that under guidance).
+            progress: show a bar.
+
+        Raises:
+            ValueError: what was given does not fit together, or a part is missing; says which.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        k = self.k if k is None else k
+        modes, asked = self._modes(prompts, classes, images, query, n, mode)
+        total = len(modes)
+        noise = torch.randn(total, *self.denoiser.shape, generator=generator)
+        guidance = self._guidance(guidance)
+        steps = self.steps if steps is None else steps
+        chosen = dataclasses.replace(self.generator(sampler), guidance=guidance)
+
+        parts: list[tuple[Tensor, Tensor, Query, Neighbors]] = []
+        order: list[int] = []
+        with progress_bar(total * steps, "sampling", progress) as bar:
+            for word in dict.fromkeys(modes):
+                rows = [i for i, other in enumerate(modes) if other == word]
+                order += rows
+                asking = self._query(word, asked, rows, generator)
+                neighbors = self.neighbors(asking, word, k)
+                for start in range(0, len(rows), batch_size):
+                    part = slice(start, min(start + batch_size, len(rows)))
+                    context = self.conditioner.condition(asking.rows(part), neighbors.rows(part))
+                    if not _tokens(context) and self.denoiser.widths:
+                        raise ValueError(
+                            f"k={k} leaves mode {word!r} without a single token, but the denoiser "
+                            "takes a condition: use k of 1 or more, or mode='text'"
+                        )
+                    latents = self._run(
+                        chosen, context, noise[rows[part]], steps, generator, bar.update
+                    )
+                    images_ = chosen.decode(latents).cpu()
+                    parts.append((images_, latents.cpu(), asking.rows(part), neighbors.rows(part)))
+        settings = {
+            "mode": list(modes) if len(set(modes)) > 1 else modes[0],
+            "k": k,
+            "steps": steps,
+            "seed": seed,
+            "guidance": repr(guidance),
+            "sampler": repr(chosen.sampler),
+            "schedule": repr(chosen.schedule),
+            "batch_size": batch_size,
+            "database": None if self.database is None else vars(self.database.fingerprint),
+        }
+        return _gathered(parts, order, settings)
+
+    def neighbors(self, query: Query, mode: Mode, k: int) -> Neighbors:
+        """The k tokens that condition each query in a mode, with their records.
+
+        ``text`` touches no database, and neither does k = 0.
+        """
+        itself = Neighbors.of_query(query)
+        if not self.conditioner.uses_neighbors:
+            found = itself
+        elif mode == "text":
+            found = itself
+        elif mode == "text+neighbors":
+            found = itself
+            if k > 1:
+                found = Neighbors.cat([itself, self._retrieve(query, mode, k - 1)])
+        elif k == 0:
+            found = itself.take(torch.zeros(0, dtype=torch.int64))
+        else:
+            found = self._retrieve(query, mode, k)
+        return dataclasses.replace(found, records=self._records(query, found))
+
+    def sample_latents(
+        self,
+        *,
+        context: Context | Tensor,
+        null: Context | Tensor | None = None,
+        noise: Tensor,
+        sampler: Sampler | str | None = None,
+        steps: int | None = None,
+        guidance: Guidance | float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Latents (b, c, h, w) in the denoiser's own space, from tokens that you hold.
+
+        Args:
+            context: a Context, or tokens (b, k, d).
+            null: the unconditional branch's; None: the conditioner's null.
+            noise: standard normal (b, c, h, w).
+            sampler: a Sampler or its name; None: the model's.
+            steps: of the sampler; None: the model's.
+            guidance: a scale or a Guidance; None: the model's.
+            generator: randomness of stochastic samplers.
+        """
+        (stream,) = list(self.denoiser.widths) or ["neighbors"]
+        if isinstance(context, Tensor):
+            context = Context.of(context, stream)
+        if isinstance(null, Tensor):
+            null = Context.of(null, stream)
+        chosen = dataclasses.replace(self.generator(sampler), guidance=self._guidance(guidance))
+        return chosen.latents(
+            context,
+            self.conditioner.null(context) if null is None else null,
+            noise,
+            self.steps if steps is None else steps,
+            generator,
+        )
+
+    def generator(self, sampler: Sampler | str | None = None) -> DiffusionGenerator:
+        """The diffusion half of the model."""
+        if isinstance(sampler, str):
+            sampler = sampler_named(sampler)
+        return DiffusionGenerator(
+            denoiser=self.denoiser,
+            guidance=self.guidance,
+            sampler=sampler or self.sampler,
+            schedule=self.schedule or self.denoiser.schedule,
+            autoencoder=self.autoencoder,
+        )
+
+    # --- training ------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        images: Tensor,
+        query: Query,
+        neighbors: Neighbors,
+        generator: torch.Generator | None = None,
+        *,
+        sigma: Tensor | None = None,
+        noise: Tensor | None = None,
+        drop: bool = True,
+    ) -> Tensor:
+        """The training objective of each image (b,).
+
+        Args:
+            images: (b, c, h, w) in [-1, 1].
+            query: the images' own embeddings.
+            neighbors: theirs.
+            generator: of noise levels, noise and conditioning dropout, in that order.
+            sigma: (b,) noise levels; None: drawn from the training distribution.
+            noise: standard normal; None: drawn.
+            drop: apply conditioning dropout.
+        """
+        denoiser = self.denoiser
+        if not isinstance(denoiser, TrainableDenoiser):
+            raise ValueError(
+                f"{type(denoiser).__name__} has no loss and no draw_sigmas, so it cannot be "
+                "trained: use one of retrodiff.diffusion's denoisers, or add the two methods"
+            )
+        with torch.no_grad():
+            x0 = self.autoencoder.encode(images)
+        if tuple(x0.shape[1:]) != tuple(denoiser.shape):
+            raise ValueError(
+                f"images {tuple(images.shape[1:])} have latents {tuple(x0.shape[1:])}, which do "
+                f"not match the denoiser's shape={tuple(denoiser.shape)}: resize the images or "
+                "build the network for them"
+            )
+        if sigma is None:
+            sigma = denoiser.draw_sigmas(x0.shape[0], generator)
+        if noise is None:
+            noise = torch.randn(x0.shape, generator=generator)
+        context = self.conditioner.condition(query, neighbors)
+        if drop:
+            context = self.conditioner.drop(context, generator)
+        return denoiser.loss(x0, sigma.to(x0.device), noise.to(x0), context.to(x0.device))
+
+    # --- change and keep -----------------------------------------------------------------------
+
+    def replace(self, **components: Any) -> Model:
+        """A model with other components; this one stays as it was.
+
+        A new database leaves a fitted proposal behind: unconditional sampling then asks for
+        ``Uniform()`` or ``NeighborCounts.fit(queries, database, k)``. Everything is checked again.
+        """
+        if "database" in components and "proposal" not in components:
+            proposal = self.proposal
+            if proposal is not None and not _fits(proposal, components["database"]):
+                components["proposal"] = None
+        unknown = set(components) - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise ValueError(
+                f"a model has no {', '.join(sorted(unknown))}: its parts are "
+                f"{', '.join(f.name for f in dataclasses.fields(self))}"
+            )
+        model = dataclasses.replace(self, **components)
+        check_components({f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
+        return model
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """A folder of safetensors and JSON; see `retrodiff.checkpoints.native`."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        save_components(parts, Path(folder), overwrite=overwrite)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, **components: Any) -> Model:
+        """What `save` wrote; components given here take the place of the saved ones."""
+        parts = load_components(Path(folder), components)
+        check_components(parts)
+        return cls(**parts)
+
+    def to(self, device: torch.device | str) -> Model:
+        """Moves the weights of denoiser and autoencoder; returns the model itself."""
+        for part in (self.denoiser, self.autoencoder):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+    # --- how sample does it --------------------------------------------------------------------
+
+    def _modes(
+        self,
+        prompts: Sequence[str] | None,
+        classes: Sequence[str] | None,
+        images: Tensor | None,
+        query: Query | None,
+        n: int | None,
+        mode: Mode | Sequence[Mode] | None,
+    ) -> tuple[list[Mode], dict[str, Any]]:
+        given: dict[str, Any] = {
+            name: value
+            for name, value in {
+                "prompts": prompts,
+                "classes": classes,
+                "images": images,
+                "query": query,
+            }.items()
+            if value is not None
+        }
+        if len(given) > 1 or (not given and n is None) or (given and n is not None):
+            named = ", ".join([*given, *(["n"] if n is not None else [])]) or "none"
+            raise ValueError(
+                f"sample takes exactly one of prompts, classes, images, query and n, got {named}"
+            )
+        name, value = next(iter(given.items()), ("n", n))
+        if isinstance(value, str):
+            raise ValueError(f"{name} is one string, but a list is taken: [{value!r}]")
+        total = value if isinstance(value, int) else len(cast("Sequence[Any]", value))
+        if total < 1:
+            raise ValueError(f"{name} asks for {total} images, but at least one is needed")
+        defaults: dict[str, Mode] = {
+            "prompts": "text+neighbors",
+            "classes": "class",
+            "images": "image",
+            "query": "neighbors",
+            "n": "unconditional",
+        }
+        mode = mode or defaults[name]
+        modes: list[Mode] = [cast("Mode", mode)] * total if isinstance(mode, str) else list(mode)
+        if len(modes) != total:
+            raise ValueError(f"mode has {len(modes)} words for {total} rows of {name}")
+        fitting: dict[str, tuple[Mode, ...]] = {
+            "prompts": ("text", "text+neighbors", "neighbors"),
+            "classes": ("class", "text", "text+neighbors", "neighbors"),
+            "images": ("image",),
+            "query": ("text", "text+neighbors", "neighbors"),
+            "n": ("unconditional",),
+        }
+        for word in dict.fromkeys(modes):
+            if word not in MODES:
+                raise ValueError(f"unknown mode {word!r}: choose one of {', '.join(MODES)}")
+            if word not in fitting[name]:
+                raise ValueError(
+                    f"mode {word!r} does not go with {name}: give "
+                    f"{next(key for key, words in fitting.items() if word in words)}, or use "
+                    f"{' or '.join(fitting[name])}"
+                )
+        return modes, {name: value}
+
+    def _query(
+        self, mode: Mode, asked: dict[str, Any], rows: list[int], generator: torch.Generator
+    ) -> Query:
+        name, value = next(iter(asked.items()))
+        if name == "query":
+            return dataclasses.replace(value.rows(rows), generator=generator)
+        if name == "n":
+            database = self._database(mode)
+            if self.proposal is None:
+                raise ValueError(
+                    "unconditional sampling needs a proposal distribution and this model has "
+                    "none: set proposal=Uniform(), or fit one to its database with "
+                    "NeighborCounts.fit(queries, database, k)"
+                )
+            return self.proposal.propose(database, len(rows), generator)
+        encoder = self.encoder
+        if encoder is None:
+            raise ValueError(f"{name} need an encoder and this model has none: set encoder=...")
+        if name == "images":
+            source = tuple(f"image {i}" for i in rows)
+            return Query(self._encode(value[rows]), source, None, generator)
+        prompts: list[str] = [value[i] for i in rows]
+        if name == "classes":
+            prompts = [self.prompt_template.format(c) for c in prompts]
+        if not isinstance(encoder, TextEncoder):
+            raise ValueError(
+                f"{name} need an encoder of text, but {type(encoder).__name__} has no text tower "
+                "(no encode_text): use a CLIPEncoder, or ask with images="
+            )
+        distinct = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            embedded = encoder.encode_text(distinct)
+        at = torch.tensor([distinct.index(p) for p in prompts], device=embedded.device)
+        return Query(embedded[at], tuple(prompts), None, generator)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        assert self.encoder is not None
+        with torch.no_grad():
+            return self.encoder.encode_image(images)
+
+    def _retrieve(self, query: Query, mode: Mode, k: int) -> Neighbors:
+        database = self._database(mode)
+        retriever = self.retriever
+        if mode == "class":
+            retriever = RandomOfTop(retriever, min(max(self.class_top, k), len(database)))
+        return retriever.retrieve(query, database, k)
+
+    def _database(self, mode: Mode) -> Database:
+        if self.database is None:
+            raise ValueError(
+                f"mode {mode!r} retrieves, but this model has no database: set "
+                "database=open_database(path), or use mode='text', which needs none"
+            )
+        return self.database
+
+    def _records(self, query: Query, found: Neighbors) -> tuple[tuple[Record, ...], ...]:
+        flat = found.indices.reshape(len(query), -1)
+        stored = flat >= 0
+        known: list[Record] = []
+        if self.database is not None and bool(stored.any()):
+            known = self.database.records(flat[stored].cpu())
+        rest = iter(known)
+        return tuple(
+            tuple(
+                next(rest)
+                if row >= 0
+                else {"query": query.source[i] if i < len(query.source) else None}
+                for row in rows
+            )
+            for i, rows in enumerate(flat.tolist())
+        )
+
+    def _guidance(self, guidance: Guidance | float | None) -> Guidance:
+        if guidance is None:
+            return self.guidance
+        if isinstance(guidance, (int, float)):
+            return ClassifierFree(float(guidance))
+        return guidance
+
+    def _run(
+        self,
+        chosen: DiffusionGenerator,
+        context: Context,
+        noise: Tensor,
+        steps: int,
+        generator: torch.Generator,
+        done: Callable[[int], Any],
+    ) -> Tensor:
+        device = getattr(self.denoiser, "device", noise.device)
+        context = context.to(device)
+        training = isinstance(self.denoiser, nn.Module) and self.denoiser.training
+        if training:
+            cast("nn.Module", self.denoiser).eval()
+        try:
+            return chosen.latents(
+                context,
+                self.conditioner.null(context),
+                noise.to(device),
+                steps,
+                generator,
+                lambda step, denoised: done(len(noise)),
+            )
+        finally:
+            if training:
+                cast("nn.Module", self.denoiser).train()
+
+
+def _tokens(context: Context) -> int:
+    return sum(tokens.values.shape[-2] for tokens in context.streams.values())
+
+
+def _fits(proposal: ProposalDistribution, database: Database | None) -> bool:
+    if database is None:
+        return False
+    try:
+        proposal.support(database)
+    except ValueError:
+        return False
+    return True
+
+
+def _gathered(
+    parts: list[tuple[Tensor, Tensor, Query, Neighbors]], order: list[int], settings: dict[str, Any]
+) -> Generation:
+    """Parts in the order in which they ran -> one Generation in the order in which they were asked.
+
+    Modes differ in k; shorter neighbor lists are filled up with row -1 and similarity 0.
+    """
+    back = torch.tensor(order).argsort()
+    width = max(neighbors.k for *_, neighbors in parts)
+    padded = [_widened(neighbors, width) for *_, neighbors in parts]
+    records = tuple(r for neighbors in padded for r in neighbors.records)
+    source = tuple(s for _, _, query, _ in parts for s in query.source)
+    positions = back.tolist()
+    return Generation(
+        torch.cat([images for images, *_ in parts])[back],
+        torch.cat([latents for _, latents, *_ in parts])[back],
+        Query(
+            torch.cat([query.embedding.cpu() for _, _, query, _ in parts])[back],
+            tuple(source[i] for i in positions) if source else (),
+        ),
+        Neighbors(
+            torch.cat([n.indices.cpu() for n in padded])[back],
+            torch.cat([n.similarity.cpu() for n in padded])[back],
+            torch.cat([n.embeddings.cpu() for n in padded])[back],
+            tuple(records[i] for i in positions) if records else (),
+        ),
+        settings,
+    )
+
+
+def _widened(neighbors: Neighbors, k: int) -> Neighbors:
+    missing = k - neighbors.k
+    if missing == 0:
+        return neighbors
+    shape = (*neighbors.indices.shape[:-1], missing)
+    filler = Neighbors(
+        torch.full(shape, -1, device=neighbors.indices.device),
+        neighbors.similarity.new_zeros(shape),
+        neighbors.embeddings.new_zeros(*shape, neighbors.embeddings.shape[-1]),
+    )
+    return dataclasses.replace(Neighbors.cat([neighbors, filler]), records=neighbors.records)

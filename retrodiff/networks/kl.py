@@ -1,0 +1,91 @@
+"""The first stage of the 768x768 model: images to Gaussian latents and back.
+
+The KL-regularized autoencoder of Rombach et al. 2022 (arXiv 2112.10752). Its latents are wide, so
+the diffusion model sees them times ``scale_factor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from retrodiff.networks.codec import Decoder, Encoder, check_images
+
+
+class KLAutoencoder(nn.Module):
+    """Images in [-1, 1] <-> latents: the mean of the posterior, times ``scale_factor``.
+
+    Args:
+        channels: channels of the first level.
+        multipliers: channels of each level as a multiple of ``channels``; each level but the last
+            halves the resolution.
+        blocks_per_level: residual blocks of each level; the decoder has one more.
+        latent_channels: channels of a latent.
+        feature_channels: channels between encoder and latent; None: ``latent_channels``.
+        attention_factors: downsampling factors with attention; the middle always has it.
+        image_channels: channels of an image.
+        scale_factor: latents are the encoder's mean times this number, about one over its standard
+            deviation: what `encode` returns and `decode` takes is in the diffusion model's space.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        latent_channels: int,
+        feature_channels: int | None = None,
+        attention_factors: Sequence[int] = (),
+        image_channels: int = 3,
+        scale_factor: float = 1.0,
+    ):
+        super().__init__()
+        features = latent_channels if feature_channels is None else feature_channels
+        self._config = {
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "blocks_per_level": blocks_per_level,
+            "latent_channels": latent_channels,
+            "feature_channels": features,
+            "attention_factors": list(attention_factors),
+            "image_channels": image_channels,
+            "scale_factor": scale_factor,
+        }
+        self.image_channels, self.latent_channels = image_channels, latent_channels
+        self.scale_factor = scale_factor
+        shape = {
+            "channels": channels,
+            "multipliers": multipliers,
+            "blocks_per_level": blocks_per_level,
+            "attention_factors": attention_factors,
+        }
+        self.encoder = Encoder(in_channels=image_channels, out_channels=2 * features, **shape)
+        self.to_latent = nn.Conv2d(2 * features, 2 * latent_channels, 1)
+        self.from_latent = nn.Conv2d(latent_channels, features, 1)
+        self.decoder = Decoder(in_channels=features, out_channels=image_channels, **shape)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: ``KLAutoencoder(**config)`` is the same architecture."""
+        return dict(self._config)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position and side."""
+        return 2 ** (len(self.encoder.levels) - 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, c, h, w) -> mean and log-variance (b, latent, h/f, w/f), without the scale."""
+        check_images(images, self.image_channels, self.factor)
+        mean, log_variance = self.to_latent(self.encoder(images)).contiguous().chunk(2, dim=1)
+        return mean, log_variance
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] -> the posterior's mean times ``scale_factor``."""
+        return self.moments(images)[0] * self.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, latent, h, w), scaled -> images (b, c, f*h, f*w) in about [-1, 1]."""
+        return self.decoder(self.from_latent(latents / self.scale_factor)).contiguous()

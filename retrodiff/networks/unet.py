@@ -1,0 +1,388 @@
+"""The paper's denoising network: a convolutional UNet that attends to neighbor embeddings.
+
+The UNet of Rombach et al. 2022 (arXiv 2112.10752), with the neighbors of Blattmann et al. 2022
+(arXiv 2204.11824) as tokens of its cross-attention. It predicts the noise: ``(x, t, neighbors) ->
+eps``; `retrodiff.diffusion` turns it into a denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retrodiff.interfaces import Context, Tokens
+from retrodiff.networks.blocks import (
+    GROUPS,
+    Downsample,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+    zeroed,
+)
+from retrodiff.networks.transformer import SpatialTransformer, repeated
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PreparedContext:
+    """A context as every layer needs it: what `UNet.prepare` returns, for one sampling run.
+
+    Args:
+        layers: one entry for each cross-attention, in the order of the forward pass.
+        rows: b of the context.
+        regions: of the latent, each with its own tokens.
+        vector: (b, v), joins the timestep embedding.
+    """
+
+    layers: tuple[Any, ...]
+    rows: int
+    regions: int = 1
+    vector: Tensor | None = None
+
+
+class UNet(nn.Module):
+    """Noise prediction ``(x, timesteps, context) -> eps``.
+
+    Args:
+        in_channels: channels of a latent.
+        out_channels: channels of the prediction.
+        size: height and width of the latents it is meant for; others work too, as long as they can
+            be halved once per level.
+        channels: channels of the first level.
+        multipliers: channels of each level as a multiple of ``channels``.
+        blocks_per_level: residual blocks of each level on the way down; one more on the way up.
+        attention_factors: downsampling factors at which positions attend to each other and to the
+            neighbors; the middle always does.
+        context_width: d of the neighbors; None: a network without cross-attention.
+        streams: names of the context streams it is meant for, all of width ``context_width``.
+        channels_per_head: width of an attention head.
+        vector_width: v of a vector that joins the timestep embedding; None: there is none.
+        depth: transformer blocks at each place that attends.
+        dropout: probability inside the residual blocks.
+        gradient_checkpointing: recompute the blocks in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_factors: Sequence[int],
+        context_width: int | None,
+        streams: Sequence[str] = ("neighbors",),
+        channels_per_head: int = 32,
+        vector_width: int | None = None,
+        depth: int = 1,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if channels % GROUPS:
+            raise ValueError(
+                f"channels={channels} is not a multiple of {GROUPS}, the groups of every norm: "
+                f"choose one that is"
+            )
+        self.in_channels, self.out_channels, self.size = in_channels, out_channels, size
+        self.channels, self.multipliers = channels, tuple(multipliers)
+        self.blocks_per_level, self.attention_factors = blocks_per_level, tuple(attention_factors)
+        self.context_width, self.streams = context_width, tuple(streams)
+        self.channels_per_head = channels_per_head
+        self.vector_width, self.depth, self.dropout = vector_width, depth, dropout
+        self.gradient_checkpointing = gradient_checkpointing
+
+        time_width = 4 * channels
+
+        def stage(width_in: int, width_out: int, attends: bool) -> Stage:
+            res = ResBlock(width_in, width_out, time_width=time_width, dropout=dropout)
+            transformer = None
+            if attends:
+                transformer = SpatialTransformer(
+                    width_out,
+                    context_width=context_width,
+                    channels_per_head=channels_per_head,
+                    depth=depth,
+                )
+            zeroed(res.conv2)
+            return Stage(res, transformer)
+
+        self.time = nn.Sequential(
+            nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+        )
+        self.vector = None if vector_width is None else nn.Linear(vector_width, time_width)
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+
+        width, skips = channels, [channels]
+        last = len(self.multipliers) - 1
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(self.multipliers):
+            stages: list[Stage] = []
+            for _ in range(blocks_per_level):
+                stages.append(
+                    stage(width, multiplier * channels, 2**level in self.attention_factors)
+                )
+                width = multiplier * channels
+                skips.append(width)
+            self.down.append(Level(stages, None if level == last else Downsample(width)))
+            if level != last:
+                skips.append(width)
+
+        self.middle = nn.ModuleList([stage(width, width, True), stage(width, width, False)])
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(self.multipliers))):
+            stages = []
+            for _ in range(blocks_per_level + 1):
+                new = self.multipliers[level] * channels
+                stages.append(stage(width + skips.pop(), new, 2**level in self.attention_factors))
+                width = new
+            self.up.append(Level(stages, Upsample(width) if level else None))
+
+        self.norm_out = nn.GroupNorm(GROUPS, channels)
+        self.conv_out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: ``UNet(**unet.config())`` is the same architecture."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "size": self.size,
+            "channels": self.channels,
+            "multipliers": list(self.multipliers),
+            "blocks_per_level": self.blocks_per_level,
+            "attention_factors": list(self.attention_factors),
+            "context_width": self.context_width,
+            "streams": list(self.streams),
+            "channels_per_head": self.channels_per_head,
+            "vector_width": self.vector_width,
+            "depth": self.depth,
+            "dropout": self.dropout,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of the latents it is meant for."""
+        return self.in_channels, self.size, self.size
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each context stream; empty: takes no tokens."""
+        return {} if self.context_width is None else dict.fromkeys(self.streams, self.context_width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.conv_in.weight.dtype
+
+    def prepare(self, context: Tensor | Context | None) -> PreparedContext:
+        """All that the denoising steps share about a context: compute it once, hand it in often.
+
+        Args:
+            context: neighbors (b, k, d), or (b, r, k, d) with r = g*g regions of the latent, row by
+                row; or a `Context`, whose streams are joined along k.
+
+        Raises:
+            ValueError: the context and the network do not fit.
+        """
+        if isinstance(context, Tensor):
+            context = Context.of(context)
+        vector = None if context is None else context.vector
+        if (vector is None) != (self.vector_width is None) or (
+            vector is not None and vector.shape[-1] != self.vector_width
+        ):
+            raise ValueError(
+                f"context.vector has width {None if vector is None else vector.shape[-1]}, the "
+                f"network was built with vector_width={self.vector_width}: make them agree"
+            )
+        tokens = None if context is None else _joined(context)
+        if self.context_width is None:
+            if tokens is not None:
+                raise ValueError(
+                    "the context has tokens, but this network has no cross-attention "
+                    "(context_width=None): build it with the width of the tokens"
+                )
+            return PreparedContext((), 0 if vector is None else len(vector), 1, vector)
+        if tokens is None or tokens.values.shape[-2] == 0:
+            raise ValueError(
+                f"the context has no tokens, but the network attends to tokens of width "
+                f"{self.context_width}: hand in (b, k, {self.context_width}) with k >= 1, zeros "
+                "for the null condition"
+            )
+        if tokens.values.shape[-1] != self.context_width:
+            raise ValueError(
+                f"tokens of width {tokens.values.shape[-1]} do not fit the network's "
+                f"context_width={self.context_width}: use the encoder it was trained with"
+            )
+        values = tokens.values
+        if not torch.is_autocast_enabled(values.device.type):
+            tokens = replace(tokens, values=values.to(self.dtype))
+        layers = tuple(
+            block.prepare(tokens, positions=(self.size // factor) ** 2)
+            for transformer, factor in self._transformers()
+            for block in transformer.cross_attentions()
+        )
+        regions = values.shape[1] if values.ndim == 4 else 1
+        return PreparedContext(layers, len(values), regions, vector)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Context | PreparedContext | None = None,
+    ) -> Tensor:
+        """The noise in x.
+
+        A context may have m times as many rows as x: the m branches of guidance, one after the
+        other. What they share, up to the first cross-attention, is then computed once; the result
+        is that of x repeated m times.
+
+        Args:
+            x: noisy latents (b, c, h, w).
+            timesteps: (b,) or (), integer or fractional.
+            context: tokens (b, k, d) or (b, r, k, d), a `Context`, or what `prepare` returned.
+
+        Returns:
+            eps (rows of the context, out_channels, h, w), in x's dtype.
+
+        Raises:
+            ValueError: the latent cannot be halved often enough, or the context does not fit.
+        """
+        prepared = context if isinstance(context, PreparedContext) else self.prepare(context)
+        self._check(x, prepared)
+        time = timestep_embedding(timesteps.expand(len(x)), self.channels).to(self.dtype)
+        time = self.time(time)
+        h = x.to(self.dtype)
+        if self.vector is not None and prepared.vector is not None:
+            time = repeated(time, prepared.rows) + self.vector(prepared.vector.to(self.dtype))
+            h = repeated(h, prepared.rows)
+        time = F.silu(time)
+        # Convolutions are fastest in this layout, and the transformers' (b, n, c) is the same one.
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+
+        layers, skips = iter(prepared.layers), [h]
+
+        def run(stage: Stage, h: Tensor) -> Tensor:
+            mine = [next(layers, None) for _ in range(self.depth if stage.transformer else 0)]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(stage, h, time, mine, prepared.rows, use_reentrant=False)
+            return stage(h, time, mine, prepared.rows)
+
+        for level in _all(self.down, Level):
+            for stage in _all(level.stages, Stage):
+                h = run(stage, h)
+                skips.append(h)
+            if level.resize is not None:
+                h = level.resize(h)
+                skips.append(h)
+        for stage in _all(self.middle, Stage):
+            h = run(stage, h)
+        for level in _all(self.up, Level):
+            for stage in _all(level.stages, Stage):
+                h = run(stage, torch.cat([h, repeated(skips.pop(), len(h))], 1))
+            if level.resize is not None:
+                h = level.resize(h)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype).contiguous()
+
+    def _transformers(self) -> Iterator[tuple[SpatialTransformer, int]]:
+        """Every transformer and its downsampling factor, in the order of the forward pass."""
+        last = len(self.multipliers) - 1
+        down, up = list(_all(self.down, Level)), list(_all(self.up, Level))
+        places = [
+            *((2**i, level.stages) for i, level in enumerate(down)),
+            (2**last, self.middle),
+            *((2 ** (last - i), level.stages) for i, level in enumerate(up)),
+        ]
+        for factor, stages in places:
+            for stage in _all(stages, Stage):
+                if stage.transformer is not None:
+                    yield stage.transformer, factor
+
+    def _check(self, x: Tensor, prepared: PreparedContext) -> None:
+        factor = 2 ** (len(self.multipliers) - 1)
+        height, width = x.shape[-2:]
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, the network takes (b, {self.in_channels}, h, w)"
+            )
+        if height % factor or width % factor:
+            raise ValueError(
+                f"a latent of {height}x{width} cannot be halved {len(self.multipliers) - 1} times: "
+                f"use multiples of {factor}"
+            )
+        if prepared.rows and prepared.rows % len(x):
+            raise ValueError(
+                f"x has {len(x)} rows, the context {prepared.rows}: hand in as many of both, or a "
+                "whole multiple for the branches of guidance"
+            )
+
+
+class Stage(nn.Module):
+    """A residual block and, where positions attend, a transformer.
+
+    Args:
+        res: the residual block.
+        transformer: None where nothing attends.
+    """
+
+    def __init__(self, res: ResBlock, transformer: SpatialTransformer | None):
+        super().__init__()
+        self.res = res
+        self.transformer = transformer
+
+    def forward(self, h: Tensor, time: Tensor, prepared: Sequence[Any], rows: int) -> Tensor:
+        """(b, c, h, w) -> (b, out, h, w), or (rows, out, h, w) from the first transformer on."""
+        h = self.res(h, repeated(time, len(h)))
+        return h if self.transformer is None else self.transformer(h, prepared, rows)
+
+
+class Level(nn.Module):
+    """The stages of one resolution, and the way to the next.
+
+    Args:
+        stages: in the order of the forward pass.
+        resize: `Downsample` or `Upsample`; None at the end.
+    """
+
+    def __init__(self, stages: Sequence[Stage], resize: nn.Module | None):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.resize = resize
+
+
+def _all(modules: nn.ModuleList, kind: type[M]) -> Iterator[M]:
+    """The modules of a list, with the type that a `ModuleList` forgets."""
+    return cast("Iterator[M]", iter(modules))
+
+
+def _joined(context: Context) -> Tokens | None:
+    """All streams of a context, joined along k."""
+    streams = list(context.streams.values())
+    if len(streams) <= 1:
+        return streams[0] if streams else None
+    widths = {name: t.values.shape[-1] for name, t in context.streams.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"streams of widths {widths} cannot be joined: project them to one width first"
+        )
+    mask = None
+    if any(t.mask is not None for t in streams):
+        masks = [
+            t.values.new_ones(t.values.shape[:-1], dtype=torch.bool) if t.mask is None else t.mask
+            for t in streams
+        ]
+        mask = torch.cat(masks, -1)
+    return Tokens(
+        torch.cat([t.values for t in streams], -2), mask, min(t.null_rows for t in streams)
+    )

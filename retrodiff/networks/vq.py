@@ -1,0 +1,117 @@
+"""The first stage of the paper's models: images to small latents and back through a codebook.
+
+VQGAN (Esser et al. 2021, arXiv 2012.09841) in the form of Rombach et al. 2022: diffusion runs on
+the latent *before* quantization, and decoding quantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from retrodiff.networks.codec import Decoder, Encoder, check_images
+
+ROWS_AT_ONCE = 8192
+"""Latent positions compared with the codebook at a time: with 8,192 codes 256 MB in float32."""
+
+
+class VQAutoencoder(nn.Module):
+    """Images in [-1, 1] <-> latents, quantized on the way back.
+
+    Args:
+        channels: channels of the first level.
+        multipliers: channels of each level as a multiple of ``channels``; each level but the last
+            halves the resolution.
+        blocks_per_level: residual blocks of each level; the decoder has one more.
+        latent_channels: channels of a latent, width of a code.
+        codes: number of codes.
+        feature_channels: channels between encoder and latent; None: ``latent_channels``.
+        attention_factors: downsampling factors with attention; the middle always has it.
+        image_channels: channels of an image.
+        scale_factor: latents are the encoder's times this number.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        latent_channels: int,
+        codes: int,
+        feature_channels: int | None = None,
+        attention_factors: Sequence[int] = (),
+        image_channels: int = 3,
+        scale_factor: float = 1.0,
+    ):
+        super().__init__()
+        features = latent_channels if feature_channels is None else feature_channels
+        self._config = {
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "blocks_per_level": blocks_per_level,
+            "latent_channels": latent_channels,
+            "codes": codes,
+            "feature_channels": features,
+            "attention_factors": list(attention_factors),
+            "image_channels": image_channels,
+            "scale_factor": scale_factor,
+        }
+        self.image_channels, self.latent_channels = image_channels, latent_channels
+        self.scale_factor = scale_factor
+        shape = {
+            "channels": channels,
+            "multipliers": multipliers,
+            "blocks_per_level": blocks_per_level,
+            "attention_factors": attention_factors,
+        }
+        self.encoder = Encoder(in_channels=image_channels, out_channels=features, **shape)
+        self.to_latent = nn.Conv2d(features, latent_channels, 1)
+        self.codebook = nn.Embedding(codes, latent_channels)
+        nn.init.uniform_(self.codebook.weight, -1 / codes, 1 / codes)
+        self.from_latent = nn.Conv2d(latent_channels, features, 1)
+        self.decoder = Decoder(in_channels=features, out_channels=image_channels, **shape)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: ``VQAutoencoder(**config)`` is the same architecture."""
+        return dict(self._config)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position and side."""
+        return 2 ** (len(self.encoder.levels) - 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] -> latents before quantization (b, latent, h/f, w/f)."""
+        check_images(images, self.image_channels, self.factor)
+        return self.to_latent(self.encoder(images)).contiguous() * self.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, latent, h, w), quantized -> images (b, c, f*h, f*w) in about [-1, 1]."""
+        return self.decode_codes(self.nearest(latents))
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) -> numbers of their codes (b, h/f, w/f)."""
+        return self.nearest(self.encode(images))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Numbers of codes (b, h, w) -> images (b, c, f*h, f*w)."""
+        quantized = rearrange(self.codebook(codes), "b h w c -> b c h w")
+        return self.decoder(self.from_latent(quantized)).contiguous()
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Latents (b, latent, h, w) -> numbers of the nearest codes (b, h, w)."""
+        rows = rearrange(latents.float() / self.scale_factor, "b c h w -> (b h w) c")
+        book = self.codebook.weight.float()
+        # |z - e|^2 less |z|^2, which is the same for all codes.
+        norms = book.square().sum(1)
+        found = [
+            torch.addmm(norms, part, book.T, alpha=-2).argmin(1)
+            for part in rows.split(ROWS_AT_ONCE)
+        ]
+        b, _, h, w = latents.shape
+        return rearrange(torch.cat(found), "(b h w) -> b h w", b=b, h=h, w=w)

@@ -1,0 +1,12 @@
+"""A progress bar that appears only when there is time to look at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def progress_bar(total: int, what: str, show: bool, **options: Any) -> Any:
+    """A tqdm bar of ``total`` units; silent when ``show`` is False, hidden for the first second."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, disable=not show, delay=1.0, dynamic_ncols=True, **options)

@@ -1,0 +1,155 @@
+"""What to ask when nobody asks: distributions over the rows of a database."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from retrodiff.files import write_safetensors
+from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
+from retrodiff.retrieval.neighbors import neighbor_table
+from retrodiff.retrieval.retriever import NearestNeighbors
+
+FORMAT = 1
+
+
+class _Drawing(ProposalDistribution, Protocol):
+    """Draws from `support` in proportion to the weights."""
+
+    def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
+        """n pseudo-queries; their ids are the rows they are.
+
+        A search on the cumulative sum, since torch.multinomial refuses more than 2^24 rows.
+        """
+        rows, weights = self.support(database)
+        cumulative = weights.double().cumsum(0)
+        point = torch.rand(n, generator=generator, dtype=torch.float64) * cumulative[-1]
+        chosen = rows[torch.searchsorted(cumulative, point, right=True).clamp_max(len(rows) - 1)]
+        source = tuple(f"row {row}" for row in chosen.tolist())
+        return Query(database.embeddings(chosen), source, chosen, generator)
+
+
+@dataclass(frozen=True)
+class Uniform(_Drawing):
+    """Every row alike: what there is before a proposal has been fitted to a new database."""
+
+    def support(self, database: Database) -> tuple[Tensor, Tensor]:
+        """All rows, weight 1."""
+        return torch.arange(len(database)), torch.ones(len(database), dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborCounts(_Drawing):
+    """p_D: each row as often as it is a neighbor of a training image (Blattmann et al. 2022, eq. 6).
+
+    Make one with `fit`. It belongs to the database it was fitted on and refuses any other.
+
+    Args:
+        rows: (n,) int64, the rows that were ever a neighbor, ascending.
+        counts: (n,) int64, how often.
+        fingerprint: of the database.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    fingerprint: Fingerprint
+
+    @classmethod
+    def fit(
+        cls,
+        queries: Query,
+        database: Database,
+        k: int,
+        retriever: Retriever | None = None,
+        progress: bool = False,
+    ) -> NeighborCounts:
+        """Counts the k neighbors of every query; needs nothing but embeddings, so no training."""
+        retriever = retriever or NearestNeighbors()
+        table = neighbor_table(queries, database, k, retriever, progress=progress)
+        return cls.of_table(table, database)
+
+    @classmethod
+    def of_table(cls, table: Tensor, database: Database) -> NeighborCounts:
+        """Counts the rows in a neighbor table (n, k) that training already has."""
+        counts = torch.bincount(table.reshape(-1), minlength=1)
+        rows = counts.nonzero().flatten()
+        return cls(rows, counts[rows], database.fingerprint)
+
+    def support(self, database: Database) -> tuple[Tensor, Tensor]:
+        """The rows ever used and their counts."""
+        mine, theirs = self.fingerprint, database.fingerprint
+        difference = mine.disagreement(theirs)
+        if difference is None and mine.rows != theirs.rows:
+            difference = f"rows={mine.rows!r} against rows={theirs.rows!r}"
+        if difference is not None:
+            raise ValueError(
+                f"the proposal was fitted on another database ({difference}): fit it again with "
+                "NeighborCounts.fit(queries, database, k), or use Uniform()"
+            )
+        return self.rows, self.counts.double()
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file with the fingerprint in its header."""
+        header = {"format": str(FORMAT), "fingerprint": json.dumps(vars(self.fingerprint))}
+        write_safetensors(Path(path), {"rows": self.rows, "counts": self.counts}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeighborCounts:
+        """What `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != str(FORMAT):
+                raise ValueError(
+                    f"{path} has format {header.get('format')}, but this version reads proposals "
+                    f"of format {FORMAT}"
+                )
+            fingerprint = Fingerprint(**json.loads(header["fingerprint"]))
+            return cls(file.get_tensor("rows"), file.get_tensor("counts"), fingerprint)
+
+
+@dataclass(frozen=True)
+class TopM(_Drawing):
+    """The m rows of highest weight, drawn uniformly: quality for diversity.
+
+    Blattmann et al. 2022, section 3.3. Give exactly one of ``fraction`` and ``rows``.
+
+    Args:
+        proposal: what weighs the rows.
+        fraction: m as a fraction of the proposal's support (0.01 in the paper).
+        rows: m as an absolute number.
+        weighted: keep the proposal's weights among the m instead of drawing uniformly.
+    """
+
+    proposal: ProposalDistribution
+    fraction: float | None = None
+    rows: int | None = None
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.rows is None):
+            raise ValueError(
+                f"TopM takes exactly one of fraction and rows, got fraction={self.fraction} and "
+                f"rows={self.rows}"
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction}, but it lies in (0, 1]")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows={self.rows}, but at least one row must be kept")
+
+    def support(self, database: Database) -> tuple[Tensor, Tensor]:
+        """The m heaviest rows; ties go to the lower row number."""
+        rows, weights = self.proposal.support(database)
+        if self.fraction is not None:
+            m = max(1, round(self.fraction * len(rows)))
+        else:
+            m = min(self.rows or 1, len(rows))
+        kept = weights.argsort(descending=True, stable=True)[:m]
+        weights = weights[kept] if self.weighted else torch.ones(m, dtype=torch.float64)
+        return rows[kept], weights

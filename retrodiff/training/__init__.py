@@ -1,0 +1,18 @@
+"""Training: the loop, the data, the average, and small encoders from scratch."""
+
+from retrodiff.training.data import TrainingSet
+from retrodiff.training.ema import NamedEMA
+from retrodiff.training.fit import Fitted, fit
+from retrodiff.training.objective import Objective
+from retrodiff.training.optimize import constant, cosine, optimize
+
+__all__ = [
+    "Fitted",
+    "NamedEMA",
+    "Objective",
+    "TrainingSet",
+    "constant",
+    "cosine",
+    "fit",
+    "optimize",
+]

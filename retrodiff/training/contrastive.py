@@ -1,0 +1,135 @@
+"""Small encoders trained from scratch: CLIP on captioned images, SimCLR on images alone.
+
+For data that no published encoder knows, and for machines that cannot download one. With a
+published CLIP at hand, use that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrodiff.encoders import CLIPEncoder, TimmEncoder
+from retrodiff.interfaces import unit
+from retrodiff.training.optimize import Rate, optimize
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Images (b, c, h, w) and randomness -> other views of the same images."""
+
+
+def fit_clip(
+    encoder: CLIPEncoder,
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    steps: int,
+    batch_size: int,
+    rate: Rate,
+    augment: Augment | None = None,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """Trains a CLIP in place (Radford et al. 2021), equal captions being equally right.
+
+    With few distinct captions a batch holds many correct pairs; their targets share the
+    probability (UniCL, Yang et al. 2022).
+
+    Args:
+        encoder: made by `CLIPEncoder.from_config`.
+        images: (n, c, h, w) in [-1, 1].
+        captions: n texts.
+        steps: how many.
+        batch_size: pairs per step.
+        rate: learning rate by step.
+        augment: changes the images of a batch.
+        weight_decay: of AdamW.
+        seed: of everything random.
+        progress: show a bar.
+
+    Returns:
+        The loss of every step (steps,).
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images and {len(captions)} captions: give one for each")
+    distinct = list(dict.fromkeys(captions))
+    number = {text: i for i, text in enumerate(distinct)}
+    which = torch.tensor([number[text] for text in captions])
+    tokens = encoder.tokenize(distinct)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        batch = images[rows] if augment is None else augment(images[rows], generator)
+        present, at = which[rows].unique(return_inverse=True)
+        image = unit(encoder.image_features(batch))
+        text = unit(encoder.text_features(tokens[present]))[at]
+        logits = encoder.model.logit_scale.exp().clamp(max=100) * image @ text.T
+        same = (at[:, None] == at[None, :]).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    return optimize(
+        encoder,
+        loss,
+        steps=steps,
+        rate=rate,
+        weight_decay=weight_decay,
+        seed=seed,
+        progress=progress,
+        what="CLIP",
+    )
+
+
+def fit_views(
+    encoder: TimmEncoder,
+    images: Tensor,
+    augment: Augment,
+    *,
+    steps: int,
+    batch_size: int,
+    rate: Rate,
+    temperature: float = 0.2,
+    weight_decay: float = 1e-4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """Trains an encoder in place so that two views of an image lie close (SimCLR, Chen et al. 2020).
+
+    Args:
+        encoder: any timm network.
+        images: (n, c, h, w) in [-1, 1].
+        augment: makes a view.
+        steps: how many.
+        batch_size: images per step.
+        rate: learning rate by step.
+        temperature: of the contrast.
+        weight_decay: of AdamW.
+        seed: of everything random.
+        progress: show a bar.
+
+    Returns:
+        The loss of every step (steps,).
+    """
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randperm(len(images), generator=generator)[:batch_size]
+        views = torch.cat([augment(images[rows], generator), augment(images[rows], generator)])
+        z = unit(encoder.features(views))
+        logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+        n = len(rows)
+        other = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
+        return F.cross_entropy(logits, other)
+
+    return optimize(
+        encoder,
+        loss,
+        steps=steps,
+        rate=rate,
+        weight_decay=weight_decay,
+        seed=seed,
+        progress=progress,
+        what="encoder",
+    )
