@@ -192,6 +192,8 @@ def check_retriever(
     )
     distinct = all(len(set(row)) == k for row in found.indices.tolist())
     _require(distinct, "the k rows of a query are distinct")
+    cosine = torch.cosine_similarity(queries.unsqueeze(1), found.embeddings, dim=-1)
+    _close(found.similarity, cosine, "similarity is the cosine to the row's own query", 5e-3)
     again = ask(slice(None))
     _require(
         bool((again.indices == found.indices).all()),

@@ -216,7 +216,9 @@ def test_save_and_load(which, images, tmp_path, request):
 def test_load_refuses_mixed_files(clip, tmp_path):
     save_encoder(clip, tmp_path / "a")
     save_encoder(CLIPEncoder.from_config(TINY), tmp_path / "b")
-    (tmp_path / "a/encoder.safetensors").write_bytes((tmp_path / "b/encoder.safetensors").read_bytes())
+    (tmp_path / "a/encoder.safetensors").write_bytes(
+        (tmp_path / "b/encoder.safetensors").read_bytes()
+    )
     with pytest.raises(ValueError, match="not from one encoder"):
         load_encoder(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"no encoder\.json"):

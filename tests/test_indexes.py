@@ -1,4 +1,4 @@
-"""Indexes: the exact one against float64 brute force and faiss, the others against the exact one."""
+"""Indexes: the exact one against float64 brute force and faiss, the others against it."""
 
 import sys
 import types

@@ -1,10 +1,23 @@
 """Cross-attention on retrieved neighbors: absorbed into thin tables, computed once, fused.
 
-``NeighborAttention`` is the block; ``AttentionTables`` is what its ``prepare`` returns for one
-sampling run; ``explain`` says which path a call takes and why.
+`NeighborAttention` is the block; `AttentionTables` is what its ``prepare`` returns where the tables
+pay; its ``explain`` says which path a call takes and why, and `use_path` forces one.
 """
 
-from retrodiff.attention.absorbed import AttentionTables
-from retrodiff.attention.module import NeighborAttention
+from retrodiff.attention.absorbed import AttentionTables, OneNeighbor
+from retrodiff.attention.dispatch import Choice, Path, use_path
+from retrodiff.attention.module import NeighborAttention, Prepared
+from retrodiff.attention.reference import KeysValues, Weights, reference_attention
 
-__all__ = ["AttentionTables", "NeighborAttention"]
+__all__ = [
+    "AttentionTables",
+    "Choice",
+    "KeysValues",
+    "NeighborAttention",
+    "OneNeighbor",
+    "Path",
+    "Prepared",
+    "Weights",
+    "reference_attention",
+    "use_path",
+]

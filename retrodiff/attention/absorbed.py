@@ -4,8 +4,9 @@ With few neighbors that stay the same, the query and output projections need not
 of positions: for each head, y W_q (n W_k)ᵀ / √e = y M with M (c, k), and the weighted values times
 W_o are the weights times U (k, c). LayerNorm's gain goes into M and its shift into an offset of the
 scores; rows are centered before the product, never after, because the folded form cancels where the
-mean of a row is large. The mask is in the offset, too (-inf). `AttentionTables` is what one sampling
-run computes once and reuses at every step.
+mean of a row is large. The mask is in the offset, too (-inf). `AttentionTables` is what one
+sampling run computes once and reuses at every step; a single neighbor needs no attention at all,
+because the softmax of one score is 1 (`OneNeighbor`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from retrodiff.attention.reference import (
     Neighborhood,
     Weights,
     join_regions,
+    nothing,
     split_regions,
 )
 from retrodiff.interfaces import Tokens
@@ -65,6 +67,49 @@ class AttentionTables:
         return self.m.shape[2] // self.heads
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneNeighbor:
+    """What a single neighbor adds to every position, whatever the position holds; immutable.
+
+    Args:
+        added: (b, r, c); zero in null rows and where the mask hides the neighbor.
+        hidden: (b, r, 1) or None, True where the caller's mask hid the neighbor.
+        null_rows: rows at the end of the batch that are null, among the b.
+    """
+
+    added: Tensor
+    hidden: Tensor | None
+    null_rows: int
+
+    @property
+    def batch(self) -> int:
+        """Rows of x that this belongs to."""
+        return self.added.shape[0]
+
+    @property
+    def regions(self) -> int:
+        """Regions of the positions, each with its own neighbor."""
+        return self.added.shape[1]
+
+
+def one_neighbor(tokens: Tokens | Tensor, weights: Weights) -> OneNeighbor:
+    """Tokens (b, 1, d) or (b, r, 1, d) -> what they add: n W_v W_o."""
+    near = Neighborhood.of(tokens, weights.key.shape[1])
+    if near.values.shape[2] != 1:
+        raise ValueError(f"k={near.values.shape[2]}: only a single neighbor needs no attention")
+    added = F.linear(F.linear(near.values[:, :, 0], weights.value), weights.out)
+    added = F.pad(added, (0, 0, 0, 0, 0, near.null_rows))
+    return OneNeighbor(added=added, hidden=near.hidden, null_rows=near.null_rows)
+
+
+def one_neighbor_attention(
+    x: Tensor, one: OneNeighbor, bias: Tensor, shape: tuple[int, int] | None = None
+) -> Tensor:
+    """The block where k = 1: one addition; (b, n, c) -> (b, n, c)."""
+    added = rearrange(one.added + bias.to(one.added.dtype), "b r c -> b r 1 c").to(x.dtype)
+    return join_regions(split_regions(x, one.regions, shape) + added, shape)
+
+
 def absorb(tokens: Tokens | Tensor, weights: Weights) -> AttentionTables:
     """Neighbors (b, k, d) or (b, r, k, d) and weights -> tables; differentiable in both."""
     near = Neighborhood.of(tokens, weights.key.shape[1])
@@ -77,15 +122,15 @@ def absorb(tokens: Tokens | Tensor, weights: Weights) -> AttentionTables:
     query = (weights.query.to(exact) * (weights.gain.to(exact) * scale)).to(weights.query.dtype)
     m = keys @ rearrange(query, "(h e) c -> h e c", h=h)
     u = values @ rearrange(weights.out, "c (h e) -> h e c", h=h)
-    shift = (weights.query.to(exact) @ weights.shift.to(exact)) * scale
+    shift = (weights.query.to(exact) * weights.shift.to(exact)).sum(-1) * scale
     shift = rearrange(shift, "(h e) -> h 1 e", h=h)
-    offset = rearrange((keys.to(exact) * shift).sum(-1), "h (b r k) -> b r h k", b=b, r=r)
+    offset = rearrange((keys.to(exact) * shift).sum(-1), "h (b r k) -> b r h k", b=b, r=r, k=k)
     if near.mask is not None:
         offset = offset.masked_fill(~rearrange(near.mask, "b r k -> b r 1 k"), -torch.inf)
     return AttentionTables(
-        m=rearrange(m, "h (b r k) c -> b r (h k) c", b=b, r=r).contiguous(),
+        m=rearrange(m, "h (b r k) c -> b r (h k) c", b=b, r=r, k=k).contiguous(),
         offset=rearrange(offset, "b r h k -> b r (h k)"),
-        u=rearrange(u, "h (b r k) c -> b r (h k) c", b=b, r=r).contiguous(),
+        u=rearrange(u, "h (b r k) c -> b r (h k) c", b=b, r=r, k=k).contiguous(),
         hidden=near.hidden,
         heads=h,
         null_rows=near.null_rows,
@@ -99,7 +144,7 @@ def absorbed_attention(
     eps: float = 1e-5,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """x + softmax per head(normalized x · mᵀ + offset) · u + b_o in PyTorch operations.
+    """The block in PyTorch operations: x + softmax_h(normalized x · mᵀ + offset) · u + b_o.
 
     Args:
         x: (b, n, c).
@@ -114,12 +159,14 @@ def absorbed_attention(
     live = tables.m.shape[0]
     out = x + bias.to(x.dtype)
     if live == 0:
-        return out
-    attention = _attention(x[:live], tables, eps, shape)
-    attention = rearrange(attention, "b r h k n -> (b r) (h k) n")
+        return out + nothing(tables.m, tables.offset, tables.u).to(x.dtype)
+    attention = rearrange(_attention(x[:live], tables, eps, shape), "b r h k n -> (b r) (h k) n")
     u = rearrange(tables.u, "b r j c -> (b r) j c")
-    added = torch.bmm(attention.mT, u.to(attention.dtype))
-    added = join_regions(rearrange(added, "(b r) n c -> b r n c", r=tables.regions), shape)
+    if tables.regions == 1 and u.dtype == out.dtype:
+        out[:live].baddbmm_(attention.mT, u)
+        return out
+    added = rearrange(torch.bmm(attention.mT, u), "(b r) n c -> b r n c", r=tables.regions)
+    added = join_regions(added, shape).to(x.dtype)
     if tables.null_rows:
         return torch.cat([out[:live] + added, out[live:]])
     return out + added
@@ -133,6 +180,8 @@ def absorbed_weights(
 ) -> Tensor:
     """How much each position takes from each neighbor, (b, h, n, k); zero where it is null."""
     live = tables.m.shape[0]
+    if live == 0:
+        return x.new_zeros(x.shape[0], tables.heads, x.shape[1], tables.k)
     attention = _attention(x[:live], tables, eps, shape)
     if tables.hidden is not None:
         hidden = rearrange(tables.hidden, "b r k -> b r 1 k 1")
@@ -148,9 +197,11 @@ def _attention(
     # Positions are the last axis, so that the softmax over few neighbors runs along whole vectors.
     y = split_regions(F.layer_norm(x, x.shape[-1:], eps=eps), tables.regions, shape)
     m = rearrange(tables.m, "b r j c -> (b r) j c")
-    scores = torch.bmm(m, rearrange(y, "b r n c -> (b r) c n").to(m.dtype))
+    y = rearrange(y, "b r n c -> (b r) c n").to(m.dtype)
     offset = rearrange(tables.offset, "b r j -> (b r) j 1")
-    scores = rearrange(
-        scores + offset, "(b r) (h k) n -> b r h k n", r=tables.regions, h=tables.heads
-    )
+    if offset.dtype == m.dtype:
+        scores = torch.baddbmm(offset, m, y)
+    else:
+        scores = torch.bmm(m, y) + offset
+    scores = rearrange(scores, "(b r) (h k) n -> b r h k n", r=tables.regions, h=tables.heads)
     return scores.softmax(3).to(m.dtype)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from retrodiff.attention.fused import Launch, launch, table_tile
+from retrodiff.attention.fused import Launch, launch, most_registers, table_tile
 
 Kernel = Literal["forward", "backward_rows", "backward_tables"]
 
@@ -105,7 +105,12 @@ def compile_ahead(
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": warps,
+        "num_stages": stages,
+        "maxnreg": most_registers(warps),
+        "enable_fp_fusion": True,
+    }
     compiled = triton.compile(source, target=target, options=options)
     used = _usage(compiled.asm["cubin"])
     return Resources(

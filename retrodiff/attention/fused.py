@@ -1,7 +1,8 @@
 """Fused neighbor cross-attention as two PyTorch operators, with their gradients and launch sizes.
 
 `fused_attention` is absorbed neighbor cross-attention in one kernel. The operators are opaque to
-torch.compile (they have fake kernels), so that nothing breaks the graph and CUDA graphs record them.
+torch.compile (they have fake kernels), so that nothing breaks the graph, and CUDA graphs record
+them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrodiff.attention.absorbed import AttentionTables
+from retrodiff.attention.absorbed import AttentionTables, absorbed_attention
 from retrodiff.attention.reference import check_grid
 
 MAX_K = 64
 """Most neighbors of one region that the kernels take."""
+
+TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels (it takes CPU tensors)."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What x and the tables may be."""
@@ -73,39 +81,49 @@ def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool 
         backward: for the kernel that gives the gradient of x.
     """
     kp = power_of_two(k)
-    widest = 128 if backward or dtype == torch.float32 else 256
+    narrow = dtype == torch.float32
+    widest = 128 if backward or narrow else 256
     hg = max(power_of_two(heads), -(-16 // kp))
     if hg * kp > widest:
-        hg = max(1, widest // (2 * kp), -(-16 // kp))
+        hg = max(1, 128 // kp)
     groups = -(-heads // hg)
-    columns = hg * kp
-    if dtype == torch.float32:
-        bn, bc, warps, stages = 32, 32, 4, 2
-    elif columns > 128 or backward:
-        bn, bc, warps, stages = 64, 64, 8, 2
+    # rows, channels, warps, stages: no spills on sm_80 and sm_90, two programs at a time where the
+    # registers allow it (see tests/test_attention_resources.py).
+    if narrow and backward:
+        sizes = (32, 32, 8, 2) if hg * kp <= 64 else (32, 16, 8, 2)
+    elif narrow:
+        sizes = (32, 32, 8, 2) if hg * kp <= 64 else (32, 32, 8, 1)
+    elif backward:
+        sizes = (64, 32, 8, 2)
+    elif groups > 1:
+        sizes = (64, 64, 8, 2)
     else:
-        bn, bc, warps, stages = 128, 64, 8, 3
+        sizes = {256: (64, 32, 8, 2), 128: (64, 64, 8, 3)}.get(hg * kp, (128, 32, 8, 4))
+    bn, bc, warps, stages = sizes
     return Launch(
         kp=kp,
         hg=hg,
         groups=groups,
         bn=min(bn, max(16, power_of_two(size))),
         bc=bc,
-        bj=64 if dtype != torch.float32 else 32,
+        bj=32 if narrow else 64,
         warps=warps,
         stages=stages,
-        precision="interpreted" if interpreted() else "ieee",
+        precision="interpreted" if INTERPRETED else "ieee",
     )
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (it takes CPU tensors)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableTile:
-    """Sizes of a launch that sums over rows: bj table rows by bc channels, bn positions at a time."""
+    """Sizes of a launch that sums over rows.
+
+    Args:
+        bn: positions at a time.
+        bc: channels of a program.
+        bj: table rows of a program.
+        warps: of a program.
+        stages: of software pipelining.
+    """
 
     bn: int
     bc: int
@@ -121,26 +139,39 @@ def table_tile(size: int, dtype: torch.dtype) -> TableTile:
     return TableTile(bn=bn, bc=edge, bj=edge, warps=4, stages=2)
 
 
-@functools.cache
-def triton_missing() -> str | None:
-    """Why Triton's kernels cannot run on any device; None if they can."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+def most_registers(warps: int) -> int:
+    """Registers that a thread may have at one program per multiprocessor.
+
+    Said to the assembler, because left to itself it spills to let more programs run at a time.
+    """
+    return min(255, 65536 // (32 * warps))
 
 
 def refusal(x: Tensor, tables: AttentionTables) -> str | None:
     """Why the fused kernels cannot take this call, in words; None if they can."""
-    missing = triton_missing()
-    if missing:
-        return missing
-    if x.device.type != "cuda" and not interpreted():
-        return f"device {x.device.type} has no Triton kernels (CUDA only)"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    if x.dtype not in DTYPES or tables.m.dtype not in DTYPES:
+    if x.dtype not in DTYPES:
         return f"{x.dtype} is not one of float32, bfloat16, float16"
-    if tables.k > MAX_K:
-        return f"k={tables.k} is above the kernels' limit of {MAX_K}"
+    return refusal_of(x.device, tables.m.dtype, tables.k)
+
+
+def refusal_of(device: torch.device, dtype: torch.dtype, k: int) -> str | None:
+    """Why the fused kernels cannot run with such tables, in words; None if they can."""
+    if not TRITON:
+        return "triton is not installed"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"no Triton kernels on device {device.type}, CUDA only"
+    if device.type == "cuda" and _capability(device.index) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of float32, bfloat16, float16"
+    if k > MAX_K:
+        return f"k={k} is above the kernels' limit of {MAX_K}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def fused_attention(
@@ -152,7 +183,7 @@ def fused_attention(
 ) -> Tensor:
     """The same as `absorbed_attention`, in one kernel; (b, n, c) -> (b, n, c)."""
     if tables.m.shape[0] == 0:
-        return x + bias.to(x.dtype)
+        return absorbed_attention(x, tables, bias, eps, shape)
     n, r = x.shape[1], tables.regions
     if shape is not None:
         check_grid(n, r, shape)
@@ -185,8 +216,9 @@ def _forward(
     height: int,
     width: int,
 ) -> Tensor:
-    from retrodiff.attention.triton_kernel import forward_kernel
+    from retrodiff.attention import triton_kernel
 
+    forward: Any = triton_kernel.forward_kernel
     x, m, offset, u = (t.contiguous() for t in (x, m, offset, u))
     b, n, c = x.shape
     live, r, j, _ = m.shape
@@ -195,11 +227,12 @@ def _forward(
     out = torch.empty_like(x)
     scratch = m.new_empty((live, n, j)) if plan.groups > 1 else m
     with _device(x):
-        forward_kernel[(-(-size // plan.bn), r, b)](
+        forward[(-(-size // plan.bn), r, b)](
             x, m, offset, u, bias.contiguous(), out, scratch, n, size, live, *geometry, eps,
             C=c, K=j // heads, H=heads, KP=plan.kp, HG=plan.hg, GROUPS=plan.groups,
             BN=plan.bn, BC=plan.bc, BJ=plan.bj, PRECISION=plan.precision,
             STAGES=plan.stages, num_warps=plan.warps, num_stages=plan.stages,
+            maxnreg=most_registers(plan.warps),
         )  # fmt: skip
     return out
 
@@ -222,8 +255,10 @@ def _backward(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from retrodiff.attention.triton_kernel import backward_rows_kernel, backward_tables_kernel
+    from retrodiff.attention import triton_kernel
 
+    backward_rows: Any = triton_kernel.backward_rows_kernel
+    backward_tables: Any = triton_kernel.backward_tables_kernel
     grad, x, m, offset, u = (t.contiguous() for t in (grad, x, m, offset, u))
     b, n, c = x.shape
     live, r, j, _ = m.shape
@@ -239,18 +274,20 @@ def _backward(
     grad_bias = x.new_empty((live, r, c), dtype=torch.float32)
     tile = table_tile(size, m.dtype)
     with _device(x):
-        backward_rows_kernel[(-(-size // plan.bn), r, b)](
+        backward_rows[(-(-size // plan.bn), r, b)](
             grad, x, m, m.mean(-1, dtype=torch.float32), offset, u, grad_x,
             attention, grad_scores, mean_of, rstd_of, n, size, live, *geometry, eps,
             C=c, K=k, H=heads, KP=plan.kp, HG=plan.hg, GROUPS=plan.groups,
             BN=plan.bn, BC=plan.bc, BJ=plan.bj, PRECISION=plan.precision,
             STAGES=plan.stages, num_warps=plan.warps, num_stages=plan.stages,
+            maxnreg=most_registers(plan.warps),
         )  # fmt: skip
-        backward_tables_kernel[(-(-c // tile.bc), -(-j // tile.bj), live * r)](
+        backward_tables[(-(-c // tile.bc), -(-j // tile.bj), live * r)](
             grad, x, attention, grad_scores, mean_of, rstd_of,
             grad_m, grad_offset, grad_u, grad_bias, n, size, r, *geometry,
             C=c, J=j, BN=tile.bn, BC=tile.bc, BJ=tile.bj, PRECISION=plan.precision,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=most_registers(tile.warps),
         )  # fmt: skip
     bias = grad_bias.sum((0, 1))
     if b > live:

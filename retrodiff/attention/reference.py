@@ -3,7 +3,8 @@
 `reference_attention` is the slow clear form that every other path is tested against.
 `standard_attention` is the same with PyTorch's fused softmax-attention and with the neighbors' keys
 and values computed once: the path for long contexts, and the opponent in benchmarks.
-(Rombach et al. 2022, appendix E.2.2, for the block; Blattmann et al. 2022, section 3.1, for its use.)
+(The block: Rombach et al. 2022, appendix E.2.1; its use on neighbors: Blattmann et al. 2022,
+section 3.)
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def reference_attention(
     weights: Weights,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """x + W_o · concat_h softmax(q_h k_hᵀ / √e) v_h + b_o, with q from LayerNorm(x).
+    """The formula: x + W_o · concat_h softmax(q_h k_hᵀ / √e) v_h + b_o, q from LayerNorm(x).
 
     Args:
         x: (b, n, c).
@@ -269,6 +270,14 @@ def _reference(
     return out, rearrange(join_regions(flat, shape), "b n (h k) -> b h n k", h=h)
 
 
+def nothing(*empty: Tensor) -> Tensor:
+    """Zero, as the sum of empty tensors: gives what they came from the gradient zero, not none.
+
+    Distributed training waits for the gradient of every parameter.
+    """
+    return sum((part.sum() for part in empty), start=torch.zeros((), device=empty[0].device))
+
+
 def keys_values(tokens: Tokens | Tensor, weights: Weights) -> KeysValues:
     """Keys and values of the neighbors, once for all evaluations."""
     near = Neighborhood.of(tokens, weights.key.shape[1])
@@ -286,6 +295,10 @@ def standard_attention(
 ) -> Tensor:
     """The block with PyTorch's `scaled_dot_product_attention`; (b, n, c) -> (b, n, c)."""
     live = cached.keys.shape[0]
+    if live == 0:
+        rest = (weights.gain, weights.shift, weights.query, weights.out)
+        empty = nothing(cached.keys, cached.values, *(weight[:0] for weight in rest))
+        return x + weights.bias.to(x.dtype) + empty.to(x.dtype)
     h = weights.heads
     y = F.layer_norm(x[:live], x.shape[-1:], weights.gain, weights.shift, weights.eps)
     q = split_regions(F.linear(y, weights.query), cached.regions, shape)

@@ -42,7 +42,7 @@ def _columns(group, K: tl.constexpr, H: tl.constexpr, KP: tl.constexpr, HG: tl.c
 
 @triton.jit
 def _narrow(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Float32 in another dtype, rounded to nearest even (the interpreter would cut bfloat16 off)."""
+    """Float32 in another dtype, rounded to nearest even (the interpreter cuts bfloat16 off)."""
     if PRECISION == "interpreted" and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -125,7 +125,7 @@ def _normalized(x, rows, alive, mean, rstd, c0, C: tl.constexpr, BC: tl.constexp
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a · b; in the interpreter, which cannot multiply bfloat16, on exact float32 copies."""
+    """Total + a · b; the interpreter cannot multiply bfloat16 and gets exact float32 copies."""
     if PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision=PRECISION)

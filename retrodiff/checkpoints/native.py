@@ -3,7 +3,8 @@
 ``model.json`` describes each component by its class and its constructor's arguments (nested, for
 wrappers and networks). Loading constructs classes of this package only; a component of your own is
 named in the file but never imported from it: hand it to `load` in its slot. Weights are in
-``weights.safetensors`` under ``slot.parameter``. The database is not copied: the file keeps its path
+``weights.safetensors`` under ``slot.parameter``, an encoder in a folder of its own that
+`load_encoder` and the command line also read. The database is not copied: the file keeps its path
 and fingerprint, and loading refuses another one.
 """
 
@@ -75,9 +76,7 @@ def construct(description: Any, weights: Mapping[str, Tensor], prefix: str) -> A
     if "class" not in entries:
         return {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries.items()}
     kind = _class_named(entries["class"])
-    config = {
-        key: construct(x, weights, f"{prefix}.{key}") for key, x in entries["config"].items()
-    }
+    config = {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries["config"].items()}
     component = kind(**config)
     if isinstance(component, nn.Module):
         state = {
@@ -132,15 +131,23 @@ def save_components(
         overwrite: replace an earlier model there.
         extra: anything JSON-able to keep beside it.
     """
+    from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
+
     weights: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
+    encoder = parts.get("encoder")
+    ours = isinstance(encoder, (CLIPEncoder, TimmEncoder))
     for slot, part in parts.items():
         if slot == "database":
             described[slot] = None if part is None else _database(part, folder)
+        elif slot == "encoder" and ours:
+            described[slot] = {"folder": slot}
         else:
             described[slot] = describe(part, weights, slot)
 
     def write(temporary: Path) -> None:
+        if ours:
+            save_encoder(encoder, temporary / "encoder")
         write_safetensors(temporary / "weights.safetensors", weights, {"format": str(FORMAT)})
         value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}
         write_json(temporary / "model.json", value)
@@ -169,6 +176,8 @@ def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dic
     """Component by slot; those in ``given`` are taken as they are instead of the saved ones."""
     from safetensors.torch import load_file
 
+    from retrodiff.encoders import load_encoder
+
     given = given or {}
     described: dict[str, Any] = read_description(folder)["components"]
     weights = load_file(folder / "weights.safetensors")
@@ -178,6 +187,8 @@ def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dic
             continue
         if slot == "database":
             parts[slot] = _reopened(description, folder)
+        elif isinstance(description, dict) and set(description) == {"folder"}:
+            parts[slot] = load_encoder(folder / description["folder"])
         else:
             parts[slot] = construct(description, weights, slot)
     return {**parts, **given}

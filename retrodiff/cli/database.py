@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,10 @@ from retrodiff.databases import (
     read_image,
 )
 from retrodiff.databases.images import to_float
-from retrodiff.databases.ingest import skipped_message
+from retrodiff.databases.ingest import SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
-from retrodiff.indexes import recipe_from_string
+from retrodiff.indexes import automatic, recipe_from_string
 from retrodiff.interfaces import Query, TextEncoder
 
 
@@ -65,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
 
     index = commands.add_parser("index", help="build an index and measure its recall")
     index.add_argument("database")
-    index.add_argument("recipe", help="exact, annoy, usearch, faiss; annoy:trees=20,rerank=200")
+    index.add_argument("recipe", help="auto, annoy, usearch, faiss; annoy:trees=20,rerank=200")
     index.add_argument("-k", type=int, default=20, help="neighbors that recall is measured at")
     index.set_defaults(run=_index)
 
@@ -131,30 +134,47 @@ def _source(options: argparse.Namespace) -> Source:
 
 
 def _build(options: argparse.Namespace) -> int:
-    database = build_database(
-        options.out,
-        _source(options),
-        _encoder(options),
-        batch_size=options.batch_size,
-        thumbnails=options.thumbnails,
-        workers=options.workers,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
+    with plain_warnings():
+        database = build_database(
+            options.out,
+            _source(options),
+            _encoder(options),
+            batch_size=options.batch_size,
+            thumbnails=options.thumbnails,
+            workers=options.workers,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
     print(f"{options.out}: {len(database):,} rows")
     return 0
 
 
 def _append(options: argparse.Namespace) -> int:
-    database = append_to_database(
-        options.database,
-        _source(options),
-        _encoder(options),
-        workers=options.workers,
-        resume=options.resume,
-    )
+    with plain_warnings():
+        database = append_to_database(
+            options.database,
+            _source(options),
+            _encoder(options),
+            workers=options.workers,
+            resume=options.resume,
+        )
     print(f"{options.database}: {len(database):,} rows")
     return 0
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Says which pictures were skipped in one line, without the line of code that says so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, SkippedPictures):
+            print(warning.message, file=sys.stderr)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -206,9 +226,12 @@ def _delete(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    recipe = recipe_from_string(options.recipe)
-    database = open_database(options.database, "exact").build_index(recipe, k=options.k)
-    print(f"{options.database}: {recipe}: {database.recall}")
+    database = open_database(options.database, "exact")
+    recipe = (
+        automatic(len(database)) if options.recipe == "auto" else recipe_from_string(options.recipe)
+    )
+    indexed = database.build_index(recipe, k=options.k)
+    print(f"{options.database}: {recipe}: {indexed.recall}")
     return 0
 
 

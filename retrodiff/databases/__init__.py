@@ -1,32 +1,50 @@
 """What do we own? Databases of embeddings with their origin: built, opened, searched, shown."""
 
+from retrodiff.databases.archives import DatasetImages, ParquetImages, Tars
 from retrodiff.databases.edit import append_to_database, delete_rows
 from retrodiff.databases.images import UnreadableImage, read_image
+from retrodiff.databases.imports import (
+    Part,
+    clip_retrieval_parts,
+    import_embeddings,
+    npy_parts,
+    rdm_parts,
+)
 from retrodiff.databases.ingest import build_database, encode_images
 from retrodiff.databases.patchify import Patchify
 from retrodiff.databases.searchable import Searchable
 from retrodiff.databases.sheet import captions_of, contact_sheet
 from retrodiff.databases.sources import ImageFolder, Images, Item, Source
 from retrodiff.databases.store import EmbeddingDatabase, open_database
+from retrodiff.databases.union import Union
 from retrodiff.databases.views import ArrayDatabase, Subset
 
 __all__ = [
     "ArrayDatabase",
+    "DatasetImages",
     "EmbeddingDatabase",
     "ImageFolder",
     "Images",
     "Item",
+    "ParquetImages",
+    "Part",
     "Patchify",
     "Searchable",
     "Source",
     "Subset",
+    "Tars",
+    "Union",
     "UnreadableImage",
     "append_to_database",
     "build_database",
     "captions_of",
+    "clip_retrieval_parts",
     "contact_sheet",
     "delete_rows",
     "encode_images",
+    "import_embeddings",
+    "npy_parts",
     "open_database",
+    "rdm_parts",
     "read_image",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.files import make_folder, writing
-from retrodiff.databases.ingest import Build, skipped_message
+from retrodiff.databases.ingest import Build, SkippedPictures, skipped_message
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.shards import about_file, reached, save_tensors
 from retrodiff.databases.sources import Source
@@ -78,7 +78,7 @@ def append_to_database(
         reached("append recorded")
         shutil.rmtree(partial)
     if added.skipped:
-        warnings.warn(skipped_message(added.skipped), stacklevel=2)
+        warnings.warn(skipped_message(added.skipped), SkippedPictures, stacklevel=2)
     return open_database(path)
 
 

@@ -26,7 +26,7 @@ def read_image(file: str | Path | bytes | BinaryIO) -> Tensor:
     Raises:
         UnreadableImage: truncated, not an image, or larger than Pillow's limit against bombs.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     source: Any = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
@@ -34,9 +34,7 @@ def read_image(file: str | Path | bytes | BinaryIO) -> Tensor:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                rgb = np.array(_rgb(upright if upright is not None else image))
+                return from_pil(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImage(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -45,7 +43,17 @@ def read_image(file: str | Path | bytes | BinaryIO) -> Tensor:
         raise UnreadableImage(str(error.strerror)) from None
     except Exception as error:
         # Pillow's decoders raise nearly anything on broken bytes.
-        raise UnreadableImage(f"broken image: {str(error) or type(error).__name__}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"broken image: {reason}") from None
+
+
+def from_pil(image: Any) -> Tensor:
+    """A PIL image, not yet loaded perhaps, as uint8 (3, h, w)."""
+    from PIL import ImageOps
+
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    rgb = np.array(_rgb(image if upright is None else upright))
     return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
 
 

@@ -25,9 +25,13 @@ from retrodiff.databases.images import UnreadableImage, thumbnail, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest, Shard
 from retrodiff.databases.shards import ShardBuffer, reached
 from retrodiff.databases.sources import Item, Source
-from retrodiff.databases.store import EmbeddingDatabase, open_database
-from retrodiff.databases.views import check_storable
+from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
+from retrodiff.databases.views import storable
 from retrodiff.interfaces import Encoder
+
+
+class SkippedPictures(UserWarning):
+    """Some pictures could not be read and are not in the database."""
 
 
 def build_database(
@@ -69,19 +73,7 @@ def build_database(
         found = open_database(path)
         check_same(plan, found.manifest, path)
         return found
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(
-                f"{path} exists: choose another name, or overwrite it (--overwrite)"
-            )
-        if not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} is not a database, it is left alone: choose another name"
-            )
-    if (partial / BUILD).is_file() and not resume and not overwrite:
-        raise FileExistsError(
-            f"{partial} is an unfinished build: continue it (--resume) or start anew (--overwrite)"
-        )
+    check_place(path, resume=resume, overwrite=overwrite)
     make_folder(partial)
     with writing(partial):
         build = Build(partial, plan, source, encoder, workers=workers, progress=progress)
@@ -90,9 +82,9 @@ def build_database(
             plan.write(partial / BUILD)
             os.replace(partial / BUILD, partial / MANIFEST)
         reached("manifest written")
-        _move(partial, path)
+        move(partial, path)
     if plan.skipped:
-        warnings.warn(skipped_message(plan.skipped), stacklevel=2)
+        warnings.warn(skipped_message(plan.skipped), SkippedPictures, stacklevel=2)
     return open_database(path)
 
 
@@ -144,7 +136,7 @@ class Build:
             self.plan = begun
             self._remove_strays()
         else:
-            _clear(self.folder)
+            clear(self.folder)
             self.plan.write(self.folder / BUILD)
         try:
             return self._run()
@@ -212,10 +204,10 @@ class Build:
         def name(row: int) -> str:
             return f"{batch[row].record.get('file', 'image')} (row {first + row})"
 
-        check_storable(embeddings, self.encoder.fingerprint.encoder, name)
+        stored, norms = storable(embeddings, self.plan.fingerprint.encoder, name)
         side = self.plan.settings["thumbnails"]
         small = [thumbnail(item.image, side) for item in batch] if side else []
-        buffer.add(embeddings, [item.record for item in batch], small)
+        buffer.add(stored, norms, [item.record for item in batch], small)
 
     def _commit(
         self,
@@ -282,12 +274,31 @@ def check_same(plan: Manifest, begun: Manifest, path: Path) -> None:
             )
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Empties a folder."""
     for file in folder.iterdir():
         shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
-def _move(partial: Path, path: Path) -> None:
+def check_place(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuses to build where something is that was not said to be replaced or continued."""
+    partial = path.with_name(path.name + ".partial")
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(
+                f"{path} exists: choose another name, or overwrite it (--overwrite)"
+            )
+        if not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{path} is not a database, it is left alone: choose another name"
+            )
+    if unfinished(partial) and not resume and not overwrite:
+        raise FileExistsError(
+            f"{partial} is an unfinished build: continue it (--resume) or start anew (--overwrite)"
+        )
+
+
+def move(partial: Path, path: Path) -> None:
     """Puts a finished folder in its place; what was there goes only when it stands."""
     old = path.with_name(path.name + ".old.partial")
     shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from retrodiff.databases.files import replacing
 from retrodiff.databases.fingerprint import file_digest, rows_digest
 from retrodiff.databases.manifest import Shard
-from retrodiff.indexes.vectors import row_norms
 
 
 def reached(point: str) -> None:
@@ -36,6 +36,7 @@ class ShardBuffer:
 
     def __init__(self, rows: int, dim: int):
         self.embeddings = torch.empty(rows, dim, dtype=torch.float16)
+        self.norms = torch.empty(rows)
         self.records: list[Any] = []
         self.thumbnails: list[bytes] = []
         self.count = 0
@@ -47,13 +48,15 @@ class ShardBuffer:
 
     def add(
         self,
-        embeddings: Tensor,  # (n, d), finite
+        embeddings: Tensor,  # (n, d) float16, finite
+        norms: Tensor,  # (n,)
         records: Sequence[Mapping[str, Any]] | Any,  # n records, or a pyarrow table of n rows
         thumbnails: Sequence[bytes] = (),
     ) -> None:
         """Appends rows that fit."""
         n = len(embeddings)
         self.embeddings[self.count : self.count + n] = embeddings
+        self.norms[self.count : self.count + n] = norms
         self.count += n
         if isinstance(records, Sequence):
             self.records.extend(records)
@@ -65,28 +68,25 @@ class ShardBuffer:
         """Writes the shard's files and empties the buffer."""
         import pyarrow.parquet as pq
 
-        embeddings = self.embeddings[: self.count]
-        tensors = {"embeddings": embeddings, "norms": row_norms(embeddings)}
-        names = [f"vectors-{number:06d}.safetensors", f"records-{number:06d}.parquet"]
-        save_tensors(tensors, folder / names[0])
-        reached("vectors written")
-        with replacing(folder / names[1]) as partial:
-            pq.write_table(_table(self.records), partial, compression="zstd")
-        reached("records written")
-        if self.thumbnails:
-            names.append(f"thumbnails-{number:06d}.safetensors")
-            sizes = torch.tensor([0, *map(len, self.thumbnails)], dtype=torch.int64)
-            data = np.frombuffer(bytearray(b"".join(self.thumbnails)), np.uint8)
-            packed = {"offsets": sizes.cumsum(0), "bytes": torch.from_numpy(data)}
-            save_tensors(packed, folder / names[2])
-            reached("thumbnails written")
-        shard = Shard(
-            self.count,
-            rows_digest(embeddings),
-            {name: about_file(folder / name) for name in names},
-            next_at,
-            source,
-        )
+        with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to write
+            embeddings = self.embeddings[: self.count]
+            digest = beside.submit(rows_digest, embeddings)
+            tensors = {"embeddings": embeddings, "norms": self.norms[: self.count]}
+            names = [f"vectors-{number:06d}.safetensors", f"records-{number:06d}.parquet"]
+            save_tensors(tensors, folder / names[0])
+            reached("vectors written")
+            with replacing(folder / names[1]) as partial:
+                pq.write_table(_table(self.records), partial, compression="zstd")
+            reached("records written")
+            if self.thumbnails:
+                names.append(f"thumbnails-{number:06d}.safetensors")
+                sizes = torch.tensor([0, *map(len, self.thumbnails)], dtype=torch.int64)
+                data = np.frombuffer(bytearray(b"".join(self.thumbnails)), np.uint8)
+                packed = {"offsets": sizes.cumsum(0), "bytes": torch.from_numpy(data)}
+                save_tensors(packed, folder / names[2])
+                reached("thumbnails written")
+            files = {name: about_file(folder / name) for name in names}
+            shard = Shard(self.count, digest.result(), files, next_at, source)
         self.records, self.thumbnails, self.count = [], [], 0
         return shard
 

@@ -27,10 +27,9 @@ from retrodiff.indexes import (
     save_index,
     saved_index,
 )
+from retrodiff.indexes.recipe import EXACT_ROWS
 from retrodiff.interfaces import Index, Record
 
-EXACT_ROWS = 1_000_000
-"""Up to here exact search is the automatic choice on a CPU."""
 TARGET = 0.95
 """Recall that an index must have been measured at to be chosen automatically."""
 
@@ -79,10 +78,12 @@ class EmbeddingDatabase(Searchable):
 
     def records(self, indices: Tensor) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
-        found: list[Record] = []
-        for shard, row in self._places(indices):
+        places = self._places(indices)
+        found: list[Record] = [{}] * len(places)
+        for i in sorted(range(len(places)), key=places.__getitem__):  # each shard is read once
+            shard, row = places[i]
             table = self._records_of(shard)
-            found.append({name: table[name][row].as_py() for name in table.column_names})
+            found[i] = {name: table[name][row].as_py() for name in table.column_names}
         return found
 
     def table(self, columns: Sequence[str] | None = None) -> Any:
@@ -255,7 +256,7 @@ def open_database(
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
-        if (path.with_name(path.name + ".partial") / BUILD).is_file():
+        if unfinished(path.with_name(path.name + ".partial")):
             raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
         raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
     manifest = Manifest.read(path / MANIFEST)
@@ -272,6 +273,11 @@ def open_database(
     if index.name == "exact" or database.saved_indexes().get(index.name, (None,))[0] == index:
         return database.open_index(index.name)
     return database.build_index(index)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a folder holds a build that was killed and can be resumed."""
+    return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from retrodiff.databases.fingerprint import SHARD_ROWS, rows_digest, rows_hash
 from retrodiff.databases.images import to_float
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.indexes import Recipe, Vectors
+from retrodiff.indexes.vectors import row_norms
 from retrodiff.interfaces import Fingerprint, Record
 
 
@@ -42,9 +43,8 @@ class ArrayDatabase(Searchable):
                 raise ValueError(
                     f"{len(embeddings)} embeddings, but {len(values)} {name}: give one for each"
                 )
-        check_storable(embeddings, fingerprint.encoder, lambda row: f"row {row}")
-        stored = embeddings.detach().cpu().to(torch.float16)
-        vectors = Vectors([stored])
+        stored, norms = storable(embeddings, fingerprint.encoder, lambda row: f"row {row}")
+        vectors = Vectors([stored], [norms])
         digests = [rows_digest(part) for part in stored.split(SHARD_ROWS) if len(part)]
         fingerprint = replace(fingerprint, rows=rows_hash(digests))
         super().__init__(vectors, fingerprint, index.build(vectors) if index else None)
@@ -114,23 +114,30 @@ class Subset(Searchable):
         return self.database.image(int(self.rows[index]))
 
 
-def check_storable(embeddings: Tensor, encoder: str, name: Any) -> None:
-    """Refuses embeddings that float16 cannot hold, naming the first bad row.
+def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tuple[Tensor, Tensor]:
+    """Embeddings as they are stored, refused if float16 cannot hold them.
 
     Args:
         embeddings: (n, d).
         encoder: who made them.
-        name: row number -> what that row is called.
+        name: row number -> what that row is called in an error.
+
+    Returns:
+        The embeddings (n, d) in float16, and the norms (n,) of these stored values.
     """
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}, expected (m, d)")
-    if not embeddings.is_floating_point():
-        raise ValueError(f"embeddings are {embeddings.dtype}, expected floats")
-    good = embeddings.to(torch.float16).isfinite().all(1)
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0, 0])
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(
+            f"embeddings are {embeddings.dtype} of shape {tuple(embeddings.shape)}, "
+            "expected floats (m, d)"
+        )
+    embeddings = embeddings.detach().cpu()
+    stored = embeddings.to(torch.float16)
+    norms = row_norms(stored)  # one pass over the rows serves both: a norm is finite iff its row is
+    if not bool(norms.isfinite().all()):
+        row = int((~norms.isfinite()).nonzero()[0, 0])
         what = "NaN or infinity" if not embeddings[row].isfinite().all() else "more than 65504"
         raise ValueError(
             f"the embedding of {name(row)} by {encoder} holds {what}: leave it out, or look at the "
             "encoder's weights and precision"
         )
+    return stored, norms

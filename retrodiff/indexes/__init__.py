@@ -6,6 +6,7 @@ from retrodiff.indexes.faiss import Faiss
 from retrodiff.indexes.recipe import (
     Recall,
     Recipe,
+    automatic,
     load_index,
     recall_of,
     recipe_from_string,
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "USearch",
     "Vectors",
+    "automatic",
     "load_index",
     "recall_of",
     "recipe_from_string",

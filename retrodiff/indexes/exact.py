@@ -83,8 +83,13 @@ class ExactIndex(Index):
         for start, rows, norms in self.vectors.blocks(self.block):
             n = len(rows)
             tiles = -(-n // _TILE)
-            torch.mm(block[:n].copy_(rows), transposed, out=scores[:n])
-            scores[:n] *= norms.clamp_min(1e-12).reciprocal().unsqueeze(1)
+            scale = norms.clamp_min(1e-12).reciprocal().unsqueeze(1)
+            block[:n].copy_(rows)
+            if b > self.vectors.dim:  # scale what is smaller
+                block[:n] *= scale
+            torch.mm(block[:n], transposed, out=scores[:n])
+            if b <= self.vectors.dim:
+                scores[:n] *= scale
             scores[n : tiles * _TILE] = -torch.inf
             if hidden is not None:
                 inside = hidden[(hidden >= start) & (hidden < start + n)]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,8 @@ from retrodiff.indexes.vectors import Vectors
 from retrodiff.interfaces import Index
 
 FORMAT = 1
+EXACT_ROWS = 1_000_000
+"""Up to here exact search is the automatic choice on a CPU."""
 RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss)}
 
 
@@ -137,6 +140,17 @@ def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
     options = dict(about["recipe"])
     recipe = RECIPES[options.pop("name")](**options)
     return recipe, Recall(**about["recall"]), about["rows"]
+
+
+def automatic(rows: int) -> Recipe:
+    """What suits so many rows on a CPU: exact to a million, else a graph, else trees.
+
+    A recall that misses the target is no matter of the recipe: `open_database` does not choose an
+    index that was measured below it.
+    """
+    if rows <= EXACT_ROWS:
+        return Exact()
+    return USearch() if find_spec("usearch") else Annoy()
 
 
 def recipe_from_string(text: str) -> Recipe:

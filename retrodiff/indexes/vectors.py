@@ -80,7 +80,7 @@ class VectorsView(Vectors):
         return self.vectors.rows(self.chosen[indices])
 
 
-def row_norms(rows: Tensor, block: int = 8192) -> Tensor:
+def row_norms(rows: Tensor, block: int = 1024) -> Tensor:
     """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all."""
     norms = [part.float().norm(dim=1) for part in rows.split(block)]
     return torch.cat(norms) if norms else torch.empty(0)

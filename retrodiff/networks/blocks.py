@@ -90,7 +90,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, 2h, 2w)."""
         if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= FOLD_FROM:
-            kernel = folded(self.conv.weight).to(x.dtype)
+            kernel = folded(self.conv.weight)
             return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
@@ -108,9 +108,9 @@ def folded(kernel: Tensor) -> Tensor:
         (in, out, 4, 4), for stride 2 and padding 1.
     """
     taps = kernel.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    out, channels = kernel.shape[:2]
-    flat = torch.kron(taps, taps) @ rearrange(kernel, "o i y x -> (y x) (o i)")
-    return rearrange(flat, "(y x) (o i) -> i o y x", y=4, x=4, o=out, i=channels)
+    both = torch.kron(taps, taps)
+    summed = both @ rearrange(kernel, "o i y x -> i (y x) o")
+    return rearrange(summed, "i (y x) o -> i o y x", y=4)
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

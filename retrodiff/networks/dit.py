@@ -111,9 +111,7 @@ class DiT(nn.Module):
         prepared = context if isinstance(context, PreparedTokens) else self.prepare(context)
         rows = prepared.rows or len(x)
         time = F.silu(self.time(timestep_embedding(timesteps, self.width).to(x.dtype)))
-        tokens = rearrange(
-            x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
-        )
+        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         h = repeated(self.embed(tokens) + self.position, rows)
         time = repeated(time, rows)
         for block, layer in zip(self.blocks, prepared.layers, strict=True):

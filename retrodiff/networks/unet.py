@@ -25,6 +25,7 @@ from retrodiff.networks.blocks import (
     timestep_embedding,
     zeroed,
 )
+from retrodiff.networks.streams import join_streams
 from retrodiff.networks.transformer import SpatialTransformer, repeated
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,13 +38,11 @@ class PreparedContext:
     Args:
         layers: one entry for each cross-attention, in the order of the forward pass.
         rows: b of the context.
-        regions: of the latent, each with its own tokens.
         vector: (b, v), joins the timestep embedding.
     """
 
     layers: tuple[Any, ...]
     rows: int
-    regions: int = 1
     vector: Tensor | None = None
 
 
@@ -186,55 +185,40 @@ class UNet(nn.Module):
         """Of the weights."""
         return self.conv_in.weight.dtype
 
-    def prepare(self, context: Tensor | Context | None) -> PreparedContext:
+    def prepare(
+        self, context: Tensor | Context | None, steps: int | None = None
+    ) -> PreparedContext:
         """All that the denoising steps share about a context: compute it once, hand it in often.
 
         Args:
-            context: neighbors (b, k, d), or (b, r, k, d) with r = g*g regions of the latent, row by
-                row; or a `Context`, whose streams are joined along k.
+            context: a `Context`, whose streams are joined along k; or all tokens (b, k, d), or
+                (b, r, k, d) with r = g*g regions of the latent, row by row.
+            steps: evaluations that will share it; None: many.
 
         Raises:
             ValueError: the context and the network do not fit.
         """
-        if isinstance(context, Tensor):
-            context = Context.of(context)
-        vector = None if context is None else context.vector
-        if (vector is None) != (self.vector_width is None) or (
-            vector is not None and vector.shape[-1] != self.vector_width
-        ):
+        vector = context.vector if isinstance(context, Context) else None
+        if (None if vector is None else vector.shape[-1]) != self.vector_width:
             raise ValueError(
                 f"context.vector has width {None if vector is None else vector.shape[-1]}, the "
                 f"network was built with vector_width={self.vector_width}: make them agree"
             )
-        tokens = None if context is None else _joined(context)
-        if self.context_width is None:
-            if tokens is not None:
-                raise ValueError(
-                    "the context has tokens, but this network has no cross-attention "
-                    "(context_width=None): build it with the width of the tokens"
-                )
-            return PreparedContext((), 0 if vector is None else len(vector), 1, vector)
-        if tokens is None or tokens.values.shape[-2] == 0:
-            raise ValueError(
-                f"the context has no tokens, but the network attends to tokens of width "
-                f"{self.context_width}: hand in (b, k, {self.context_width}) with k >= 1, zeros "
-                "for the null condition"
-            )
-        if tokens.values.shape[-1] != self.context_width:
-            raise ValueError(
-                f"tokens of width {tokens.values.shape[-1]} do not fit the network's "
-                f"context_width={self.context_width}: use the encoder it was trained with"
-            )
+        if isinstance(context, Tensor):
+            tokens = self._checked(Tokens(context))
+        else:
+            tokens = join_streams(Context({}) if context is None else context, self.widths)
+        if tokens is None:
+            return PreparedContext((), 0 if vector is None else len(vector), vector)
         values = tokens.values
         if not torch.is_autocast_enabled(values.device.type):
             tokens = replace(tokens, values=values.to(self.dtype))
         layers = tuple(
-            block.prepare(tokens, positions=(self.size // factor) ** 2)
+            block.prepare(tokens, (self.size // factor) ** 2, steps)
             for transformer, factor in self._transformers()
             for block in transformer.cross_attentions()
         )
-        regions = values.shape[1] if values.ndim == 4 else 1
-        return PreparedContext(layers, len(values), regions, vector)
+        return PreparedContext(layers, len(values), vector)
 
     def forward(
         self,
@@ -259,7 +243,9 @@ class UNet(nn.Module):
         Raises:
             ValueError: the latent cannot be halved often enough, or the context does not fit.
         """
-        prepared = context if isinstance(context, PreparedContext) else self.prepare(context)
+        prepared = (
+            context if isinstance(context, PreparedContext) else self.prepare(context, steps=1)
+        )
         self._check(x, prepared)
         time = timestep_embedding(timesteps.expand(len(x)), self.channels).to(self.dtype)
         time = self.time(time)
@@ -308,6 +294,20 @@ class UNet(nn.Module):
             for stage in _all(stages, Stage):
                 if stage.transformer is not None:
                     yield stage.transformer, factor
+
+    def _checked(self, tokens: Tokens) -> Tokens:
+        shape = tuple(tokens.values.shape)
+        if len(shape) not in (3, 4) or shape[-1] != self.context_width:
+            raise ValueError(
+                f"a context of shape {shape} does not fit context_width={self.context_width}: hand "
+                "in tokens (b, k, d) of the encoder that the network was trained with"
+            )
+        if shape[-2] == 0:
+            raise ValueError(
+                f"a context of shape {shape} has no tokens, but the network attends to them: hand "
+                "in at least one, zeros for the null condition"
+            )
+        return tokens
 
     def _check(self, x: Tensor, prepared: PreparedContext) -> None:
         factor = 2 ** (len(self.multipliers) - 1)
@@ -364,25 +364,3 @@ class Level(nn.Module):
 def _all(modules: nn.ModuleList, kind: type[M]) -> Iterator[M]:
     """The modules of a list, with the type that a `ModuleList` forgets."""
     return cast("Iterator[M]", iter(modules))
-
-
-def _joined(context: Context) -> Tokens | None:
-    """All streams of a context, joined along k."""
-    streams = list(context.streams.values())
-    if len(streams) <= 1:
-        return streams[0] if streams else None
-    widths = {name: t.values.shape[-1] for name, t in context.streams.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(
-            f"streams of widths {widths} cannot be joined: project them to one width first"
-        )
-    mask = None
-    if any(t.mask is not None for t in streams):
-        masks = [
-            t.values.new_ones(t.values.shape[:-1], dtype=torch.bool) if t.mask is None else t.mask
-            for t in streams
-        ]
-        mask = torch.cat(masks, -1)
-    return Tokens(
-        torch.cat([t.values for t in streams], -2), mask, min(t.null_rows for t in streams)
-    )

@@ -170,7 +170,7 @@ def _first_allowed(
         keep = allowed(found)
         if bool((keep.sum(-1) >= k).all()):
             # A stable sort of "not allowed" brings the allowed rows forward in their own order.
-            return found.take((~keep).int().argsort(-1, stable=True)[..., :k])
+            return found.take((~keep).int().argsort(dim=-1, stable=True)[..., :k])
         if reach == total:
             least = int(keep.sum(-1).min())
             raise ValueError(

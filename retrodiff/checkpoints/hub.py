@@ -1,0 +1,97 @@
+"""Saved models on the Hugging Face Hub: safetensors and json, never pickles of ours.
+
+Thin on purpose: `fetch` gives a local folder that is then opened like any other, `publish` uploads
+a saved folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SAFE = ("*.json", "*.safetensors", "*.md", "*.yaml")
+"""What a saved model consists of."""
+
+DIFFUSERS = (
+    "model_index.json", "scheduler/*.json",
+    *(f"{part}/{file}" for part in ("unet", "vae", "vqvae")
+      for file in ("*.json", "diffusion_pytorch_model*")),
+)  # fmt: skip
+"""What `load_diffusers` reads of a pipeline: not the text encoder."""
+
+
+def fetch(
+    repo: str,
+    *,
+    revision: str | None = None,
+    cache: str | Path | None = None,
+    token: str | None = None,
+    patterns: tuple[str, ...] = SAFE,
+) -> Path:
+    """A repository's files as a local folder; from the cache where they are there already.
+
+    Args:
+        repo: ``owner/name``, or a folder on this machine, which is returned as it is.
+        revision: branch, tag or commit.
+        cache: folder of the cache; None: the usual one.
+        token: for private repositories; None: the one of ``hf auth login``.
+        patterns: files to fetch; `DIFFUSERS` for a pipeline such as ``fusing/rdm``.
+
+    Raises:
+        FileNotFoundError: the repository does not exist, or there is no network.
+    """
+    if Path(repo).is_dir():
+        return Path(repo)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache,
+                token=token,
+                allow_patterns=list(patterns),
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{repo} is neither a folder here nor to be had from the Hub "
+            f"({type(error).__name__}): check name and network, or hand in a local folder"
+        ) from error
+
+
+def publish(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    message: str = "Upload a retrodiff model",
+) -> str:
+    """Uploads a saved model; other files in the folder stay at home.
+
+    Args:
+        folder: of a saved model.
+        repo: ``owner/name``; made where it does not exist.
+        private: whether a new repository is hidden from others.
+        token: None: the one of ``hf auth login``.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: the folder holds no saved model.
+    """
+    folder = Path(folder)
+    if not (folder.is_dir() and any(folder.rglob("*.safetensors")) and any(folder.glob("*.json"))):
+        raise FileNotFoundError(f"{folder} holds no saved model: save one there first")
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(SAFE)
+    )
+    return str(commit.commit_url)

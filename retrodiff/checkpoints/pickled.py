@@ -1,0 +1,222 @@
+"""Reads a PyTorch ``.ckpt`` without running what is in it and without loading what is not used.
+
+A checkpoint is a zip of one pickle and of raw tensor bytes. The pickle may name any function of any
+package and call it; here nothing is imported: tensors and plain containers are rebuilt, other
+classes (trainer callbacks, configuration objects) become empty stand-ins, and a call to anything
+else is refused. The tensors are views of the memory-mapped file: what nobody reads costs no memory.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+PLAIN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    **{
+        (module, kind.__name__): kind
+        for module in ("builtins", "__builtin__")
+        for kind in (bool, int, float, complex, str, list, tuple, dict, set, frozenset)
+    },
+}
+"""Classes that are rebuilt as they are."""
+
+PACKAGES = frozenset(
+    "argparse datetime enum ldm lightning lightning_fabric numpy omegaconf pathlib "
+    "pytorch_lightning rdm taming torch torchmetrics typing".split()
+)
+"""Packages whose objects training leaves in a checkpoint. None of them is imported: where one of
+their classes is called, the result is an empty stand-in."""
+
+LOWER_CASE = {
+    ("datetime", "datetime"),
+    ("datetime", "timedelta"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("torch", "device"),
+}
+"""The same for names that don't look like a class."""
+
+
+READING = (
+    pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
+    OverflowError, TypeError, UnicodeError,
+)  # fmt: skip
+"""What Python's unpickler raises on damaged bytes."""
+
+
+def read_pickled(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, its tensors memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or it would run code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: check the path of the checkpoint")
+    archive = _Archive(path)
+    try:
+        return _Unpickler(archive).load()
+    except READING as error:
+        raise ValueError(f"{path} is damaged, its pickle cannot be read: {error}") from error
+
+
+class _Archive:
+    """The zip: where each tensor's bytes are in the mapped file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.entries = {entry.filename: entry for entry in archive.infolist()}
+                pickles = [name for name in self.entries if name.endswith("data.pkl")]
+                if len(pickles) != 1:
+                    raise ValueError(f"{path} is a zip file, but not one that PyTorch wrote")
+                self.pickle = archive.read(pickles[0])
+                self.prefix = pickles[0].removesuffix("data.pkl")
+                order = f"{self.prefix}byteorder"
+                if order in self.entries and archive.read(order) != b"little":
+                    raise ValueError(
+                        f"{path} was written on a big-endian machine: convert it there"
+                    )
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(
+                f"{path} ({path.stat().st_size:,} bytes) is truncated, or no checkpoint that "
+                f"PyTorch 1.6 or newer wrote ({error}): fetch it again and compare its size"
+            ) from error
+        with path.open("rb") as file:
+            # A private mapping: changing a tensor never changes the file.
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(self, key: str, dtype: torch.dtype, numel: int) -> Tensor:
+        """The storage called ``key`` as a flat tensor."""
+        entry = self.entries.get(f"{self.prefix}data/{key}")
+        size = numel * dtype.itemsize
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < size:
+            raise ValueError(
+                f"{self.path} is damaged: tensor data {key!r} is missing or not {size} bytes long"
+            )
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        # The lengths of name and extra field in the local header may differ from the directory's.
+        name, extra = struct.unpack_from("<HH", self.mapped, entry.header_offset + 26)
+        start = entry.header_offset + 30 + name + extra
+        if start + size > len(self.mapped):
+            raise ValueError(f"{self.path} is truncated: tensor data {key!r} ends behind its end")
+        return torch.frombuffer(self.mapped, dtype=dtype, count=numel, offset=start)
+
+
+class _Foreign(type):
+    """A class that stands in for one we don't import. Calling it would be running code."""
+
+    known: bool
+    origin: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not cls.known:
+            raise _refusal(cls.origin)
+        return object.__new__(cls)
+
+
+class _StandIn:
+    """An object of a class we don't import: it takes its state and forgets it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: _Archive):
+        super().__init__(io.BytesIO(archive.pickle))
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in PLAIN:
+            return PLAIN[module, name]
+        if (module, name) in CALLS:
+            return CALLS[module, name]
+        if module in ("torch", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        origin = f"{module}.{name}"
+        known = module.split(".")[0] in PACKAGES and name[:1].isupper()
+        known = known or (module, name) in LOWER_CASE
+        return _Foreign(name, (_StandIn,), {"known": known, "origin": origin})
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        match pid:
+            case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
+                return self.archive.tensor(key, dtype, numel)
+            case _:
+                raise pickle.UnpicklingError(f"tensor data described as {pid!r:.80}")
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    if any(n == 0 for n in size):
+        return storage.new_empty(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if offset < 0 or min(stride, default=0) < 0 or last >= storage.numel():
+        raise ValueError(f"a tensor of shape {tuple(size)} reaches out of its data: damaged file")
+    return storage.as_strided(size, stride, offset)
+
+
+def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    del encoding  # always latin1: how old pickle protocols spell bytes
+    return text.encode("latin1")
+
+
+CALLS = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("_codecs", "encode"): _encoded,
+}
+"""Calls that are allowed, as functions of ours."""
+
+
+def _refusal(origin: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint wants to call {origin} while it is read: refused, nothing was run. A "
+        "checkpoint of weights has no need to; don't use this file unless you know its maker, and "
+        "then only after saving its tensors again as safetensors"
+    )

@@ -1,0 +1,177 @@
+"""The published models in numbers: enough to build their networks, and what else belongs to them.
+
+The three models of Blattmann et al. 2022 and of its repository, as their configuration files give
+them. `Architecture` also holds what is read from a user's own configuration of that family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from retrodiff.interfaces import Scale
+from retrodiff.networks.kl import KLAutoencoder
+from retrodiff.networks.unet import UNet
+from retrodiff.networks.vq import VQAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The betas of training: the squares of ``length`` even steps between two square roots.
+
+    Args:
+        length: T.
+        start: first beta.
+        end: last beta.
+    """
+
+    length: int = 1000
+    start: float
+    end: float
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """(T,), float64."""
+        roots = torch.linspace(self.start**0.5, self.end**0.5, self.length, dtype=torch.float64)
+        return (1 - roots.square()).cumprod(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model of the published family in numbers.
+
+    Args:
+        unet: arguments of `UNet`.
+        kind: of the first stage.
+        autoencoder: arguments of `VQAutoencoder` or `KLAutoencoder`, ``scale_factor`` among them.
+        schedule: of training.
+        scale: of the embeddings that the network was trained with; None: the file doesn't say.
+        name: which published model this is; None: another one.
+    """
+
+    unet: Mapping[str, Any]
+    kind: Literal["vq", "kl"]
+    autoencoder: Mapping[str, Any]
+    schedule: Schedule
+    scale: Scale | None = None
+    name: str | None = None
+
+    def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
+        """UNet and first stage with fresh weights; on the meta device under ``torch.device``."""
+        first_stage = VQAutoencoder if self.kind == "vq" else KLAutoencoder
+        return UNet(**self.unet), first_stage(**self.autoencoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A checkpoint of the published family: networks with weights, and the facts about them.
+
+    Args:
+        unet: predicts the noise.
+        autoencoder: images <-> the UNet's latents.
+        schedule: of training.
+        scale: of the embeddings in the context; None: the checkpoint doesn't say.
+        name: which published model its architecture is; None: another one.
+        weights: ``ema`` (averaged) or ``raw``; ``unknown`` where the file holds one set unnamed.
+        source: the file or folder it was read from.
+    """
+
+    unet: UNet
+    autoencoder: VQAutoencoder | KLAutoencoder
+    schedule: Schedule
+    scale: Scale | None
+    name: str | None
+    weights: Literal["ema", "raw", "unknown"]
+    source: str
+
+    @property
+    def context_width(self) -> int | None:
+        """Width of an embedding in the context."""
+        return self.unet.context_width
+
+    @property
+    def scale_factor(self) -> float:
+        """The UNet's latents are the first stage's times this."""
+        return self.autoencoder.scale_factor
+
+
+_PAPER_UNET = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "size": 64,
+    "blocks_per_level": 2,
+    "attention_factors": [2, 4, 8],
+    "context_width": 512,
+    "channels_per_head": 32,
+}
+_PAPER_VQ = {
+    "channels": 128,
+    "multipliers": [1, 2, 4],
+    "blocks_per_level": 2,
+    "latent_channels": 3,
+    "codes": 8192,
+}
+
+PUBLISHED = {
+    "rdm_imagenet": Architecture(
+        unet={**_PAPER_UNET, "channels": 192, "multipliers": [1, 2, 3, 5]},
+        kind="vq",
+        autoencoder=_PAPER_VQ,
+        schedule=Schedule(start=0.0015, end=0.0195),
+        scale="raw",
+        name="rdm_imagenet",
+    ),
+    "rdm_ffhq": Architecture(
+        unet={**_PAPER_UNET, "channels": 224, "multipliers": [1, 2, 3, 4]},
+        kind="vq",
+        autoencoder=_PAPER_VQ,
+        schedule=Schedule(start=0.0015, end=0.0195),
+        scale="raw",
+        name="rdm_ffhq",
+    ),
+    "rdm_768": Architecture(
+        unet={
+            "in_channels": 16,
+            "out_channels": 16,
+            "size": 48,
+            "channels": 448,
+            "multipliers": [1, 2, 3, 4],
+            "blocks_per_level": 2,
+            "attention_factors": [1, 2, 4],
+            "context_width": 768,
+            "channels_per_head": 32,
+        },
+        kind="kl",
+        autoencoder={
+            "channels": 128,
+            "multipliers": [1, 1, 2, 2, 4],
+            "blocks_per_level": 2,
+            "latent_channels": 16,
+            "attention_factors": [16],
+            "scale_factor": 0.22765929,
+        },
+        schedule=Schedule(start=0.0015, end=0.015),
+        scale="unit",
+        name="rdm_768",
+    ),
+}
+"""The published models by name."""
+
+
+def recognized(architecture: Architecture) -> Architecture:
+    """The same, with name and scale where the UNet is that of a published model."""
+    from dataclasses import replace
+
+    shape = ("channels", "multipliers", "attention_factors", "context_width", "in_channels")
+    for name, known in PUBLISHED.items():
+        same = all(_plain(architecture.unet[key]) == _plain(known.unet[key]) for key in shape)
+        if same and architecture.kind == known.kind:
+            return replace(architecture, name=name, scale=known.scale)
+    return architecture
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,33 @@
+"""``retrodiff demo``: from pictures to generated pictures, from scratch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "demo",
+        help="train and sample two small models from scratch, on photographs and on digits",
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder to be written")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo there")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo and prints its table; 1 if the samples copy."""
+    from retrodiff import demo
+
+    try:
+        report = demo.run(options.out, seed=options.seed, overwrite=options.overwrite)
+    except demo.CopyingError as error:
+        print(f"retrodiff: {error}", file=sys.stderr)
+        return 1
+    print(demo.table(report))
+    print(f"look at {options.out}/samples.png and {options.out}/neighbors.png")
+    return 0

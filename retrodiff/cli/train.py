@@ -1,0 +1,85 @@
+"""``retrodiff train``: a small retrieval-augmented model on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("train", help="train a small model on a folder of images")
+    parser.add_argument("images", help="folder of training images")
+    parser.add_argument("out", help="folder of the model")
+    parser.add_argument("--database", required=True, help="folder of the database D")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        help="what D was built with: open_clip:NAME:TAG, timm:NAME or a folder",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="random encoder weights")
+    parser.add_argument("--size", type=int, default=32, help="side of the images, a multiple of 4")
+    parser.add_argument("--channels", type=int, default=64, help="width of the network")
+    parser.add_argument("--k", type=int, default=4, help="neighbors per image")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the weights' average")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Reads, embeds, finds neighbors, trains, saves."""
+    from pathlib import Path
+
+    import torch
+
+    from retrodiff import presets
+    from retrodiff.databases import open_database
+    from retrodiff.encoders import encoder_from_string
+    from retrodiff.files import check_free
+    from retrodiff.retrieval import NearestNeighbors, NeighborCounts
+    from retrodiff.training import TrainingSet, cosine, fit
+    from retrodiff.training.folder import FolderImages
+
+    out = Path(options.out)
+    check_free(out, "model.json", options.overwrite)
+    checkpoint = out.with_name(out.name + ".training.safetensors")
+    if checkpoint.exists() and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            f"{checkpoint} is an unfinished training: continue it (--resume) or start anew "
+            "(--overwrite)"
+        )
+    database = open_database(options.database)
+    encoder = encoder_from_string(options.encoder, pretrained=not options.no_pretrained)
+    images = FolderImages(options.images, options.size)
+    torch.manual_seed(options.seed)
+    model = presets.rdm_small(
+        encoder=encoder,
+        database=database,
+        size=options.size,
+        channels=options.channels,
+        k=options.k,
+    )
+    data = TrainingSet.of(images, encoder, database, NearestNeighbors(), options.k)
+    fitted = fit(
+        model,
+        data,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        rate=cosine(options.rate, options.steps, min(100, options.steps // 10)),
+        ema=options.ema,
+        seed=options.seed,
+        checkpoint=checkpoint,
+        every=options.every,
+        resume=options.resume,
+    )
+    proposal = NeighborCounts.of_table(data.table, database)
+    fitted.model.replace(proposal=proposal).save(out, overwrite=options.overwrite)
+    checkpoint.unlink()
+    print(f"trained on {len(images)} images for {options.steps} steps: {out}")
+    return 0

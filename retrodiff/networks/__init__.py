@@ -1,0 +1,8 @@
+"""Networks: the published UNet, a small transformer, and the published first stages."""
+
+from retrodiff.networks.dit import DiT
+from retrodiff.networks.kl import KLAutoencoder
+from retrodiff.networks.unet import UNet
+from retrodiff.networks.vq import VQAutoencoder
+
+__all__ = ["DiT", "KLAutoencoder", "UNet", "VQAutoencoder"]

@@ -1,0 +1,141 @@
+"""The commands ``retrodiff database ...`` on real photographs, as a user would type them."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retrodiff.cli.database import add_parser
+from retrodiff.databases import open_database
+from retrodiff.encoders import CLIPEncoder, save_encoder
+
+skimage_data = pytest.importorskip("skimage.data")
+
+
+def run(*words) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(dest="command", required=True))
+    options = parser.parse_args(["database", *map(str, words)])
+    return options.run(options)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for name, label in (("astronaut", "people"), ("chelsea", "animals"), ("coffee", "things")):
+        (root / label).mkdir()
+        image = getattr(skimage_data, name)()
+        Image.fromarray(np.ascontiguousarray(image[::2, ::2])).save(root / label / f"{name}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    tower = {"layers": 1, "width": 32}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 16, "patch_size": 4, "head_width": 16, **tower},
+        "text_cfg": {"context_length": 8, "heads": 2, **tower},
+    }
+    path = tmp_path_factory.mktemp("encoder")
+    save_encoder(CLIPEncoder.from_config(config), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(photos, encoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "photos.rdb"
+    options = ["--patch-size", 48, "--stride", 24, "--licence", "CC0", "--credit", "NASA"]
+    assert run("build", photos, out, "--encoder", encoder, *options) == 0
+    return out
+
+
+def test_build_info_and_verify(built, capsys):
+    assert run("info", built) == 0
+    text = capsys.readouterr().out
+    assert "clip:" in text
+    assert "file, label, licence, credit, box, resized" in text
+    assert run("verify", built) == 0
+    assert "as it was written" in capsys.readouterr().out
+    assert len(open_database(built)) > 100
+
+
+def test_search_shows_what_was_found(built, encoder, photos, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    patch = open_database(built).image(30)
+    pixels = ((patch + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "query.png")
+    options = ["--image", tmp_path / "query.png", "--text", "a cat", "-k", 4, "--out", out]
+    assert run("search", built, "--encoder", encoder, *options) == 0
+    text = capsys.readouterr().out
+    assert "row 30: 1.000" in text
+    assert "CC0" not in text
+    with Image.open(out) as sheet:
+        assert sheet.width > 5 * 128
+    only = [*options, "--where", "label == 'people'"]
+    assert run("search", built, "--encoder", encoder, *only) == 0
+    assert "animals/" not in capsys.readouterr().out
+
+
+def test_index(built, capsys):
+    assert run("index", built, "annoy:trees=10,components=16") == 0
+    assert "recall@20" in capsys.readouterr().out
+    assert run("info", built) == 0
+    assert "index annoy" in capsys.readouterr().out
+
+
+def test_append_and_delete(photos, encoder, tmp_path, capsys):
+    out = tmp_path / "d.rdb"
+    assert run("build", photos / "people", out, "--encoder", encoder, "--thumbnails", 32) == 0
+    assert run("append", photos, out, "--encoder", encoder) == 0
+    assert len(open_database(out)) == 4
+    assert run("delete", out, "label == 'people' or label == 'things'") == 0
+    assert "2 rows deleted, 2 left" in capsys.readouterr().out
+    assert open_database(out).image(1).shape[0] == 3
+
+
+def test_skipped_files_are_named_in_one_line(photos, encoder, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.txt").write_text("a")
+    picture = photos / "people/astronaut.png"
+    (tmp_path / "photos/b.png").write_bytes(picture.read_bytes())
+    assert run("build", tmp_path / "photos", tmp_path / "d", "--encoder", encoder) == 0
+    assert "1 skipped: a.txt (not an image)\n" in capsys.readouterr().err
+
+
+def test_timm_with_random_weights_is_the_same_every_time(photos, tmp_path):
+    for name in ("a", "b"):
+        options = ["--encoder", "timm:resnet10t", "--no-pretrained"]
+        assert run("build", photos, tmp_path / name, *options) == 0
+    a, b = (open_database(tmp_path / name).fingerprint for name in ("a", "b"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build", "{photos}", "{built}"], "--overwrite"),
+        (["build", "{photos}", "{built}x", "--stride", "4"], "need --patch-size"),
+        (["build", "{photos}/none", "{built}x"], "is not a folder"),
+        (["search", "{built}"], "give --text or --image"),
+        (["search", "{built}", "--text", "a", "-k", "999999"], "k=999999"),
+        (["search", "{built}", "--text", "a", "--where", "x == 1"], "unknown column 'x'"),
+    ],
+)
+def test_refusals(words, message, photos, built, encoder):
+    words = [word.format(photos=photos, built=built) for word in words]
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        run(*words, "--encoder", encoder)
+    assert "\n" not in str(error.value)
+
+
+def test_search_refuses_another_encoder_and_one_without_text(built, photos, tmp_path):
+    timm = ["--encoder", "timm:resnet10t", "--no-pretrained"]
+    with pytest.raises(ValueError, match="dim=512 against dim=32"):
+        run("search", built, "--text", "a", *timm)
+    run("build", photos, tmp_path / "t", *timm)
+    with pytest.raises(ValueError, match="no text tower"):
+        run("search", tmp_path / "t", "--text", "a", *timm)

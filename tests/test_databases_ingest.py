@@ -1,0 +1,367 @@
+"""Building databases: bad pictures, refusals, interruption at any moment."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_databases import Pooled, files_of, pictures
+
+from retrodiff.databases import (
+    ImageFolder,
+    Images,
+    UnreadableImage,
+    append_to_database,
+    build_database,
+    open_database,
+    read_image,
+)
+from retrodiff.databases import ingest as ingest_module
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def ramp(h: int = 24, w: int = 32) -> np.ndarray:
+    rows, columns = np.mgrid[0:h, 0:w]
+    return np.stack([rows * 9, columns * 7, 200 - rows * 3], -1).astype(np.uint8)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_plain_pictures_are_exact():
+    read = read_image(encoded(Image.fromarray(ramp())))
+    assert read.dtype == torch.uint8
+    assert torch.equal(read, torch.from_numpy(ramp()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "image", "options", "tolerance"),
+    [
+        ("PNG", Image.fromarray(ramp()).quantize(256), {}, 12),
+        ("JPEG", Image.fromarray(ramp()).convert("CMYK"), {"quality": 95}, 12),
+        ("PNG", Image.fromarray(ramp()).convert("RGBA"), {}, 0),
+        ("TIFF", Image.fromarray(ramp()).convert("YCbCr"), {}, 4),
+        ("WEBP", Image.fromarray(ramp()), {"lossless": True}, 0),
+    ],
+)
+def test_modes_become_rgb(kind, image, options, tolerance):
+    read = read_image(encoded(image, kind, **options)).permute(1, 2, 0).numpy()
+    assert np.abs(read.astype(int) - ramp()).max() <= tolerance
+
+
+def test_sixteen_bits_keep_their_brightness():
+    values = np.linspace(0, 65535, 24 * 32).reshape(24, 32)
+    read = read_image(encoded(Image.fromarray(values.astype(np.uint16))))
+    assert np.abs(read[0].numpy() - values / 257).max() <= 1
+    assert torch.equal(read[0], read[2])
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise to be seen
+    read = read_image(encoded(Image.fromarray(ramp()), "PNG", exif=exif))
+    assert torch.equal(read, torch.from_numpy(np.rot90(ramp(), -1).copy()).permute(2, 0, 1))
+
+
+def test_transparency_lies_on_white():
+    image = Image.fromarray(ramp()).convert("RGBA")
+    image.putalpha(0)
+    assert (read_image(encoded(image)) == 255).all()
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.fromarray(ramp() // n) for n in (1, 2)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert torch.equal(read_image(data), read_image(encoded(frames[0])))
+
+
+def test_unreadable(tmp_path, monkeypatch):
+    whole = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    )
+    for data, message in [
+        (whole[: len(whole) // 2], "broken image"),
+        (b"hello", "not an image"),
+        (b"", "not an image"),
+    ]:
+        with pytest.raises(UnreadableImage, match=message):
+            read_image(data)
+    with pytest.raises(UnreadableImage, match="No such file"):
+        read_image(tmp_path / "none.png")
+    for limit in (64 * 64 - 1, 64 * 16):  # where Pillow warns, and where it refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UnreadableImage, match=f"more than {limit} pixels"):
+            read_image(whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_damage_is_read_or_refused(seed):
+    rng = np.random.default_rng(seed)
+    whole = {k: encoded(Image.fromarray(ramp()), k) for k in ("PNG", "JPEG", "WEBP", "TIFF", "GIF")}
+    for data in whole.values():
+        for _ in range(40):
+            broken = bytearray(data)
+            for at in rng.integers(0, len(data), 4):
+                broken[at] = rng.integers(0, 256)
+            with contextlib.suppress(UnreadableImage):
+                assert read_image(bytes(broken)).shape[0] == 3
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i, image in enumerate(pictures(9, 12)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"p{i}.png")
+    return root
+
+
+def test_bad_files_are_skipped_counted_and_named(folder, tmp_path, monkeypatch):
+    (folder / "p2.png").write_bytes((folder / "p2.png").read_bytes()[:99])
+    (folder / "notes.txt").write_text("not a picture")
+    Image.new("RGB", (100, 100)).save(folder / "p7b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.warns(UserWarning, match=r"3 skipped: notes\.txt.*p2\.png.*p7b\.png") as seen:
+        database = build_database(tmp_path / "d", ImageFolder(folder), Pooled(), progress=False)
+    assert len(seen) == 1
+    assert len(database) == 8
+    assert dict(database.manifest.skipped) == {
+        "notes.txt": "not an image",
+        "p2.png": dict(database.manifest.skipped)["p2.png"],
+        "p7b.png": "more than 1000 pixels",
+    }
+    assert [r["file"] for r in database.records(torch.tensor([1, 2]))] == ["p1.png", "p3.png"]
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="holds no files"):
+        ImageFolder(tmp_path / "photos")
+    (tmp_path / "photos/a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"no picture could be read; 1 skipped: a\.txt"):
+        build_database(tmp_path / "d", ImageFolder(tmp_path / "photos"), Pooled(), progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        ImageFolder(tmp_path / "none")
+    with pytest.raises(ValueError, match="2 images, but 1 records"):
+        Images(pictures(2), [{}])
+
+
+def test_existing_output(folder, tmp_path):
+    out, source = tmp_path / "d", ImageFolder(folder)
+    build_database(out, source, Pooled(), progress=False)
+    before = files_of(out)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        build_database(out, source, Pooled(), progress=False)
+    assert files_of(out) == before
+    # Resuming what is finished opens it, if it is the same.
+    assert len(build_database(out, source, Pooled(), resume=True, progress=False)) == 9
+    with pytest.raises(ValueError, match="weights='x' against weights='w'"):
+        build_database(out, source, Pooled("x"), resume=True, progress=False)
+    build_database(out, Images(pictures(3)), Pooled("x"), overwrite=True, progress=False)
+    assert len(open_database(out)) == 3
+    with pytest.raises(FileExistsError, match="is not a database, it is left alone"):
+        build_database(folder, source, Pooled(), overwrite=True, progress=False)
+    assert len(list(folder.iterdir())) == 9
+
+
+def test_output_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write into .*: choose another folder"):
+        build_database(tmp_path / "file/d", ImageFolder(folder), Pooled(), progress=False)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(folder, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match="choose another folder"):
+        build_database(tmp_path / "locked/d", ImageFolder(folder), Pooled(), progress=False)
+
+
+def test_nan_names_file_row_and_encoder(folder, tmp_path):
+    class Broken(Pooled):
+        def encode_image(self, images):
+            out = super().encode_image(images)
+            out[images[:, 0, 0, 0] == (pictures(9, 12) / 127.5 - 1)[4, 0, 0, 0]] = torch.nan
+            return out
+
+    with pytest.raises(ValueError, match=r"p4\.png \(row 4\) by pooled holds NaN"):
+        build_database(tmp_path / "d", ImageFolder(folder), Broken(), progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    source = ImageFolder(folder)
+    build_database(tmp_path / "d", source, Pooled(), shard_rows=4, progress=False)
+    before = files_of(tmp_path / "d")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        append_to_database(tmp_path / "d", source, Pooled(), progress=False)
+    with pytest.raises(OSError, match="No space left"):
+        build_database(tmp_path / "d", source, Pooled(), overwrite=True, progress=False)
+    monkeypatch.undo()
+    assert {k: v for k, v in files_of(tmp_path / "d").items() if "partial" not in k} == before
+    assert open_database(tmp_path / "d").verify() == []
+    assert (
+        len(append_to_database(tmp_path / "d", source, Pooled(), resume=True, progress=False)) == 18
+    )
+
+
+def test_one_writer_at_a_time(folder, tmp_path):
+    source = ImageFolder(folder)
+    build_database(tmp_path / "d", source, Pooled(), progress=False)
+
+    class Meanwhile(Pooled):
+        def encode_image(self, images):
+            with pytest.raises(BlockingIOError, match="being written by another"):
+                append_to_database(tmp_path / "d", source, Pooled(), progress=False)
+            assert len(open_database(tmp_path / "d")) == 9
+            return super().encode_image(images)
+
+    assert len(append_to_database(tmp_path / "d", source, Meanwhile(), progress=False)) == 18
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+OPTIONS = {"shard_rows": 8, "batch_size": 3, "thumbnails": 8, "progress": False}
+POINTS = [
+    "vectors written",
+    "records written",
+    "thumbnails written",
+    "shard recorded",
+    "manifest written",
+    "old one moved",
+]
+
+KILL = """
+import os, signal, sys, warnings
+sys.path.insert(0, {tests!r})
+from retrodiff.databases import Patchify, ImageFolder, append_to_database, build_database
+from retrodiff.databases import edit, ingest, shards
+from test_databases import Pooled
+import torch
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+
+def kill_at(point, nth):
+    def reached(name):
+        nonlocal nth
+        nth -= name == point
+        if name == point and nth == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    edit.reached = ingest.reached = shards.reached = reached
+
+for job, point, nth, out, folder, options in {jobs!r}:
+    child = os.fork()
+    if child == 0:
+        kill_at(point, nth)
+        source = Patchify(size=6, n=3).over(ImageFolder(folder))
+        (build_database if job == "build" else append_to_database)(out, source, Pooled(), **options)
+        os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), (point, nth, status)
+"""
+
+
+def run_killed(jobs) -> None:
+    code = KILL.format(tests=str(Path(__file__).parent), jobs=jobs)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path):
+    from retrodiff.databases import Patchify
+
+    (folder / "p3.txt").write_text("skipped")
+    source = Patchify(size=6, n=3).over(ImageFolder(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build_database(tmp_path / "whole", source, Pooled(), **OPTIONS)
+        expected = files_of(tmp_path / "whole")
+        assert len(json.loads(expected["manifest.json"])["shards"]) == 4
+
+        builds = {(p, n): tmp_path / f"{p} {n}" for p in POINTS[:4] for n in (1, 3)}
+        builds |= {(p, 1): tmp_path / p for p in POINTS[4:]}
+        jobs = [("build", p, n, str(out), str(folder), OPTIONS) for (p, n), out in builds.items()]
+        build_database(tmp_path / "base", Images(pictures(20)), Pooled(), **OPTIONS)
+        appended = {}
+        for point in ("records written", "shard recorded", "append linked", "append recorded"):
+            appended[point] = tmp_path / f"append {point}"
+            build_database(appended[point], Images(pictures(20)), Pooled(), **OPTIONS)
+            jobs.append(
+                ("append", point, 1, str(appended[point]), str(folder), {"progress": False})
+            )
+        run_killed(jobs)
+
+        for (point, _), out in builds.items():
+            assert not out.exists(), point
+            if point != "old one moved":
+                with pytest.raises(FileExistsError, match="--resume"):
+                    build_database(out, source, Pooled(), **OPTIONS)
+            build_database(out, source, Pooled(), resume=True, **OPTIONS)
+            assert files_of(out) == expected, point
+            assert not out.with_name(out.name + ".partial").exists()
+
+        append_to_database(tmp_path / "base", source, Pooled(), progress=False)
+        for point, out in appended.items():
+            if point == "append recorded":
+                assert len(open_database(out)) == 47
+                continue
+            assert len(open_database(out)) == 20
+            assert open_database(out).verify() == []
+            append_to_database(out, source, Pooled(), resume=True, progress=False)
+            assert files_of(out) == files_of(tmp_path / "base"), point
+
+
+def test_ctrl_c_then_resume(folder, tmp_path, monkeypatch):
+    source = ImageFolder(folder)
+    options = {**OPTIONS, "shard_rows": 4}
+    build_database(tmp_path / "whole", source, Pooled(), **options)
+
+    class Interrupted(Pooled):
+        calls = 0
+
+        def encode_image(self, images):
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return super().encode_image(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_database(tmp_path / "d", source, Interrupted(), **options)
+    with pytest.raises(FileNotFoundError, match="unfinished: resume it"):
+        open_database(tmp_path / "d")
+    with pytest.raises(ValueError, match="batch_size=3, now batch_size=5"):
+        build_database(
+            tmp_path / "d", source, Pooled(), resume=True, **{**options, "batch_size": 5}
+        )
+    again = Interrupted()
+    again.calls = 4
+    build_database(tmp_path / "d", source, again, resume=True, **options)
+    assert again.calls - 4 < 4  # the first shard was not encoded again
+    assert files_of(tmp_path / "d") == files_of(tmp_path / "whole")
+    assert ingest_module.skipped_message([("a", "b")] * 12).endswith(
+        "(see skipped in manifest.json)"
+    )

@@ -1,0 +1,241 @@
+"""Samplers and schedules against diffusers, against textbook equations, and in the limit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrodiff.diffusion import (
+    DDIM,
+    DDPM,
+    PLMS,
+    DPMpp2M,
+    EpsDenoiser,
+    Euler,
+    Heun,
+    Karras,
+    LinearFlow,
+    ScaledLinear,
+    sampler_named,
+)
+from retrodiff.interfaces import Context
+from retrodiff.testing import check_sampler, check_schedule
+
+
+def network(x, t):
+    """A smooth stand-in for a noise prediction, the same for both libraries."""
+    return torch.sin(3 * x) * 0.5 + 0.3 * x + 0.1 * torch.cos(t / 200)
+
+
+class Network(torch.nn.Module):
+    shape, widths = (1, 4, 4), {}
+
+    def forward(self, x, timesteps, context):
+        return network(x, timesteps.view(-1, 1, 1, 1))
+
+
+def ours(sampler, steps, noise, generator=None):
+    denoiser = EpsDenoiser(Network())
+    schedule = denoiser.schedule
+    sigmas = schedule.sigmas(steps)
+    x = schedule.start(noise, sigmas)
+    x = sampler.sample(lambda x, s: denoiser.denoise(x, s, Context({})), x, sigmas, generator)
+    return schedule.finish(x, sigmas)
+
+
+def noise():
+    return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 500])
+def test_ddim_is_diffusers_ddim(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.alphas_cumprod = 1 / (1 + ScaledLinear().table ** 2)  # theirs is float32
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    x = noise()
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.double()), t, x).prev_sample
+    torch.testing.assert_close(ours(DDIM(), steps, noise()), x, rtol=1e-8, atol=1e-8)
+
+
+def test_ddim_is_the_papers_equation():
+    """Song et al. 2021, eq. 12, written out in the variance-preserving variables, with its noise."""
+    table = ScaledLinear().table
+    bar = 1 / (1 + table**2)
+    steps, eta = 20, 0.7
+    times = ScaledLinear().timesteps(steps).tolist()
+    x, generator = noise(), torch.Generator().manual_seed(3)
+    for i, t in enumerate(times):
+        previous = bar[times[i + 1]] if i + 1 < steps else bar[0]
+        eps = network(x, torch.tensor(float(t), dtype=torch.float64))
+        x0 = (x - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
+        s = eta * ((1 - previous) / (1 - bar[t])).sqrt() * (1 - bar[t] / previous).sqrt()
+        x = previous.sqrt() * x0 + (1 - previous - s**2).sqrt() * eps
+        fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        x = x + s * fresh
+    mine = ours(DDIM(eta=eta), steps, noise(), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(mine, x, rtol=1e-9, atol=1e-9)
+
+
+def _gaussian(x, sigma):
+    s2 = sigma.view(-1, 1, 1, 1) ** 2
+    return (0.25 * x + 0.7 * s2) / (0.25 + s2)
+
+
+def _oracle(scheduler, sigmas, x, per_step=1):
+    """Runs a σ-space diffusers scheduler on the closed-form denoiser of a Gaussian."""
+    for t in scheduler.timesteps:
+        sigma = scheduler.sigmas[scheduler.step_index if scheduler.step_index is not None else 0]
+        sigma = sigma.double().expand(len(x))
+        scheduler_input = x
+        eps = (x - _gaussian(scheduler_input, sigma)) / sigma.view(-1, 1, 1, 1)
+        x = scheduler.step(eps, t, x).prev_sample
+    return x
+
+
+# diffusers hands torch tensors to numpy in a way that numpy 2 warns about.
+old_numpy = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@old_numpy
+@pytest.mark.parametrize(
+    ("sampler", "name"), [(Euler(), "EulerDiscreteScheduler"), (Heun(), "HeunDiscreteScheduler")]
+)
+def test_first_and_second_order_are_diffusers(sampler, name):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear")
+    scheduler.set_timesteps(12)
+    levels = scheduler.sigmas.double()
+    ours_levels = torch.cat([levels[:1], levels[1:-1:2], levels[-1:]]) if "Heun" in name else levels
+    x = noise() * float(levels[0])
+    expected = _oracle(scheduler, levels, x)
+    mine = sampler.sample(_gaussian, x, ours_levels)
+    torch.testing.assert_close(mine, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@old_numpy
+def test_dpmpp_2m_is_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(15)
+    x = noise()
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.double()), t, x).prev_sample
+    levels = scheduler.sigmas.double()
+    denoiser = EpsDenoiser(Network())
+    start = noise() * math.sqrt(1 + float(levels[0]) ** 2)
+    mine = DPMpp2M().sample(lambda x, s: denoiser.denoise(x, s, Context({})), start, levels)
+    mine = mine / math.sqrt(1 + float(levels[-1]) ** 2)
+    torch.testing.assert_close(mine, x, rtol=2e-5, atol=2e-5)
+
+
+def test_plms_is_the_multistep_formula_of_the_noise():
+    """Liu et al. 2022, eq. 12, in variance-preserving variables: improved Euler, then AB 2 to 4."""
+    table = ScaledLinear().table
+    bar = 1 / (1 + table**2)
+    steps = 10
+    times = ScaledLinear().timesteps(steps).tolist()
+
+    def move(x, eps, t, previous):
+        x0 = (x - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
+        return previous.sqrt() * x0 + (1 - previous).sqrt() * eps
+
+    x, past = noise(), []
+    for i, t in enumerate(times):
+        previous = bar[times[i + 1]] if i + 1 < steps else bar[0]
+        eps = network(x, torch.tensor(float(t), dtype=torch.float64))
+        if not past:
+            ahead = network(move(x, eps, t, previous), torch.tensor(float(times[i + 1]), dtype=torch.float64))
+            mean = (eps + ahead) / 2
+        elif len(past) == 1:
+            mean = 1.5 * eps - 0.5 * past[-1]
+        elif len(past) == 2:
+            mean = (23 * eps - 16 * past[-1] + 5 * past[-2]) / 12
+        else:
+            mean = (55 * eps - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
+        past.append(eps)
+        x = move(x, mean, t, previous)
+    torch.testing.assert_close(ours(PLMS(), steps, noise()), x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "sampler", [DDIM(), DDIM(eta=1.0), DDPM(), PLMS(), Euler(), Heun(), DPMpp2M()], ids=repr
+)
+def test_contract(sampler):
+    check_sampler(sampler)
+
+
+@pytest.mark.parametrize("schedule", [ScaledLinear(), Karras(), LinearFlow(), LinearFlow(shift=3.0)])
+def test_schedule_contract(schedule):
+    check_schedule(schedule)
+
+
+@given(steps=st.integers(1, 1000))
+@settings(max_examples=200, deadline=None)
+def test_every_step_count_gives_as_many_distinct_timesteps(steps):
+    times = ScaledLinear().timesteps(steps)
+    assert len(times) == steps
+    assert len(set(times.tolist())) == steps
+    assert 0 <= int(times.min())
+    assert int(times.max()) < 1000
+    if 1000 % steps == 0 and steps < 1000:
+        assert times.flip(0).tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)]
+    sigmas = ScaledLinear().sigmas(steps)
+    assert len(sigmas) == steps + 1
+    assert bool((sigmas.diff() < 0).all())
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_step_counts_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps={steps}.*1000"):
+        ScaledLinear().sigmas(steps)
+
+
+def test_sigma_and_timestep_are_inverse():
+    schedule = ScaledLinear()
+    back = schedule.timestep(schedule.table.float())
+    assert torch.equal(back, torch.arange(1000).float())
+    between = (schedule.table[10] * schedule.table[11]).sqrt()
+    assert float(schedule.timestep(between[None])) == pytest.approx(10.5)
+
+
+def test_higher_order_needs_fewer_steps():
+    """Error against the exact flow of a Gaussian falls as the order says."""
+
+    def error(sampler, steps):
+        sigmas = Karras(0.01, 50.0).sigmas(steps)[:-1]
+        x = noise() * float(sigmas[0])
+        out = sampler.sample(_gaussian, x, sigmas)
+        s0, s1 = float(sigmas[0]) ** 2, float(sigmas[-1]) ** 2
+        exact = 0.7 + (x - 0.7) * math.sqrt((0.25 + s1) / (0.25 + s0))
+        return float((out - exact).abs().max())
+
+    for sampler, order in ((Euler(), 1), (DDIM(), 1), (Heun(), 2), (DPMpp2M(), 2)):
+        measured = math.log2(error(sampler, 40) / error(sampler, 80))
+        assert measured > order - 0.35, f"{sampler}: order {measured:.2f}"
+
+
+def test_unknown_sampler_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown sampler 'k_lms'.*dpmpp_2m"):
+        sampler_named("k_lms")
