@@ -453,8 +453,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case("quick", args.batch or 8, n, c, e, k, "fp32", False)
         return
     for preset, shapes in SHAPES.items():
-        for (n, c), k, dtype, backward in itertools.product(shapes, args.k, args.dtypes, (0, 1)):
-            yield Case(preset, args.batch or 64, n, c, 32, k, dtype, bool(backward))
+        for n, c in shapes:
+            for k, dtype in itertools.product(args.k, args.dtypes):
+                for backward in (False, True):
+                    yield Case(preset, args.batch or 64, n, c, 32, k, dtype, backward)
 
 
 def main() -> None:

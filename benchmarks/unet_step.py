@@ -176,11 +176,9 @@ def main() -> None:
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, float32"
-    )
-    print(f"torch {torch.__version__}, batch {arguments.batch} x 2, k={arguments.k}, "
-          f"median of {arguments.rounds}")  # fmt: skip
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}, float32")
+    print(f"batch {arguments.batch} x 2, k={arguments.k}, median of {arguments.rounds}")
     ours = medians["retrodiff"]
     print(f"{'':38} {'s':>8} {'ours / it':>10} {'error':>9}")
     for name, seconds in medians.items():

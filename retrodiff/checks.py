@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from retrodiff.interfaces import (
@@ -90,13 +91,27 @@ def _fingerprints(parts: Mapping[str, Any]) -> list[str]:
             f"encoder.dim={encoder.dim} does not match database.dim={stored.dim}: open the "
             f"database with the encoder it was built with ({stored.encoder})"
         ]
-    difference = encoder.fingerprint.disagreement(stored)
+    difference = encoder_disagreement(encoder, database)
+    return [] if difference is None else [difference]
+
+
+def encoder_disagreement(encoder: Encoder, database: Database) -> str | None:
+    """What differs between an encoder and the one a database was built with, in a line.
+
+    The weights of an encoder that fetches them when first used are left out until they are here.
+    """
+    stored = database.fingerprint
+    if getattr(encoder, "loaded", True):
+        mine = encoder.fingerprint
+    else:
+        mine, stored = encoder.identity, replace(stored, weights="")  # type: ignore[attr-defined]
+    difference = mine.disagreement(stored)
     if difference is None:
-        return []
-    return [
+        return None
+    return (
         f"encoder and database disagree, {difference}: use the encoder the database was built "
         f"with ({stored.encoder}), or build the database again with this one"
-    ]
+    )
 
 
 def _proposal(parts: Mapping[str, Any]) -> list[str]:

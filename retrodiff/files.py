@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written under a temporary name, then renamed."""
+"""Files appear whole or not at all: written under a temporary name, then renamed. One writer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,42 @@ from torch import Tensor
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(path.name + ".partial")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, sorted by nothing but the order given."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Indented JSON that is the same for the same value."""
+    with replacing(path) as partial:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", "utf-8")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Tensors and a header of strings."""
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, header)
+    with replacing(path) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, header)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, or says in one line why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
 
 
 def check_free(path: Path, marker: str, overwrite: bool) -> None:
@@ -64,18 +80,38 @@ def write_folder(
 ) -> None:
     """A folder that ``write`` fills and that appears whole; see `check_free` for ``marker``."""
     check_free(path, marker, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
     try:
-        write(temporary)
+        write(partial)
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(path.name + ".old.partial")
             os.replace(path, old)
-            os.replace(temporary, path)
+            os.replace(partial, path)
             shutil.rmtree(old)
         else:
-            os.replace(temporary, path)
+            os.replace(partial, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """The only writer of a folder until the end of the block; readers are not disturbed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock on a folder
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BlockingIOError(
+                f"{folder} is being written by another process: wait until it has finished"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

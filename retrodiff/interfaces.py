@@ -351,7 +351,7 @@ class Retriever(Protocol):
 
     @abstractmethod
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """k rows of the database for each query."""
+        """K rows of the database for each query."""
         ...
 
 
@@ -366,7 +366,7 @@ class ProposalDistribution(Protocol):
 
     @abstractmethod
     def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """n pseudo-queries drawn from the database."""
+        """N pseudo-queries drawn from the database."""
         ...
 
 
@@ -444,7 +444,7 @@ class TrainableDenoiser(Denoiser, Protocol):
 
     @abstractmethod
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n noise levels (n,) of the training distribution."""
+        """N noise levels (n,) of the training distribution."""
         ...
 
     @abstractmethod
@@ -530,6 +530,6 @@ class Schedule(Protocol):
         return noise * sigmas[0].to(noise)
 
     def finish(self, x: Tensor, sigmas: Tensor) -> Tensor:
-        """x at sigmas[-1] -> the latent."""
+        """X at sigmas[-1] -> the latent."""
         del sigmas
         return x

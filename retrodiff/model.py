@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from retrodiff.checkpoints.native import load_components, save_components
-from retrodiff.checks import check_components
+from retrodiff.checks import check_components, encoder_disagreement
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
 from retrodiff.diffusion.sampler import sampler_named
@@ -150,8 +151,9 @@ class Model:
                             f"k={k} leaves mode {word!r} without a single token, but the denoiser "
                             "takes a condition: use k of 1 or more, or mode='text'"
                         )
+                    null = self.conditioner.null(context)
                     latents = self._run(
-                        chosen, context, noise[rows[part]], steps, generator, bar.update
+                        chosen, context, null, noise[rows[part]], steps, generator, bar.update
                     )
                     images_ = chosen.decode(latents).cpu()
                     parts.append((images_, latents.cpu(), asking.rows(part), neighbors.rows(part)))
@@ -216,13 +218,8 @@ class Model:
         if isinstance(null, Tensor):
             null = Context.of(null, stream)
         chosen = dataclasses.replace(self.generator(sampler), guidance=self._guidance(guidance))
-        return chosen.latents(
-            context,
-            self.conditioner.null(context) if null is None else null,
-            noise,
-            self.steps if steps is None else steps,
-            generator,
-        )
+        null = self.conditioner.null(context) if null is None else null
+        return self._run(chosen, context, null, noise, steps, generator)
 
     def generator(self, sampler: Sampler | str | None = None) -> DiffusionGenerator:
         """The diffusion half of the model."""
@@ -392,6 +389,8 @@ class Model:
         name, value = next(iter(asked.items()))
         if name == "query":
             return dataclasses.replace(value.rows(rows), generator=generator)
+        if name == "n" and not self.conditioner.uses_neighbors:
+            return Query(torch.zeros(len(rows), 0), tuple("" for _ in rows), None, generator)
         if name == "n":
             database = self._database(mode)
             if self.proposal is None:
@@ -428,6 +427,11 @@ class Model:
 
     def _retrieve(self, query: Query, mode: Mode, k: int) -> Neighbors:
         database = self._database(mode)
+        if self.encoder is not None and mode != "unconditional":
+            # An encoder that fetched its weights just now can be compared only from here on.
+            difference = encoder_disagreement(self.encoder, database)
+            if difference is not None:
+                raise ValueError(difference)
         retriever = self.retriever
         if mode == "class":
             retriever = RandomOfTop(retriever, min(max(self.class_top, k), len(database)))
@@ -469,28 +473,35 @@ class Model:
         self,
         chosen: DiffusionGenerator,
         context: Context,
+        null: Context,
         noise: Tensor,
-        steps: int,
-        generator: torch.Generator,
-        done: Callable[[int], Any],
+        steps: int | None,
+        generator: torch.Generator | None,
+        done: Callable[[int], Any] | None = None,
     ) -> Tensor:
+        """The generator on the denoiser's device, in evaluation mode."""
+        if getattr(self.denoiser, "untrained", False):
+            warnings.warn(
+                "sampling from fresh weights gives noise: load a checkpoint, or train first",
+                stacklevel=3,
+            )
         device = getattr(self.denoiser, "device", noise.device)
-        context = context.to(device)
-        training = isinstance(self.denoiser, nn.Module) and self.denoiser.training
-        if training:
-            cast("nn.Module", self.denoiser).eval()
+        module = self.denoiser if isinstance(self.denoiser, nn.Module) else None
+        training = module is not None and module.training
+        if module is not None:
+            module.eval()
         try:
             return chosen.latents(
-                context,
-                self.conditioner.null(context),
+                context.to(device),
+                null.to(device),
                 noise.to(device),
-                steps,
+                self.steps if steps is None else steps,
                 generator,
-                lambda step, denoised: done(len(noise)),
+                None if done is None else lambda step, denoised: done(len(noise)),
             )
         finally:
-            if training:
-                cast("nn.Module", self.denoiser).train()
+            if module is not None:
+                module.train(training)
 
 
 def _tokens(context: Context) -> int:

@@ -110,9 +110,7 @@ def check_database(database: Database) -> None:
     found = database.search(Query(embeddings), k)
     _check_neighbors(found, 4, k, m, d)
     _require(bool((found.similarity[:, 0] > 0.995).all()), "a row is its own nearest neighbor")
-    _require(
-        bool((found.similarity.diff(dim=-1) <= 1e-5).all()), "neighbors come nearest first"
-    )
+    _require(bool((found.similarity.diff(dim=-1) <= 1e-5).all()), "neighbors come nearest first")
     _close(
         database.embeddings(found.indices), found.embeddings, "neighbors carry the stored vectors"
     )
@@ -163,10 +161,8 @@ def check_index(index: Index, embeddings: Tensor, recall: float = 0.9) -> None:
     _require(float(hits) >= recall, f"recall@{k} is {float(hits):.3f}, below {recall}")
 
 
-def check_retriever(
-    retriever: Retriever, database: Database | None = None, k: int = 3
-) -> None:
-    """k rows per query that exist, with their own vectors, for each query on its own.
+def check_retriever(retriever: Retriever, database: Database | None = None, k: int = 3) -> None:
+    """K rows per query that exist, with their own vectors, for each query on its own.
 
     Args:
         retriever: to be checked.
@@ -290,7 +286,9 @@ def check_denoiser(denoiser: Denoiser, k: int = 3) -> None:
     shape = tuple(denoiser.shape)
     x = torch.randn(2, *shape, generator=generator)
     sigma = torch.tensor([0.5, 2.0])
-    streams = {name: torch.randn(2, k, w, generator=generator) for name, w in denoiser.widths.items()}
+    streams = {
+        name: torch.randn(2, k, w, generator=generator) for name, w in denoiser.widths.items()
+    }
     context = _context(streams)
     if isinstance(denoiser, nn.Module):
         denoiser.eval()

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from parts import HashingEncoder, small_network
 
 import retrodiff
 from retrodiff import presets
@@ -18,7 +19,6 @@ from retrodiff.diffusion import (
 )
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, Uniform
 from retrodiff.testing import small_database
-from tests.conftest import HashingEncoder, small_network
 
 
 def test_every_step_returns_a_new_builder(recipe):
@@ -42,7 +42,9 @@ def test_all_disagreements_are_named_at_once(database):
         .database(database)
         .conditioner(NeighborEmbeddings("raw"))
         .denoiser(EDMDenoiser(small_network(dim=8)))
-        .proposal(NeighborCounts(torch.tensor([0]), torch.tensor([1]), small_database(9).fingerprint))
+        .proposal(
+            NeighborCounts(torch.tensor([0]), torch.tensor([1]), small_database(9).fingerprint)
+        )
     )
     with pytest.raises(ValueError, match="components do not fit") as error:
         wrong.build()
@@ -54,7 +56,9 @@ def test_all_disagreements_are_named_at_once(database):
 
 
 def test_an_encoder_with_other_weights_is_refused(recipe):
-    with pytest.raises(ValueError, match="weights='1' against weights='0'.*build the database again"):
+    with pytest.raises(
+        ValueError, match="weights='1' against weights='0'.*build the database again"
+    ):
         recipe.encoder(HashingEncoder(seed=1)).build()
 
 
@@ -118,7 +122,9 @@ def test_unknown_slot_and_sampler():
 
 def test_presets_by_name_function_and_model(encoder, database):
     recipe = Builder.from_preset("rdm_small", encoder=encoder, size=16, channels=32)
-    assert recipe.database(database).guidance(ClassifierFree(3.0)).build().guidance == ClassifierFree(3.0)
+    assert recipe.database(database).guidance(
+        ClassifierFree(3.0)
+    ).build().guidance == ClassifierFree(3.0)
     with pytest.raises(ValueError, match=r"unknown preset 'rdm_big': choose .*rdm_small"):
         Builder.from_preset("rdm_big")
 

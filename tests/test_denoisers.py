@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from parts import small_network
 from torch import nn
 
 from retrodiff.diffusion import EDMDenoiser, EpsDenoiser, FlowDenoiser, ScaledLinear, VDenoiser
 from retrodiff.interfaces import Context
 from retrodiff.testing import check_denoiser
-from tests.conftest import small_network
 
 MEAN, STD = 0.7, 0.6
 SCHEDULE = ScaledLinear()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from parts import HashingEncoder
 from PIL import Image
 
 from retrodiff.diffusion import (
@@ -22,7 +23,6 @@ from retrodiff.model import Model
 from retrodiff.networks.dit import DiT
 from retrodiff.retrieval import NeighborCounts, Uniform
 from retrodiff.testing import check_conditioner, check_guidance, small_database
-from tests.conftest import HashingEncoder
 
 QUIET = {"progress": False}
 
@@ -272,7 +272,9 @@ def test_missing_parts_are_named(recipe, model):
         recipe.set(encoder=None).build().sample(prompts=["a"], **QUIET)
     wrong = torch.zeros(2, 1, 9, 9)
     query = Query(torch.randn(2, 8))
-    with pytest.raises(ValueError, match=r"\(1, 9, 9\).*do not match the denoiser's shape=\(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"\(1, 9, 9\).*do not match the denoiser's shape=\(1, 8, 8\)"
+    ):
         model.loss(wrong, query, model.database.search(query, 4))
 
 

@@ -183,7 +183,8 @@ def test_top_m_keeps_the_heaviest_of_the_support():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"fraction": 0.1, "rows": 3}, {"fraction": 0.0}, {"fraction": 1.5}, {"rows": 0}]
+    "arguments",
+    [{}, {"fraction": 0.1, "rows": 3}, {"fraction": 0.0}, {"fraction": 1.5}, {"rows": 0}],
 )
 def test_top_m_takes_exactly_one_sensible_bound(arguments):
     with pytest.raises(ValueError, match=r"fraction|rows|row"):

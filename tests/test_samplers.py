@@ -166,7 +166,9 @@ def test_plms_is_the_multistep_formula_of_the_noise():
         previous = bar[times[i + 1]] if i + 1 < steps else bar[0]
         eps = network(x, torch.tensor(float(t), dtype=torch.float64))
         if not past:
-            ahead = network(move(x, eps, t, previous), torch.tensor(float(times[i + 1]), dtype=torch.float64))
+            ahead = network(
+                move(x, eps, t, previous), torch.tensor(float(times[i + 1]), dtype=torch.float64)
+            )
             mean = (eps + ahead) / 2
         elif len(past) == 1:
             mean = 1.5 * eps - 0.5 * past[-1]
@@ -186,7 +188,9 @@ def test_contract(sampler):
     check_sampler(sampler)
 
 
-@pytest.mark.parametrize("schedule", [ScaledLinear(), Karras(), LinearFlow(), LinearFlow(shift=3.0)])
+@pytest.mark.parametrize(
+    "schedule", [ScaledLinear(), Karras(), LinearFlow(), LinearFlow(shift=3.0)]
+)
 def test_schedule_contract(schedule):
     check_schedule(schedule)
 

@@ -56,6 +56,7 @@ def compile_ahead(
     capability: int = 90,
     x_dtype: torch.dtype | None = None,
     plan: Launch | None = None,
+    precision: str = "ieee",
 ) -> Resources:
     """Compile one kernel as it would be launched.
 
@@ -69,6 +70,7 @@ def compile_ahead(
         capability: of the GPU, as in sm_90.
         x_dtype: of x; None: that of the tables.
         plan: sizes; None: those of a real launch.
+        precision: of float32 products, ``ieee`` or ``tf32``.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -80,14 +82,14 @@ def compile_ahead(
     if kernel == "backward_tables":
         tile = table_tile(size, dtype)
         constants = dict(C=c, J=heads * k, BN=tile.bn, BC=tile.bc, BJ=tile.bj)
-        warps, stages, precision = tile.warps, tile.stages, "ieee"
+        warps, stages = tile.warps, tile.stages
     else:
         plan = plan or launch(
             size=size, heads=heads, k=k, dtype=dtype, backward=kernel == "backward_rows"
         )
         constants = dict(C=c, K=k, H=heads, KP=plan.kp, HG=plan.hg, GROUPS=plan.groups)
         constants |= dict(BN=plan.bn, BC=plan.bc, BJ=plan.bj)
-        warps, stages, precision = plan.warps, plan.stages, "ieee"
+        warps, stages = plan.warps, plan.stages
     constants |= dict(PRECISION=precision, STAGES=stages)
     like_x = {"x", "out", "grad", "grad_x"}
     full = {"offset", "m_mean", "mean_of", "rstd_of", "grad_offset", "grad_bias"}

@@ -46,7 +46,7 @@ class Launch:
         bj: columns of a chunk where heads play no role.
         warps: of a program.
         stages: of software pipelining.
-        precision: of float32 products.
+        precision: of products, see `products`.
     """
 
     kp: int
@@ -85,7 +85,7 @@ def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool 
     widest = 128 if backward or narrow else 256
     hg = max(power_of_two(heads), -(-16 // kp))
     if hg * kp > widest:
-        hg = max(1, 128 // kp)
+        hg = 1 if kp > 32 else 128 // kp
     groups = -(-heads // hg)
     # rows, channels, warps, stages: no spills on sm_80 and sm_90, two programs at a time where the
     # registers allow it (see tests/test_attention_resources.py).
@@ -109,8 +109,19 @@ def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool 
         bj=32 if narrow else 64,
         warps=warps,
         stages=stages,
-        precision="interpreted" if INTERPRETED else "ieee",
+        precision=products(),
     )
+
+
+def products() -> str:
+    """How float32 is multiplied: as torch's own products are, exactly unless TF32 is allowed."""
+    if INTERPRETED:
+        return "interpreted"
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:  # before torch 2.9
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +145,12 @@ class TableTile:
 
 def table_tile(size: int, dtype: torch.dtype) -> TableTile:
     """Sizes for the gradients of the tables."""
-    edge = 32 if dtype == torch.float32 else 64
-    bn = min(edge, max(16, power_of_two(size)))
-    return TableTile(bn=bn, bc=edge, bj=edge, warps=4, stages=2)
+    if dtype == torch.float32:
+        bn, edge, stages = 16, 32, 2
+    else:
+        bn, edge, stages = 32, 64, 3
+    bn = min(bn, max(16, power_of_two(size)))
+    return TableTile(bn=bn, bc=edge, bj=edge, warps=4, stages=stages)
 
 
 def most_registers(warps: int) -> int:

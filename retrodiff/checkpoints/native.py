@@ -20,7 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from retrodiff.files import write_folder, write_json, write_safetensors
+from retrodiff.checkpoints.shards import load_shards, save_sharded
+from retrodiff.files import write_folder, write_json
 from retrodiff.interfaces import Fingerprint
 
 FORMAT = 1
@@ -148,7 +149,7 @@ def save_components(
     def write(temporary: Path) -> None:
         if ours:
             save_encoder(encoder, temporary / "encoder")
-        write_safetensors(temporary / "weights.safetensors", weights, {"format": str(FORMAT)})
+        save_sharded(weights, temporary, "weights", metadata={"format": str(FORMAT)})
         value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}
         write_json(temporary / "model.json", value)
 
@@ -174,13 +175,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Component by slot; those in ``given`` are taken as they are instead of the saved ones."""
-    from safetensors.torch import load_file
-
     from retrodiff.encoders import load_encoder
 
     given = given or {}
     described: dict[str, Any] = read_description(folder)["components"]
-    weights = load_file(folder / "weights.safetensors")
+    weights = load_shards(folder, "weights")
     parts: dict[str, Any] = {}
     for slot, description in described.items():
         if slot in given:

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrodiff.databases.files import make_folder, writing
 from retrodiff.databases.ingest import Build, SkippedPictures, skipped_message
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.shards import about_file, reached, save_tensors
 from retrodiff.databases.sources import Source
 from retrodiff.databases.store import EmbeddingDatabase, open_database
+from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Encoder
 
 

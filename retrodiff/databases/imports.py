@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from retrodiff.databases.files import make_folder, writing
 from retrodiff.databases.fingerprint import SHARD_ROWS
 from retrodiff.databases.ingest import check_place, clear, move
 from retrodiff.databases.manifest import MANIFEST, Manifest, Shard
@@ -25,6 +24,7 @@ from retrodiff.databases.shards import ShardBuffer
 from retrodiff.databases.sources import natural
 from retrodiff.databases.store import EmbeddingDatabase, open_database
 from retrodiff.databases.views import storable
+from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Fingerprint
 
 

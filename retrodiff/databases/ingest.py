@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retrodiff.databases.files import make_folder, writing
 from retrodiff.databases.fingerprint import SHARD_ROWS
 from retrodiff.databases.images import UnreadableImage, thumbnail, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest, Shard
@@ -27,6 +26,7 @@ from retrodiff.databases.shards import ShardBuffer, reached
 from retrodiff.databases.sources import Item, Source
 from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
 from retrodiff.databases.views import storable
+from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Encoder
 
 
@@ -69,7 +69,8 @@ def build_database(
     partial = path.with_name(path.name + ".partial")
     settings = {"batch_size": batch_size, "shard_rows": shard_rows, "thumbnails": thumbnails}
     plan = Manifest(encoder.fingerprint, settings=settings, sources=(source.describe(),))
-    if resume and (path / MANIFEST).is_file():
+    replacing_one = overwrite and unfinished(partial)
+    if resume and (path / MANIFEST).is_file() and not replacing_one:
         found = open_database(path)
         check_same(plan, found.manifest, path)
         return found

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retrodiff.databases.files import write_json
+from retrodiff.files import write_json
 from retrodiff.interfaces import Fingerprint
 
 FORMAT = 1

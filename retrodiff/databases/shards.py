@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.databases.files import replacing
 from retrodiff.databases.fingerprint import file_digest, rows_digest
 from retrodiff.databases.manifest import Shard
+from retrodiff.files import replacing
 
 
 def reached(point: str) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.databases.files import writing
 from retrodiff.databases.fingerprint import file_digest, rows_digest, rows_hash
 from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import map_tensors
+from retrodiff.files import writing
 from retrodiff.indexes import (
     Exact,
     Recall,

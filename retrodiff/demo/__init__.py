@@ -120,7 +120,9 @@ def sections(colour: photographs.Colour, numbers: digits.Digits) -> list[Section
             model.sample(images=queries[:5], seed=seed, progress=False) for seed in range(101, 105)
         ]
         lines = [
-            Line(queries[i], near[i], [out.images[i], *(g.images[i] for g in more)], _source(out, i))
+            Line(
+                queries[i], near[i], [out.images[i], *(g.images[i] for g in more)], _source(out, i)
+            )
             for i in range(5)
         ]
         made.append(Section(title, lines))
@@ -165,7 +167,11 @@ def sections(colour: photographs.Colour, numbers: digits.Digits) -> list[Section
 
 def table(report: dict[str, Any]) -> str:
     """The report's main figures as a few lines of text."""
-    names = {"text": "text only", "text_neighbors": "text + k-1 neighbors", "neighbors": "k neighbors"}
+    names = {
+        "text": "text only",
+        "text_neighbors": "text + k-1 neighbors",
+        "neighbors": "k neighbors",
+    }
     half, unseen = report["accuracy_at_half_the_steps"], report["unseen"]
     lines = [f"{'digits: asked class':28}{'trained':>9}{'half-way':>10}{'unseen':>9}"]
     for name, share in report["accuracy"].items():

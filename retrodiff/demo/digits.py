@@ -197,9 +197,7 @@ def accuracy(
 ) -> tuple[dict[str, float], dict[str, Generation]]:
     """Share of the asked digit in every mode that text drives, and the samples."""
     asked = [digits[i % len(digits)] for i in range(n)]
-    out = {
-        name: sample_mode(model, mode, asked, seed, progress) for name, mode in TEXT_MODES
-    }
+    out = {name: sample_mode(model, mode, asked, seed, progress) for name, mode in TEXT_MODES}
     return {name: judge.share(g.images, asked) for name, g in out.items()}, out
 
 
@@ -367,7 +365,10 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     report["accuracy"]["image"] = judge.share(samples["image"].images, asked_digits)
 
     samples["unconditional"] = model.sample(n=n, seed=seed, **sampling)
-    report["unconditional"] = {"top_m": TOP_M, **_spread(judge.digits(samples["unconditional"].images))}
+    report["unconditional"] = {
+        "top_m": TOP_M,
+        **_spread(judge.digits(samples["unconditional"].images)),
+    }
 
     allowed = [WORDS[digit] for digit in SWAPPED_TO]
     smaller = database.subset(
@@ -390,9 +391,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
 
     report["unseen"] = {"digits": list(UNSEEN)}
     without = database.subset(
-        torch.tensor(
-            [i for i, label in enumerate(database.labels) if label not in _words(UNSEEN)]
-        )
+        torch.tensor([i for i, label in enumerate(database.labels) if label not in _words(UNSEEN)])
     )
     for name, which in (
         ("before_they_are_in_D", model.replace(database=without)),

@@ -1,8 +1,20 @@
 """Denoisers, schedules, samplers, guidance and conditioners."""
 
 from retrodiff.diffusion.autoencoder import Identity, PixelUnshuffle
-from retrodiff.diffusion.conditioner import Dropped, NeighborEmbeddings, QueryAndNeighbors, QueryOnly
-from retrodiff.diffusion.denoiser import EDMDenoiser, EpsDenoiser, FlowDenoiser, Preconditioned, VDenoiser
+from retrodiff.diffusion.conditioner import (
+    Dropped,
+    NeighborEmbeddings,
+    QueryAndNeighbors,
+    QueryOnly,
+    Unconditional,
+)
+from retrodiff.diffusion.denoiser import (
+    EDMDenoiser,
+    EpsDenoiser,
+    FlowDenoiser,
+    Preconditioned,
+    VDenoiser,
+)
 from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
 from retrodiff.diffusion.sampler import DDIM, DDPM, PLMS, DPMpp2M, Euler, Heun, sampler_named
 from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
@@ -29,6 +41,7 @@ __all__ = [
     "QueryAndNeighbors",
     "QueryOnly",
     "ScaledLinear",
+    "Unconditional",
     "Unguided",
     "VDenoiser",
     "sampler_named",

@@ -39,6 +39,24 @@ class NeighborEmbeddings(Conditioner):
 
 
 @dataclass(frozen=True)
+class Unconditional(Conditioner):
+    """No condition at all: the parametric baseline without retrieval."""
+
+    @property
+    def uses_neighbors(self) -> bool:
+        """No database is needed."""
+        return False
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """No stream."""
+        return {}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """An empty context."""
+        return Context({})
+
+
+@dataclass(frozen=True)
 class QueryOnly(Conditioner):
     """The query's own embedding and no database: the parametric baseline with CLIP guidance.
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retrodiff.interfaces import Context, Schedule
 from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
+from retrodiff.interfaces import Context, Schedule
 
 
 class Scalings(NamedTuple):
@@ -41,6 +41,8 @@ class Preconditioned(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.untrained = False
+        """Fresh weights that are meant to be replaced: sampling from them warns."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +70,7 @@ class Preconditioned(nn.Module):
 
     @abstractmethod
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n noise levels (n,) of the training distribution."""
+        """N noise levels (n,) of the training distribution."""
 
     def prepare(self, context: Context) -> Any:
         """What all steps share, computed once by networks that can."""

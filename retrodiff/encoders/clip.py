@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,18 @@ class CLIPEncoder(nn.Module, TextEncoder):
         return int(self._config["embed_dim"])
 
     @property
+    def loaded(self) -> bool:
+        """Whether the weights are here; until then only `identity` is known without fetching them."""
+        return self.clip is not None
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """Name with activation and image size, hash of the weights, preprocessing, width."""
+        return replace(self.identity, weights=self._hash.of(self.model))
+
+    @property
+    def identity(self) -> Fingerprint:
+        """The fingerprint with an empty weights hash."""
         if self.name is None:
             text = json.dumps(self._config, sort_keys=True)
             name = f"clip:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -127,7 +138,7 @@ class CLIPEncoder(nn.Module, TextEncoder):
             name = f"open_clip:{self.name}:{gelu}"
         return Fingerprint(
             encoder=f"{name}@{self.image_size}",
-            weights=self._hash.of(self.model),
+            weights="",
             preprocessing=self.preprocessing.name,
             dim=self.dim,
         )

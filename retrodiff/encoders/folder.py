@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,18 @@ import torch
 
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.timm import TimmEncoder
+from retrodiff.files import write_json, write_safetensors
 
 FORMAT = 1
 
 
 def save_encoder(encoder: CLIPEncoder | TimmEncoder, path: str | Path) -> None:
     """Writes the encoder's configuration, weights and fingerprint into a folder."""
-    from safetensors.torch import save_file
-
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
-    state = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
-    save_file(state, path / "encoder.safetensors.partial")
-    os.replace(path / "encoder.safetensors.partial", path / "encoder.safetensors")
+    write_safetensors(path / "encoder.safetensors", module.state_dict(), {"format": str(FORMAT)})
     config = {"format": FORMAT, **encoder.config(), "weights": encoder.fingerprint.weights}
-    partial = path / "encoder.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, path / "encoder.json")
+    write_json(path / "encoder.json", config)
 
 
 def load_encoder(

@@ -22,7 +22,7 @@ class _Drawing(ProposalDistribution, Protocol):
     """Draws from `support` in proportion to the weights."""
 
     def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """n pseudo-queries; their ids are the rows they are.
+        """N pseudo-queries; their ids are the rows they are.
 
         A search on the cumulative sum, since torch.multinomial refuses more than 2^24 rows.
         """

@@ -6,10 +6,9 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrodiff.model import Model
 from retrodiff.training.data import TrainingSet
@@ -81,7 +80,8 @@ def fit(
 
     def averaged() -> Model:
         twin = Objective(model.replace(denoiser=copy.deepcopy(model.denoiser)))
-        return cast("Objective", average.copy_to(twin.eval())).model
+        twin.denoiser.untrained = False  # type: ignore[assignment]
+        return average.copy_to(twin.eval()).model
 
     losses = optimize(
         objective,
@@ -102,5 +102,4 @@ def fit(
 
 def parameters(model: Model) -> int:
     """Number of trained parameters."""
-    module = cast("nn.Module", Objective(model))
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return sum(p.numel() for p in Objective(model).parameters() if p.requires_grad)

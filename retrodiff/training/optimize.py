@@ -119,7 +119,9 @@ def optimize(
                 if done % every == 0 and done < steps:
                     save()
                 bar.update()
-                bar.set_postfix(loss=f"{losses[max(0, step - 49) : done].mean():.4f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{losses[max(0, step - 49) : done].mean():.4f}", refresh=False
+                )
     except KeyboardInterrupt:
         save()
         raise

@@ -1,0 +1,41 @@
+"""``retrodiff convert``: a published checkpoint becomes a folder of our own."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("convert", help="turn a published checkpoint into a saved model")
+    parser.add_argument("checkpoint", help=".ckpt, .safetensors, a diffusers folder or Hub name")
+    parser.add_argument("out", help="folder of the model")
+    parser.add_argument("--config", help="yaml of the checkpoint")
+    parser.add_argument("--preset", help="rdm_imagenet, rdm_ffhq or rdm_768, instead of a yaml")
+    parser.add_argument("--scale", choices=("raw", "unit"), help="where the file does not say it")
+    parser.add_argument("--raw-weights", action="store_true", help="not the averaged weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Loads, checks, saves."""
+    from pathlib import Path
+
+    from retrodiff.checkpoints.load import load_published
+    from retrodiff.files import check_free
+    from retrodiff.presets import from_published
+
+    check_free(Path(options.out), "model.json", options.overwrite)
+    published = load_published(
+        options.checkpoint,
+        config=options.config,
+        preset=options.preset,
+        weights="raw" if options.raw_weights else "ema",
+    )
+    model = from_published(published, scale=options.scale).build()
+    model.save(options.out, overwrite=options.overwrite)
+    name = published.name or "a model of the published family"
+    print(f"{name} with its {published.weights} weights: {options.out}")
+    return 0

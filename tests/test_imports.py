@@ -1,0 +1,87 @@
+"""Who may import whom, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "retrodiff"
+# A module may import, at its top level, from its own layer's siblings listed here and from below.
+LAYERS = [
+    {"interfaces", "files", "progress"},
+    {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation"},
+    {"networks", "databases"},
+    {"checkpoints", "checks"},
+    {"model"},
+    {"builder"},
+    {"training", "presets"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__", "testing"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The command line trains through presets; training reads folders as databases do.
+HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema", "tqdm")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def top_level_imports(path: Path):
+    """Modules imported when the file is, leaving out what only type checkers see."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    mine = room(path)
+    assert mine in LEVEL, f"{mine} has no place in the layers: give it one"
+    for module in top_level_imports(path):
+        parts = module.split(".")
+        if parts[0] != "retrodiff" or len(parts) == 1:
+            continue
+        theirs = parts[1]
+        assert theirs == mine or LEVEL[theirs] < LEVEL[mine], (
+            f"{path.relative_to(PACKAGE)} imports {module}: {mine} may not import {theirs}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    found = [m for m in top_level_imports(path) if m.split(".")[0] in HEAVY]
+    assert not found, f"{path}: import {found} inside the function that needs it"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_everything_loads_no_heavy_package():
+    code = (
+        "import sys, retrodiff, retrodiff.presets, retrodiff.cli, retrodiff.testing\n"
+        "retrodiff.cli.parser()\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+def test_import_costs_little_more_than_torch():
+    """The bound is 0.3 s; the median of three, since a busy machine is slow at everything."""
+    code = (
+        "import time; import torch; start = time.process_time()\n"
+        "import retrodiff, retrodiff.presets\n"
+        "print(time.process_time() - start)"
+    )
+    assert sorted(float(run(code)) for _ in range(3))[1] <= 0.3
