@@ -21,11 +21,11 @@ from retrodiff.training import TrainingSet, cosine, fit
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--out", type=Path, default=Path("runs/swap"))
-parser.add_argument("--steps", type=int, default=500, help="training steps, about 5 a second")
+parser.add_argument("--steps", type=int, default=1000, help="training steps")
 parser.add_argument("--channels", type=int, default=64)
 options = parser.parse_args()
 
-patchify = Patchify(size=32, short_side=192, stride=8)
+patchify = Patchify(size=32, short_side=192, stride=16)
 
 
 def halves(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -74,7 +74,7 @@ def rows(which: Model, images: torch.Tensor) -> tuple[list, list, list]:
     near = [[shown.image(row) for row in found] for found in out.neighbors.indices.tolist()]
     samples = [[a, b] for a, b in zip(out.images, again.images, strict=True)]
     pictures = [n + s for n, s in zip(near, samples, strict=True)]
-    captions = [c + ["sample", "sample"] for c in captions_of(out.neighbors)]
+    captions = [[*c, "sample", "sample"] for c in captions_of(out.neighbors)]
     return list(images[chosen]), pictures, captions
 
 

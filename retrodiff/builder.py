@@ -4,6 +4,9 @@ Immutable: every step returns a new builder, so a preset can be the start of man
 runs the recipes, then names all empty or disagreeing slots at once.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import dataclasses

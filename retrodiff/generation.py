@@ -1,4 +1,4 @@
-"""What sampling returns: images together with what was retrieved for them and how they were made."""
+"""What sampling returns: images, what was retrieved for them, and how they were made."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ Images are float tensors (b, c, h, w) in [-1, 1]. Similarity is the cosine in [-
 nearer. ``sigma`` is the standard deviation of the noise in x = x0 + sigma * noise.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 from abc import abstractmethod
@@ -289,7 +292,7 @@ def unit(embedding: Tensor) -> Tensor:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Where does this image lie? (φ in the paper.)"""
+    """Where does this image lie (φ in the paper)?"""
 
     @property
     def dim(self) -> int:
@@ -319,7 +322,7 @@ class TextEncoder(Encoder, Protocol):
 
 @runtime_checkable
 class Database(Protocol):
-    """What do we own? (D.) Rows of embeddings with their origin; it does not change."""
+    """What do we own (D)? Rows of embeddings with their origin; it does not change."""
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -347,7 +350,7 @@ class Database(Protocol):
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Which k of them? (ξ_k.)"""
+    """Which k of them (ξ_k)?"""
 
     @abstractmethod
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
@@ -357,7 +360,7 @@ class Retriever(Protocol):
 
 @runtime_checkable
 class ProposalDistribution(Protocol):
-    """What do we ask when nobody asks? (p_D.)"""
+    """What do we ask when nobody asks (p_D)?"""
 
     @abstractmethod
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
@@ -401,7 +404,7 @@ class Conditioner(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """What is the clean latent? (ε_θ, in the convention ``(x, sigma) -> denoised``.)"""
+    """What is the clean latent (ε_θ, in the convention ``(x, sigma) -> denoised``)?"""
 
     @property
     def shape(self) -> tuple[int, int, int]:

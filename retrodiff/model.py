@@ -3,6 +3,9 @@
 ``model.replace(database=art)`` is the paper's test-time swap and leaves the old model as it was.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import dataclasses

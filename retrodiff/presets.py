@@ -5,9 +5,13 @@ The paper's models come with ``checkpoint=`` the published file, a diffusers fol
 one; without it they have fresh weights, and sampling from them warns.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from retrodiff.builder import Builder, preset
 from retrodiff.checkpoints.load import fresh, load_published
@@ -159,7 +163,8 @@ def ldm_imagenet(*, sampler: Sampler | None = None) -> Builder:
         sampler: None: DDIM, eta 0.
     """
     architecture = PUBLISHED["rdm_imagenet"]
-    network = UNet(**{**architecture.unet, "context_width": None})
+    numbers: dict[str, Any] = {**architecture.unet, "context_width": None}
+    network = UNet(**numbers)
     autoencoder = VQAutoencoder(**architecture.autoencoder)
     denoiser = EpsDenoiser(network, ScaledLinear())
     denoiser.untrained = True

@@ -346,9 +346,17 @@ def check_guidance(guidance: Guidance) -> None:
     from retrodiff.diffusion.schedule import Karras
 
     class Shifted(Denoiser):
-        shape = (1, 2, 2)
-        widths = {"neighbors": 1}  # noqa: RUF012
-        schedule = Karras()
+        @property
+        def shape(self) -> tuple[int, int, int]:
+            return (1, 2, 2)
+
+        @property
+        def widths(self) -> dict[str, int]:
+            return {"neighbors": 1}
+
+        @property
+        def schedule(self) -> Schedule:
+            return Karras()
 
         def denoise(self, x: Tensor, sigma: Tensor, context: Context) -> Tensor:
             shift = context.streams["neighbors"].values.mean((1, 2))

@@ -46,7 +46,7 @@ def test_all_disagreements_are_named_at_once(database):
             NeighborCounts(torch.tensor([0]), torch.tensor([1]), small_database(9).fingerprint)
         )
     )
-    with pytest.raises(ValueError, match="components do not fit") as error:
+    with pytest.raises(ValueError, match=r"components do not fit") as error:
         wrong.build()
     message = str(error.value)
     assert "encoder.dim=16 gives the streams {'neighbors': 16}" in message
@@ -57,7 +57,7 @@ def test_all_disagreements_are_named_at_once(database):
 
 def test_an_encoder_with_other_weights_is_refused(recipe):
     with pytest.raises(
-        ValueError, match="weights='1' against weights='0'.*build the database again"
+        ValueError, match=r"weights='1' against weights='0'.*build the database again"
     ):
         recipe.encoder(HashingEncoder(seed=1)).build()
 
@@ -116,7 +116,7 @@ def test_defaults_fill_what_a_plain_model_can_do_without(encoder):
 def test_unknown_slot_and_sampler():
     with pytest.raises(ValueError, match=r"no slot smapler: the slots are .*sampler"):
         Builder().set(smapler=DDIM())
-    with pytest.raises(ValueError, match="unknown sampler 'dimm'"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'dimm'"):
         Builder().sampler("dimm")
 
 
@@ -134,7 +134,7 @@ def test_presets_by_name_function_and_model(encoder, database):
     assert Builder.from_preset(mine, width=8).slots["encoder"].dim == 8
     built = presets.rdm_small(encoder=encoder, database=database, size=16, channels=32)
     assert Builder.from_preset(lambda: built).build() == built
-    with pytest.raises(ValueError, match="returned int"):
+    with pytest.raises(ValueError, match=r"returned int"):
         Builder.from_preset(lambda: 3)
 
 
@@ -154,7 +154,7 @@ def test_a_model_is_frozen_and_replace_leaves_it_alone(model):
         model.k = 3
     other = model.replace(k=2, sampler=Euler())
     assert (model.k, other.k) == (4, 2)
-    with pytest.raises(ValueError, match="a model has no samplr"):
+    with pytest.raises(ValueError, match=r"a model has no samplr"):
         model.replace(samplr=Euler())
 
 
@@ -173,5 +173,5 @@ def test_swapping_the_database_leaves_a_fitted_proposal_behind(model, database):
 def test_top_level_names():
     for name in retrodiff.__all__:
         assert getattr(retrodiff, name) is not None
-    with pytest.raises(AttributeError, match="Bilder"):
+    with pytest.raises(AttributeError, match=r"Bilder"):
         _ = retrodiff.Bilder

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,11 +167,7 @@ def test_a_folder_that_cannot_be_written_is_said(built, tmp_path, capsys):
     failed(capsys, ["sample", str(built / "model"), out, "--unconditional", "--steps", "1"])
 
 
-def test_python_dash_m(capsys):
-    import runpy
-
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["retrodiff", "--version"])
-        runpy.run_module("retrodiff", run_name="__main__")
-    assert stop.value.code == 0
-    assert "retrodiff 0." in capsys.readouterr().out
+def test_python_dash_m():
+    command = [sys.executable, "-m", "retrodiff", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("retrodiff 0.")

@@ -218,7 +218,7 @@ def test_dropout_hides_the_stated_share_and_keeps_the_length():
     assert bool(((values == 0).all(-1).any(-1) == hidden).all())
     assert abs(float(hidden.float().mean()) - 0.1) < 0.01
     assert dropped.streams["neighbors"].null_rows == 0
-    with pytest.raises(ValueError, match="probability=1.5"):
+    with pytest.raises(ValueError, match=r"probability=1.5"):
         Dropped(NeighborEmbeddings("raw"), 1.5)
 
 
@@ -268,7 +268,7 @@ def test_missing_parts_are_named(recipe, model):
     blind = recipe.encoder(Blind()).build()
     with pytest.raises(ValueError, match=r"prompts need an encoder of text.*Blind.*no text tower"):
         blind.sample(prompts=["a"], **QUIET)
-    with pytest.raises(ValueError, match="prompts need an encoder and this model has none"):
+    with pytest.raises(ValueError, match=r"prompts need an encoder and this model has none"):
         recipe.set(encoder=None).build().sample(prompts=["a"], **QUIET)
     wrong = torch.zeros(2, 1, 9, 9)
     query = Query(torch.randn(2, 8))
@@ -291,12 +291,12 @@ def test_a_generation_is_saved_whole(model, tmp_path):
     assert row["record"]["file"] == f"{row['row']}.png"
     with Image.open(folder / "00000.png") as picture:
         assert picture.size == (8, 8)
-    with pytest.raises(FileExistsError, match="exists"):
+    with pytest.raises(FileExistsError, match=r"exists"):
         out.save(tmp_path / "out")
     out.save(tmp_path / "out", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not ours to overwrite"):
+    with pytest.raises(FileExistsError, match=r"not ours to overwrite"):
         out.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
@@ -329,16 +329,16 @@ def test_damaged_models_are_refused(model, tmp_path):
         (folder / "model.json").write_text(json.dumps({**described, **change}))
 
     rewritten(format=99)
-    with pytest.raises(ValueError, match="format 99.*update"):
+    with pytest.raises(ValueError, match=r"format 99.*update"):
         Model.load(folder, **parts)
     components = dict(described["components"])
     components["sampler"] = {"class": "os.system", "config": {"command": "true"}}
     rewritten(components=components)
-    with pytest.raises(ValueError, match="'os.system', which is not part of retrodiff"):
+    with pytest.raises(ValueError, match=r"'os.system', which is not part of retrodiff"):
         Model.load(folder, **parts)
     components["sampler"] = {"class": "retrodiff.files.check_free", "config": {}}
     rewritten(components=components)
-    with pytest.raises(ValueError, match="no component"):
+    with pytest.raises(ValueError, match=r"no component"):
         Model.load(folder, **parts)
     network = dict(described["components"]["denoiser"])
     network["config"] = {**network["config"]}
@@ -348,7 +348,7 @@ def test_damaged_models_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"do not match denoiser.network \(DiT\)"):
         Model.load(folder, **parts)
     (folder / "model.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"damaged"):
         Model.load(folder, **parts)
-    with pytest.raises(FileNotFoundError, match="no model.json"):
+    with pytest.raises(FileNotFoundError, match=r"no model.json"):
         Model.load(tmp_path, **parts)

@@ -39,7 +39,7 @@ def test_contract_catches_a_retriever_that_repeats_a_row():
         def retrieve(self, query, database, k):
             return database.search(query, 1).take(torch.zeros(k, dtype=torch.int64))
 
-    with pytest.raises(AssertionError, match="distinct"):
+    with pytest.raises(AssertionError, match=r"distinct"):
         check_retriever(Stuck())
 
 
@@ -57,7 +57,7 @@ def test_a_subclass_without_its_method_cannot_be_made():
     class Forgetful(Retriever):
         pass
 
-    with pytest.raises(TypeError, match="retrieve"):
+    with pytest.raises(TypeError, match=r"retrieve"):
         Forgetful()
 
 
@@ -121,7 +121,7 @@ def test_random_of_top_draws_all_top_rows_alike():
     counts = torch.bincount(found.indices.flatten(), minlength=32)
     assert int(counts.sum()) == int(counts[top].sum()) == 6000
     assert float((counts[top] - 600).abs().max()) < 6 * 600**0.5
-    with pytest.raises(ValueError, match="top=3 rows are fewer than k=4"):
+    with pytest.raises(ValueError, match=r"top=3 rows are fewer than k=4"):
         RandomOfTop(NearestNeighbors(), 3).retrieve(query, database, 4)
 
 

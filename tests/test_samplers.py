@@ -70,7 +70,7 @@ def test_ddim_is_diffusers_ddim(steps):
 
 
 def test_ddim_is_the_papers_equation():
-    """Song et al. 2021, eq. 12, written out in the variance-preserving variables, with its noise."""
+    """Song et al. 2021, eq. 12, written out in the variance-preserving variables, with noise."""
     table = ScaledLinear().table
     bar = 1 / (1 + table**2)
     steps, eta = 20, 0.7
@@ -241,5 +241,5 @@ def test_higher_order_needs_fewer_steps():
 
 
 def test_unknown_sampler_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown sampler 'k_lms'.*dpmpp_2m"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'k_lms'.*dpmpp_2m"):
         sampler_named("k_lms")

@@ -1,4 +1,4 @@
-"""A published model from wherever it is: a checkpoint file, a diffusers folder, the Hub, or fresh."""
+"""A published model from wherever it is: a checkpoint file, a diffusers folder, the Hub."""
 
 from __future__ import annotations
 

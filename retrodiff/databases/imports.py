@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from retrodiff.databases.fingerprint import SHARD_ROWS
 from retrodiff.databases.ingest import check_place, clear, move
@@ -26,6 +25,7 @@ from retrodiff.databases.store import EmbeddingDatabase, open_database
 from retrodiff.databases.views import storable
 from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Fingerprint
+from retrodiff.progress import progress_bar
 
 
 class Part(NamedTuple):
@@ -64,7 +64,7 @@ def import_embeddings(
     source: dict[str, Any] = {"kind": "embeddings"}
     if root is not None:
         source["root"] = str(Path(root).resolve())
-    bar = tqdm(parts, desc="import", unit="part", disable=not progress)
+    bar = progress_bar(None, "import", progress, iterable=parts, unit="part")
     with writing(partial):
         clear(partial)
         try:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retrodiff.databases.fingerprint import SHARD_ROWS
 from retrodiff.databases.images import UnreadableImage, thumbnail, to_float
@@ -28,6 +27,7 @@ from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinish
 from retrodiff.databases.views import storable
 from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Encoder
+from retrodiff.progress import progress_bar
 
 
 class SkippedPictures(UserWarning):
@@ -154,10 +154,8 @@ class Build:
         shards, skipped = list(self.plan.shards), list(self.plan.skipped)
         picture, first_row = shards[-1].next if shards else (0, 0)
         batch: list[Item] = []
-        bar = tqdm(
-            total=len(self.source), initial=picture, desc="database", unit="img",
-            disable=not self.progress,
-        )  # fmt: skip
+        total = len(self.source)
+        bar = progress_bar(total, "database", self.progress, initial=picture, unit="img")
         with bar:
             for i, read in self._pictures(picture):
                 if isinstance(read, str):

@@ -1,8 +1,8 @@
 """Scanned digits: every mode of the paper, the database swap, and classes never trained on.
 
-scikit-learn's 1,797 scans (8x8; Alpaydin & Kaynak 1998) are split into a database D, training images
-X and held-out images H, all disjoint. A small CLIP is trained on D and X with captions. X lacks two
-digits that D has: can the model draw them from their neighbors alone?
+scikit-learn's 1,797 scans (8x8; Alpaydin & Kaynak 1998) are split into a database D, training
+images X and held-out images H, all disjoint. A small CLIP is trained on D and X with captions. X
+lacks two digits that D has: can the model draw them from their neighbors alone?
 
 The judge is an SVM trained on held-out images only: one trained on D would reward copies of D.
 """
@@ -100,7 +100,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def clip_of(parts: Split, settings: Settings, seed: int, progress: bool) -> CLIPEncoder:
-    """A CLIP of open_clip's own classes, trained from scratch on the captioned images of D and X."""
+    """A CLIP of open_clip's own classes, trained from scratch on the captioned D and X."""
     torch.manual_seed(seed)
     encoder = CLIPEncoder.from_config(
         {

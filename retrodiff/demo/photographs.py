@@ -1,4 +1,4 @@
-"""Colour photographs: a database of patches, a small convolutional model, and a database it never saw.
+"""Colour photographs: a database of patches, a small model, and a database it never saw.
 
 The photographs are scikit-image's own, public domain or CC0 by its documentation. Patches of the
 database D and of the training set X come from disjoint tiles of the same photographs; the second

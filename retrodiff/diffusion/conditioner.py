@@ -83,7 +83,7 @@ class QueryOnly(Conditioner):
 
 @dataclass(frozen=True)
 class QueryAndNeighbors(Conditioner):
-    """Query and neighbors as two streams, each droppable alone (kNN-Diffusion, Sheynin et al. 2022).
+    """Query and neighbors as two streams (kNN-Diffusion, Sheynin et al. 2022).
 
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ def _levels(x: Tensor, sigmas: Tensor) -> list[tuple[float, float]]:
     """Consecutive pairs of noise levels as numbers, checked."""
     values = [float(s) for s in sigmas.tolist()]
     if any(not math.isfinite(s) or s < 0 for s in values) or any(
-        a <= b for a, b in zip(values, values[1:], strict=False)
+        a <= b for a, b in pairwise(values)
     ):
         raise ValueError(f"sigmas must be finite and strictly decreasing to 0 or more: {values}")
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, but a sampler takes (b, c, h, w)")
-    return list(zip(values, values[1:], strict=False))
+    return list(pairwise(values))
 
 
 def _at(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:

@@ -70,7 +70,7 @@ class ScaledLinear(Schedule):
         return torch.cat([table[self.timesteps(steps)], last])
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Sigma (b,) -> t (b,) float: exact at the schedule's own levels, else linear in log sigma."""
+        """Sigma (b,) -> t (b,) float: exact at the schedule's levels, else linear in log sigma."""
         log_table = self.table.log().to(sigma.device)
         log_sigma = sigma.double().clamp_min(1e-12).log()
         right = torch.searchsorted(log_table, log_sigma).clamp(1, self.length - 1)

@@ -119,7 +119,7 @@ class CLIPEncoder(nn.Module, TextEncoder):
 
     @property
     def loaded(self) -> bool:
-        """Whether the weights are here; until then only `identity` is known without fetching them."""
+        """Whether the weights are here; until then `identity` is known without them."""
         return self.clip is not None
 
     @property

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retrodiff.indexes.principal import principal_axes, rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_search
 from retrodiff.interfaces import Index
+from retrodiff.progress import progress_bar
 
 _works: bool | None = None
 
@@ -46,7 +46,7 @@ class Annoy:
         axes = principal_axes(vectors, self.components, progress=progress)
         trees = _empty(axes.shape[1])
         trees.set_seed(self.seed)
-        with tqdm(total=len(vectors), desc="annoy", unit="rows", disable=not progress) as bar:
+        with progress_bar(len(vectors), "annoy", progress, unit="rows") as bar:
             for start, rows, norms in vectors.blocks(8192):
                 for i, row in enumerate((unit_rows(rows, norms) @ axes).tolist(), start):
                     trees.add_item(i, row)

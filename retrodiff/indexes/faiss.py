@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retrodiff.indexes.principal import rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_search
 from retrodiff.interfaces import Index
+from retrodiff.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Faiss:
             n = min(self.train_rows, len(vectors))
             sample = vectors.rows(torch.linspace(0, len(vectors) - 1, n).long())
             index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
-        with tqdm(total=len(vectors), desc="faiss", unit="rows", disable=not progress) as bar:
+        with progress_bar(len(vectors), "faiss", progress, unit="rows") as bar:
             for _, rows, norms in vectors.blocks(8192):
                 index.add(unit_rows(rows, norms).numpy())
                 bar.update(len(rows))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retrodiff.indexes.vectors import Vectors
+from retrodiff.progress import progress_bar
 
 
 def unit_rows(rows: Tensor, norms: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def principal_axes(vectors: Vectors, components: int, progress: bool = False) ->
     if components >= d:
         return torch.eye(d)
     moment = torch.zeros(d, d, dtype=torch.float64)
-    with tqdm(total=len(vectors), desc="principal axes", unit="rows", disable=not progress) as bar:
+    with progress_bar(len(vectors), "principal axes", progress, unit="rows") as bar:
         for _, rows, norms in vectors.blocks(8192):
             unit = unit_rows(rows, norms)
             moment += unit.T @ unit

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retrodiff.indexes.principal import rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_search
 from retrodiff.interfaces import Index
+from retrodiff.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class USearch:
     def build(self, vectors: Vectors, progress: bool = False) -> USearchIndex:
         """Inserts every row into the graph."""
         graph = self._empty(vectors.dim)
-        with tqdm(total=len(vectors), desc="usearch", unit="rows", disable=not progress) as bar:
+        with progress_bar(len(vectors), "usearch", progress, unit="rows") as bar:
             for start, rows, norms in vectors.blocks(8192):
                 keys = np.arange(start, start + len(rows), dtype=np.uint64)
                 graph.add(keys, unit_rows(rows, norms).numpy())

@@ -1,5 +1,8 @@
 """Retrievers, proposal distributions and precomputed neighbors."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.proposal import NeighborCounts, TopM, Uniform
 from retrodiff.retrieval.retriever import (

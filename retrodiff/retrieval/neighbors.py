@@ -1,5 +1,8 @@
 """Neighbors of many queries at once, computed before training and kept as row numbers only."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,8 @@
 """What to ask when nobody asks: distributions over the rows of a database."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import json
@@ -45,7 +48,7 @@ class Uniform(_Drawing):
 
 @dataclass(frozen=True, eq=False)
 class NeighborCounts(_Drawing):
-    """p_D: each row as often as it is a neighbor of a training image (Blattmann et al. 2022, eq. 6).
+    """p_D: each row as often as it is a neighbor of a training image (Blattmann et al. 2022).
 
     Make one with `fit`. It belongs to the database it was fitted on and refuses any other.
 

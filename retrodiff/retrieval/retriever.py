@@ -1,5 +1,8 @@
 """Which k rows of the database a query gets: the nearest ones, or a choice among them."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

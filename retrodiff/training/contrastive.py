@@ -96,7 +96,7 @@ def fit_views(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Trains an encoder in place so that two views of an image lie close (SimCLR, Chen et al. 2020).
+    """Trains an encoder in place so that two views of an image lie close (SimCLR: Chen 2020).
 
     Args:
         encoder: any timm network.

@@ -48,7 +48,7 @@ def fit(
     snapshots: Sequence[int] = (),
     progress: bool = True,
 ) -> Fitted:
-    """Trains the denoiser (and a conditioner with weights) in place; the returned model is averaged.
+    """Trains denoiser (and a conditioner with weights) in place; the returned model is averaged.
 
     Args:
         model: what is trained; the model passed in holds the raw weights afterwards.

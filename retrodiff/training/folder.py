@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrodiff.databases.images import read_image, to_bytes, to_float
+from retrodiff.databases.images import UnreadableImage, read_image, to_bytes, to_float
 from retrodiff.databases.ingest import skipped_message
-from retrodiff.databases.sources import ImageFolder, UnreadableImage
+from retrodiff.databases.sources import ImageFolder
 from retrodiff.encoders.preprocessing import CenterCrop, ResizeShort
 from retrodiff.progress import progress_bar
 

@@ -1,4 +1,4 @@
-"""The training loop that everything here shares: AdamW, an average, checkpoints that resume exactly.
+"""The training loop that all share: AdamW, an average, checkpoints that resume exactly.
 
 Step s of seed a always sees the same randomness, whatever happened before it, so a run that was
 killed and resumed ends with the same weights as one that was not.
@@ -104,7 +104,7 @@ def optimize(
                 value = loss(step, at_step(seed, step))
                 if not torch.isfinite(value):
                     raise FloatingPointError(
-                        f"the loss is {float(value)} at step {step}: lower the learning rate, or "
+                        f"the loss is {value.item()} at step {step}: lower the learning rate, or "
                         "look for NaN in images and embeddings"
                     )
                 value.backward()
