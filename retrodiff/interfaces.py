@@ -354,7 +354,7 @@ class Retriever(Protocol):
 
     @abstractmethod
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """K rows of the database for each query."""
+        """Some k rows of the database for each query."""
         ...
 
 
@@ -369,7 +369,7 @@ class ProposalDistribution(Protocol):
 
     @abstractmethod
     def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """N pseudo-queries drawn from the database."""
+        """Pseudo-queries (n,) drawn from the database."""
         ...
 
 
@@ -447,7 +447,7 @@ class TrainableDenoiser(Denoiser, Protocol):
 
     @abstractmethod
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N noise levels (n,) of the training distribution."""
+        """Noise levels (n,) of the training distribution."""
         ...
 
     @abstractmethod
@@ -533,6 +533,6 @@ class Schedule(Protocol):
         return noise * sigmas[0].to(noise)
 
     def finish(self, x: Tensor, sigmas: Tensor) -> Tensor:
-        """X at sigmas[-1] -> the latent."""
+        """From x at sigmas[-1] to the latent."""
         del sigmas
         return x

@@ -39,6 +39,7 @@ from retrodiff.interfaces import (
     Sampler,
     Scale,
 )
+from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 from retrodiff.retrieval import NearestNeighbors
@@ -182,6 +183,7 @@ def ldm_imagenet(*, sampler: Sampler | None = None) -> Builder:
 def rdm_small(
     *,
     encoder: Encoder,
+    first_stage: PrincipalPatches | None = None,
     database: Database | None = None,
     retriever: Retriever | None = None,
     size: int = 32,
@@ -190,23 +192,26 @@ def rdm_small(
 ) -> Builder:
     """A retrieval-augmented model that trains on a CPU in minutes: small pictures, fresh weights.
 
-    The paper's UNet in small, on pixels folded four by four into channels, with flow matching; 10 %
-    of the conditions are dropped in training, so that guidance has a null it was trained on.
+    The paper's UNet in small, on 4x4 patches of pixels, with flow matching; 10 % of the conditions
+    are dropped in training, so that guidance has a null it was trained on.
 
     Args:
         encoder: what the database was built with.
+        first_stage: ``PrincipalPatches.fit(images, patch=4, components=16)`` makes pictures far
+            less noisy after short trainings; None: all 48 numbers of a patch, as they are.
         database: D; None: to be set before anything is retrieved.
         retriever: which neighbors; None: the nearest.
         size: side of the pictures, a multiple of 4.
         channels: of the UNet, a multiple of 32.
         k: neighbors per picture.
     """
-    if size % 4:
-        raise ValueError(f"size={size} is no multiple of 4, by which the pictures are folded")
+    patch, width = (4, 48) if first_stage is None else (first_stage.patch, first_stage.components)
+    if size % patch:
+        raise ValueError(f"size={size} is no multiple of {patch}, the side of a patch")
     network = UNet(
-        in_channels=48,
-        out_channels=48,
-        size=size // 4,
+        in_channels=width,
+        out_channels=width,
+        size=size // patch,
         channels=channels,
         multipliers=(1,),
         blocks_per_level=1,
@@ -218,7 +223,7 @@ def rdm_small(
         .encoder(encoder)
         .retriever(retriever or NearestNeighbors())
         .conditioner(Dropped(NeighborEmbeddings("unit"), 0.1))
-        .autoencoder(PixelUnshuffle(4))
+        .autoencoder(first_stage or PixelUnshuffle(patch))
         .denoiser(FlowDenoiser(network))
         .sampler(Heun())
         .guidance(ClassifierFree(2.0))

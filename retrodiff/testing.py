@@ -162,7 +162,7 @@ def check_index(index: Index, embeddings: Tensor, recall: float = 0.9) -> None:
 
 
 def check_retriever(retriever: Retriever, database: Database | None = None, k: int = 3) -> None:
-    """K rows per query that exist, with their own vectors, for each query on its own.
+    """Some k rows per query that exist, with their own vectors, for each query on its own.
 
     Args:
         retriever: to be checked.

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from retrodiff.checkpoints.compvis import load_compvis
 from retrodiff.checkpoints.published import PublishedModel
+from retrodiff.cli import main
 from retrodiff.interfaces import Context
+from retrodiff.model import Model
+from retrodiff.presets import from_published
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"
 BOUND = 1e-4
@@ -64,51 +67,54 @@ def test_first_stage(pair: tuple[PublishedModel, dict[str, Tensor]]) -> None:
     assert relative(autoencoder.decode(latents), io["first_stage.reconstruction"]) <= BOUND
 
 
-def alphas(model: PublishedModel, steps: int) -> tuple[list[int], Tensor, Tensor]:
-    """Timesteps from noisy to clean, the alphas there and one step on, in float64."""
-    ladder = model.schedule.alphas_cumprod
-    every = model.schedule.length // steps
-    t = [i * every + 1 for i in range(steps)][::-1]
-    return t, ladder[t], torch.cat([ladder[t[1:]], ladder[:1]])
+@pytest.mark.parametrize(
+    ("key", "sampler", "scale"),
+    [("ddim_no_guidance", "ddim", 1.0), ("ddim_cfg", "ddim", 3.0), ("plms_cfg", "plms", 3.0)],
+)
+def test_trajectory(
+    pair: tuple[PublishedModel, dict[str, Tensor]], key: str, sampler: str, scale: float
+) -> None:
+    published, io = pair
+    model = from_published(published, scale="raw").build()
+    latents = model.sample_latents(
+        context=io["context"],
+        null=torch.zeros_like(io["context"]),
+        noise=io["x"],
+        sampler=sampler,
+        steps=10,
+        guidance=scale,
+    )
+    assert relative(latents, io[key]) <= BOUND
+    by_null_of_the_model = model.sample_latents(
+        context=io["context"], noise=io["x"], sampler=sampler, steps=10, guidance=scale
+    )
+    assert relative(by_null_of_the_model, io[key]) <= BOUND
 
 
-def guided(model: PublishedModel, x: Tensor, t: int, context: Tensor, scale: float) -> Tensor:
-    timesteps = torch.full((len(x),), t)
-    both = torch.cat([context, torch.zeros_like(context)])
-    cond, null = model.unet(x.float(), timesteps, both).double().chunk(2)
-    return null + scale * (cond - null)
+def test_names_to_rely_on(pair: tuple[PublishedModel, dict[str, Tensor]]) -> None:
+    published, io = pair
+    model = from_published(published, scale="raw").build()
+    eps = model.denoiser.network(io["x"], io["timesteps"], io["context"])  # type: ignore[attr-defined]
+    assert relative(eps, io["eps"]) <= BOUND
+    latents = model.autoencoder.encode(io["first_stage.image"])
+    decoded = model.autoencoder.decode(latents)
+    assert relative(decoded, io["first_stage.reconstruction"]) <= BOUND
 
 
-def ddim_step(x: Tensor, eps: Tensor, a: Tensor, a_next: Tensor) -> Tensor:
-    """Song et al. 2021, eq. 12 with eta 0."""
-    x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
-
-
-@pytest.mark.parametrize(("key", "scale"), [("ddim_no_guidance", 1.0), ("ddim_cfg", 3.0)])
-def test_ddim(pair: tuple[PublishedModel, dict[str, Tensor]], key: str, scale: float) -> None:
-    model, io = pair
-    x = io["x"].double()
-    for t, a, a_next in zip(*alphas(model, 10), strict=True):
-        x = ddim_step(x, guided(model, x, t, io["context"], scale), a, a_next)
-    assert relative(x.float(), io[key]) <= BOUND
-
-
-def test_plms(pair: tuple[PublishedModel, dict[str, Tensor]]) -> None:
-    """Liu et al. 2022: Adams-Bashforth on eps, the first step by the improved Euler method."""
-    model, io = pair
-    x, old = io["x"].double(), list[Tensor]()
-    t, here, there = alphas(model, 10)
-    for i, (a, a_next) in enumerate(zip(here, there, strict=True)):
-        eps = guided(model, x, t[i], io["context"], 3.0)
-        if not old:
-            ahead = ddim_step(x, eps, a, a_next)
-            mean = (eps + guided(model, ahead, t[min(i + 1, 9)], io["context"], 3.0)) / 2
-        else:
-            weights = {1: (3, -1), 2: (23, -16, 5), 3: (55, -59, 37, -9)}[min(len(old), 3)]
-            divisor = {1: 2, 2: 12, 3: 24}[min(len(old), 3)]
-            terms = [eps, *reversed(old)]
-            mean = sum(w * e for w, e in zip(weights, terms, strict=False)) / divisor
-        x = ddim_step(x, mean, a, a_next)
-        old.append(eps)
-    assert relative(x.float(), io["plms_cfg"]) <= BOUND
+def test_converted_by_the_command_line(
+    pair: tuple[PublishedModel, dict[str, Tensor]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Checkpoint -> our own folder -> the same trajectory; the scale must be said."""
+    published, io = pair
+    checkpoint = published.source
+    command = ["convert", checkpoint, str(tmp_path / "model")]
+    assert main(command) == 2
+    assert "scale='raw'" in capsys.readouterr().err
+    assert main([*command, "--scale", "raw"]) == 0
+    model = Model.load(tmp_path / "model")
+    latents = model.sample_latents(
+        context=io["context"], noise=io["x"], sampler="ddim", steps=10, guidance=3.0
+    )
+    assert relative(latents, io["ddim_cfg"]) <= BOUND

@@ -174,18 +174,14 @@ def refusal_of(device: torch.device, dtype: torch.dtype, k: int) -> str | None:
         return "triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"no Triton kernels on device {device.type}, CUDA only"
-    if device.type == "cuda" and _capability(device.index) < (8, 0):
+    # Of the ways to ask, the one that torch.compile takes for a constant.
+    if device.type == "cuda" and torch.cuda.get_device_properties(device.index or 0).major < 8:
         return "the GPU is older than compute capability 8.0"
     if dtype not in DTYPES:
         return f"{dtype} is not one of float32, bfloat16, float16"
     if k > MAX_K:
         return f"k={k} is above the kernels' limit of {MAX_K}"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def fused_attention(
@@ -218,7 +214,6 @@ def _geometry(n: int, regions: int, height: int, width: int) -> tuple[int, int, 
     return size, width // side, width, side
 
 
-@torch.library.custom_op("retrodiff::neighbor_attention", mutates_args=())
 def _forward(
     x: Tensor,
     m: Tensor,
@@ -251,13 +246,11 @@ def _forward(
     return out
 
 
-@_forward.register_fake
-def _(x, m, offset, u, bias, eps, heads, height, width):
+def _forward_fake(x, m, offset, u, bias, eps, heads, height, width):
     del m, offset, u, bias, eps, heads, height, width
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("retrodiff::neighbor_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -309,8 +302,7 @@ def _backward(
     return grad_x, grad_m, grad_offset, grad_u, bias
 
 
-@_backward.register_fake
-def _(grad, x, m, offset, u, eps, heads, height, width):
+def _backward_fake(grad, x, m, offset, u, eps, heads, height, width):
     del grad, eps, heads, height, width
     like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     return like(x), like(m), like(offset), like(u), x.new_empty(x.shape[-1:], dtype=torch.float32)
@@ -330,7 +322,22 @@ def _gradients(ctx, grad: Tensor):
     return *grads, bias.to(ctx.bias_dtype), None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+def _operator(name: str, run: Any, fake: Any) -> str:
+    """Registers an operator; `torch.library.custom_op` would import torch._dynamo: seconds."""
+    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"retrodiff::{name}", fake, lib=_LIBRARY)
+    return f"retrodiff::{name}"
+
+
+_LIBRARY = torch.library.Library("retrodiff", "FRAGMENT")
+_operator("neighbor_attention_backward", _backward, _backward_fake)
+torch.library.register_autograd(
+    _operator("neighbor_attention", _forward, _forward_fake),
+    _gradients,
+    setup_context=_setup,
+    lib=_LIBRARY,
+)
 
 
 def _device(x: Tensor):

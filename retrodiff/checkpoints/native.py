@@ -44,6 +44,8 @@ def describe(component: Any, weights: dict[str, Tensor], prefix: str) -> Any:
     kind = type(component)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.split(".")[0] != _PACKAGE:
+        if isinstance(component, nn.Module):
+            weights.update({f"{prefix}.{k}": v for k, v in component.state_dict().items()})
         return {"custom": name}
     if isinstance(component, nn.Module):
         config = cast("dict[str, Any]", component.config())  # type: ignore[operator]
@@ -138,16 +140,18 @@ def save_components(
     described: dict[str, Any] = {}
     encoder = parts.get("encoder")
     ours = isinstance(encoder, (CLIPEncoder, TimmEncoder))
+    # Published weights that were never needed are not fetched for saving; their name is kept.
+    fetched = getattr(encoder, "loaded", True)
     for slot, part in parts.items():
         if slot == "database":
             described[slot] = None if part is None else _database(part, folder)
         elif slot == "encoder" and ours:
-            described[slot] = {"folder": slot}
+            described[slot] = {"folder": slot} if fetched else {"name": encoder.config()}
         else:
             described[slot] = describe(part, weights, slot)
 
     def write(temporary: Path) -> None:
-        if ours:
+        if ours and fetched:
             save_encoder(encoder, temporary / "encoder")
         save_sharded(weights, temporary, "weights", metadata={"format": str(FORMAT)})
         value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}
@@ -174,8 +178,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Component by slot; those in ``given`` are taken as they are instead of the saved ones."""
-    from retrodiff.encoders import load_encoder
+    """Component by slot; those in ``given`` take the place of the saved ones.
+
+    A given component in a slot that was saved with a class of the user's own inside it is what that
+    class could not be imported for: it is filled with the saved weights.
+    """
+    from retrodiff.encoders import CLIPEncoder, load_encoder
 
     given = given or {}
     described: dict[str, Any] = read_description(folder)["components"]
@@ -183,11 +191,19 @@ def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dic
     parts: dict[str, Any] = {}
     for slot, description in described.items():
         if slot in given:
+            if _is_custom(description) and isinstance(given[slot], nn.Module):
+                inside = {k: v for k, v in weights.items() if k.startswith(f"{slot}.")}
+                state = {k.removeprefix(f"{slot}."): v for k, v in inside.items()}
+                load_state(given[slot], state, slot)
             continue
         if slot == "database":
             parts[slot] = _reopened(description, folder)
         elif isinstance(description, dict) and set(description) == {"folder"}:
             parts[slot] = load_encoder(folder / description["folder"])
+        elif isinstance(description, dict) and set(description) == {"name"}:
+            parts[slot] = CLIPEncoder(
+                **{k: v for k, v in description["name"].items() if k != "kind"}
+            )
         else:
             parts[slot] = construct(description, weights, slot)
     return {**parts, **given}
@@ -206,6 +222,16 @@ def _class_named(name: str) -> type:
     if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or _plain(kind))):
         raise ValueError(f"the file names {name!r}, which is no component")
     return kind
+
+
+def _is_custom(description: Any) -> bool:
+    """Whether a class of the user's own is anywhere in a description."""
+    if isinstance(description, dict):
+        entries = cast("dict[str, Any]", description)
+        return "custom" in entries or any(_is_custom(value) for value in entries.values())
+    return isinstance(description, list) and any(
+        _is_custom(x) for x in cast("list[Any]", description)
+    )
 
 
 def _plain(kind: type) -> bool:

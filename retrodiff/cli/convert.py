@@ -23,9 +23,9 @@ def run(options: argparse.Namespace) -> int:
     """Loads, checks, saves."""
     from pathlib import Path
 
+    from retrodiff import presets
     from retrodiff.checkpoints.load import load_published
     from retrodiff.files import check_free
-    from retrodiff.presets import from_published
 
     check_free(Path(options.out), "model.json", options.overwrite)
     published = load_published(
@@ -34,7 +34,10 @@ def run(options: argparse.Namespace) -> int:
         preset=options.preset,
         weights="raw" if options.raw_weights else "ema",
     )
-    model = from_published(published, scale=options.scale).build()
+    if published.name in presets.__all__:
+        model = getattr(presets, published.name)(checkpoint=published)
+    else:
+        model = presets.from_published(published, scale=options.scale).build()
     model.save(options.out, overwrite=options.overwrite)
     name = published.name or "a model of the published family"
     print(f"{name} with its {published.weights} weights: {options.out}")

@@ -108,12 +108,9 @@ def _encoder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _encoder(options: argparse.Namespace) -> Any:
-    # Random weights must be the same ones whenever the database is resumed, extended or asked.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return encoder_from_string(
-            options.encoder, pretrained=not options.no_pretrained, device=options.device
-        )
+    return encoder_from_string(
+        options.encoder, pretrained=not options.no_pretrained, device=options.device
+    )
 
 
 def _source(options: argparse.Namespace) -> Source:

@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random encoder weights")
     parser.add_argument("--size", type=int, default=32, help="side of the images, a multiple of 4")
-    parser.add_argument("--channels", type=int, default=64, help="width of the network")
+    parser.add_argument("--channels", type=int, default=96, help="width of the network")
     parser.add_argument("--k", type=int, default=4, help="neighbors per image")
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.databases import open_database
     from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
+    from retrodiff.networks.principal import PrincipalPatches
     from retrodiff.retrieval import NearestNeighbors, NeighborCounts
     from retrodiff.training import TrainingSet, cosine, fit
     from retrodiff.training.folder import FolderImages
@@ -57,9 +58,11 @@ def run(options: argparse.Namespace) -> int:
     database = open_database(options.database)
     encoder = encoder_from_string(options.encoder, pretrained=not options.no_pretrained)
     images = FolderImages(options.images, options.size)
+    some = images[torch.linspace(0, len(images) - 1, min(len(images), 2000)).long()]
     torch.manual_seed(options.seed)
     model = presets.rdm_small(
         encoder=encoder,
+        first_stage=PrincipalPatches.fit(some, patch=4, components=16),
         database=database,
         size=options.size,
         channels=options.channels,

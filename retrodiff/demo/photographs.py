@@ -17,19 +17,11 @@ from torch import Tensor
 
 from retrodiff.builder import Builder
 from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database, open_database
-from retrodiff.diffusion import (
-    ClassifierFree,
-    Dropped,
-    FlowDenoiser,
-    Heun,
-    NeighborEmbeddings,
-    PixelUnshuffle,
-)
 from retrodiff.encoders import TimmEncoder
 from retrodiff.generation import Generation
 from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
-from retrodiff.networks.unet import UNet
+from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_views
@@ -46,10 +38,10 @@ class Settings:
 
     encoder: str = "test_resnet"
     encoder_steps: int = 100
-    steps: int = 700
+    steps: int = 800
     batch_size: int = 32
-    channels: int = 64
-    sampling_steps: int = 20
+    channels: int = 96
+    sampling_steps: int = 12
     samples: int = 64
     stride: int = 4
 
@@ -133,31 +125,6 @@ def encoder_of(images: Tensor, settings: Settings, seed: int, progress: bool) ->
     return encoder
 
 
-def model_of(encoder: TimmEncoder, database: EmbeddingDatabase, settings: Settings) -> Builder:
-    """The paper's UNet in small, on pixels folded into channels, flow matching."""
-    network = UNet(
-        in_channels=12,
-        out_channels=12,
-        size=SIZE // 2,
-        channels=settings.channels,
-        multipliers=(1, 2),
-        blocks_per_level=1,
-        attention_factors=(2,),
-        context_width=encoder.dim,
-    )
-    return (
-        Builder()
-        .encoder(encoder)
-        .database(database)
-        .conditioner(Dropped(NeighborEmbeddings("unit"), 0.1))
-        .autoencoder(PixelUnshuffle(2))
-        .denoiser(FlowDenoiser(network))
-        .sampler(Heun())
-        .guidance(ClassifierFree(1.5))
-        .defaults(k=4, steps=settings.sampling_steps)
-    )
-
-
 def likeness(images: Tensor, neighbors: Tensor) -> dict[str, float]:
     """How much nearer samples are to their own neighbors than to those of other samples.
 
@@ -227,15 +194,26 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     x = to_float(training)
     x = torch.cat([x, x.flip(-1)])
     torch.manual_seed(seed)
-    model = model_of(encoder, database, settings).build()
+    first_stage = PrincipalPatches.fit(x, patch=4, components=16)
+    model = (
+        Builder.from_preset(
+            "rdm_small",
+            encoder=encoder,
+            first_stage=first_stage,
+            database=database,
+            channels=settings.channels,
+        )
+        .defaults(steps=settings.sampling_steps)
+        .build()
+    )
     data = TrainingSet.of(x, encoder, database, NearestNeighbors(), model.k, progress=progress)
     fitted = fit(
         model,
         data,
         steps=settings.steps,
         batch_size=settings.batch_size,
-        rate=cosine(1e-3, settings.steps, 30),
-        ema=0.995,
+        rate=cosine(2e-3, settings.steps, 30),
+        ema=0.99,
         seed=seed,
         progress=progress,
     )
@@ -249,7 +227,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         "parameters": sum(p.numel() for p in model.denoiser.parameters()),  # type: ignore[attr-defined]
         "training_steps": settings.steps,
         "final_loss": float(fitted.losses[-50:].mean()),
-        "guidance": 1.5,
+        "guidance": 2.0,
     }
     shown: dict[str, tuple[Tensor, Tensor, Generation]] = {}
     for name, which, queries in (

@@ -70,7 +70,7 @@ class Preconditioned(nn.Module):
 
     @abstractmethod
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N noise levels (n,) of the training distribution."""
+        """Noise levels (n,) of the training distribution."""
 
     def prepare(self, context: Context) -> Any:
         """What all steps share, computed once by networks that can."""

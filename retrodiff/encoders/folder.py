@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.timm import TimmEncoder
 from retrodiff.files import write_json, write_safetensors
+
+E = TypeVar("E", CLIPEncoder, TimmEncoder)
 
 FORMAT = 1
 
@@ -74,9 +77,10 @@ def encoder_from_string(
             raise ValueError(
                 f"{text!r} names no weights: add a tag (open_clip:{name}:TAG) or --no-pretrained"
             )
-        return CLIPEncoder(name, tag if pretrained else None, device=device, **options)
+        tag = tag if pretrained else None
+        return _seeded(lambda: CLIPEncoder(name, tag, device=device, **options))
     if kind == "timm" and rest:
-        return TimmEncoder(rest, pretrained, device=device, **options)
+        return _seeded(lambda: TimmEncoder(rest, pretrained, device=device, **options))
     if not Path(text).exists():
         raise FileNotFoundError(
             f"no encoder {text!r}: give open_clip:NAME:TAG, timm:NAME or a folder of save_encoder"
@@ -84,3 +88,10 @@ def encoder_from_string(
     if options:
         raise ValueError(f"{text} is a saved encoder, its {', '.join(options)} cannot be changed")
     return load_encoder(text, device=device)
+
+
+def _seeded(make: Callable[[], E]) -> E:
+    """Random weights must be the same ones every time a name is given, or nothing would match."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()

@@ -25,7 +25,7 @@ class _Drawing(ProposalDistribution, Protocol):
     """Draws from `support` in proportion to the weights."""
 
     def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """N pseudo-queries; their ids are the rows they are.
+        """Pseudo-queries (n,); their ids are the rows they are.
 
         A search on the cumulative sum, since torch.multinomial refuses more than 2^24 rows.
         """

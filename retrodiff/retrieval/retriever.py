@@ -38,7 +38,7 @@ class RandomOfTop(Retriever):
     top: int
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """K of the top rows, nearest first among the drawn."""
+        """Some k of the top rows, nearest first among the drawn."""
         if self.top < k:
             raise ValueError(f"top={self.top} rows are fewer than k={k}: raise top to k or more")
         pool = self.retriever.retrieve(query, database, self.top)
@@ -64,7 +64,7 @@ class Diverse(Retriever):
     top: int
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """K of the top rows, in the order in which they were taken."""
+        """Some k of the top rows, in the order in which they were taken."""
         if self.top < k:
             raise ValueError(f"top={self.top} rows are fewer than k={k}: raise top to k or more")
         pool = self.retriever.retrieve(query, database, self.top)
@@ -92,7 +92,7 @@ class ExcludeSelf(Retriever):
     retriever: Retriever
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """K rows other than ``query.ids``; queries without an id get their k nearest."""
+        """Some k rows other than ``query.ids``; queries without an id get their k nearest."""
         if query.ids is None:
             return self.retriever.retrieve(query, database, k)
         ids = query.ids.reshape(-1, *[1] * (query.embedding.ndim - 1))
@@ -112,7 +112,7 @@ class ExcludeGroup(Retriever):
     column: str
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """K rows of other groups; queries without an id get their k nearest."""
+        """Some k rows of other groups; queries without an id get their k nearest."""
         if query.ids is None:
             return self.retriever.retrieve(query, database, k)
         known = query.ids >= 0

@@ -1,0 +1,102 @@
+"""The paper's models by name: they build offline, say what is missing, and keep their numbers."""
+
+import pytest
+import torch
+
+from retrodiff import presets
+from retrodiff.builder import Builder
+from retrodiff.checkpoints.load import fresh, load_published
+from retrodiff.checkpoints.published import PUBLISHED
+from retrodiff.diffusion import ClassifierFree, NeighborEmbeddings, ScaledLinear
+from retrodiff.interfaces import Fingerprint, Query
+from retrodiff.retrieval import Uniform
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The published configurations with few channels: the same graph, built in no time."""
+    for name, architecture in PUBLISHED.items():
+        unet = {**architecture.unet, "channels": 32, "size": 16, "blocks_per_level": 1}
+        unet["multipliers"] = unet["multipliers"][:2]
+        first = {**architecture.autoencoder, "channels": 32, "multipliers": [1, 1, 2]}
+        from dataclasses import replace
+
+        monkeypatch.setitem(PUBLISHED, name, replace(architecture, unet=unet, autoencoder=first))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "guidance", "dim"),
+    [
+        ("rdm_imagenet", "raw", 2.0, 512),
+        ("rdm_ffhq", "raw", 2.0, 512),
+        ("rdm_768", "unit", 5.0, 768),
+    ],
+)
+def test_they_build_offline_with_the_papers_settings(tiny, name, scale, guidance, dim):
+    model = getattr(presets, name)()
+    assert model.encoder.dim == dim
+    assert not model.encoder.loaded
+    assert model.conditioner == NeighborEmbeddings(scale)
+    assert model.guidance == ClassifierFree(guidance)
+    assert model.denoiser.schedule == ScaledLinear(0.0015, 0.015 if name == "rdm_768" else 0.0195)
+    assert model.database is None
+    with pytest.raises(ValueError, match=r"needs|no database"):
+        model.sample(n=1, **QUIET)
+
+
+def test_fresh_weights_warn_and_loaded_ones_do_not(tiny):
+    model = presets.rdm_imagenet()
+    query = Query(torch.randn(1, 512))
+    with pytest.warns(UserWarning, match="fresh weights gives noise"):
+        out = model.sample(query=query, mode="text", steps=1, **QUIET)
+    assert out.images.shape == (1, 3, 64, 64)
+    loaded = presets.rdm_imagenet(checkpoint=fresh("rdm_imagenet"))
+    loaded.sample(query=query, mode="text", steps=1, **QUIET)
+
+
+def test_the_baseline_has_no_retrieval(tiny):
+    model = presets.ldm_imagenet()
+    assert model.denoiser.widths == {}
+    with pytest.warns(UserWarning, match="fresh weights"):
+        out = model.sample(n=2, steps=1, **QUIET)
+    assert out.images.shape[0] == 2
+
+
+def test_a_database_of_another_encoder_is_refused_without_fetching_weights(tiny):
+    from retrodiff.databases import ArrayDatabase
+
+    def database(encoder):
+        fingerprint = Fingerprint(encoder=encoder, weights="abc", preprocessing="rdm-224", dim=512)
+        return ArrayDatabase(torch.randn(20, 512), fingerprint)
+
+    with pytest.raises(ValueError, match=r"open_clip:ViT-B-32-quickgelu.*timm:x"):
+        presets.rdm_imagenet(database=database("timm:x"))
+    right = database("open_clip:ViT-B-32-quickgelu:quick_gelu@224")
+    model = presets.rdm_imagenet(database=right, proposal=Uniform())
+    assert not model.encoder.loaded
+    with pytest.warns(UserWarning, match="fresh weights"):
+        assert model.sample(n=1, steps=1, **QUIET).neighbors.k == 4
+
+
+def test_an_unknown_or_contradicted_scale_is_refused(tiny):
+    from dataclasses import replace
+
+    published = fresh("rdm_imagenet")
+    with pytest.raises(ValueError, match="trained on raw embeddings, but scale='unit'"):
+        presets.from_published(published, scale="unit")
+    with pytest.raises(ValueError, match=r"does not say.*scale='raw'.*scale='unit'"):
+        presets.from_published(replace(published, scale=None))
+
+
+def test_the_open_recipe_can_be_changed(tiny):
+    recipe = Builder.from_preset("rdm_imagenet").sampler("plms").defaults(k=8)
+    assert recipe.build().k == 8
+
+
+def test_a_missing_checkpoint_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model.ckpt is neither"):
+        load_published("nowhere/model.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"no.such.file.ckpt"):
+        presets.rdm_imagenet(checkpoint="no.such.file.ckpt")
