@@ -352,3 +352,48 @@ def test_damaged_models_are_refused(model, tmp_path):
         Model.load(folder, **parts)
     with pytest.raises(FileNotFoundError, match=r"no model.json"):
         Model.load(tmp_path, **parts)
+
+
+class Own(torch.nn.Module):
+    """A network of the user's: saved by its weights, never imported from a file."""
+
+    shape, widths = (1, 8, 8), {"neighbors": 8}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, timesteps, context):
+        return self.conv(x)
+
+
+def test_weights_of_a_network_of_ones_own_come_back(recipe, model, tmp_path):
+    torch.manual_seed(1)
+    mine = recipe.denoiser(EDMDenoiser(Own())).build()
+    mine.save(tmp_path / "model")
+    parts = {"encoder": model.encoder, "database": model.database}
+    with pytest.raises(ValueError, match=r"Own.*denoiser=\.\.\."):
+        Model.load(tmp_path / "model", **parts)
+    again = Model.load(tmp_path / "model", denoiser=EDMDenoiser(Own()), **parts)
+    a, b = (m.sample(prompts=["a"], **QUIET).images for m in (mine, again))
+    assert torch.equal(a, b)
+
+
+def test_published_weights_that_were_never_fetched_are_saved_by_name(recipe, tmp_path):
+    from retrodiff.diffusion import QueryOnly
+    from retrodiff.encoders import CLIPEncoder
+
+    encoder = CLIPEncoder("ViT-B-32-quickgelu", "openai")
+    torch.manual_seed(0)
+    network = DiT(shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"query": 512})
+    built = (
+        recipe.set(database=None)
+        .encoder(encoder)
+        .conditioner(QueryOnly("raw"))
+        .denoiser(EDMDenoiser(network))
+        .build()
+    )
+    built.save(tmp_path / "model")
+    again = Model.load(tmp_path / "model")
+    assert not again.encoder.loaded
+    assert again.encoder.identity == encoder.identity

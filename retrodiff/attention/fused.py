@@ -93,8 +93,8 @@ def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool 
         sizes = (32, 32, 8, 2) if hg * kp <= 64 else (32, 16, 8, 2)
     elif narrow:
         sizes = (32, 32, 8, 2) if hg * kp <= 64 else (32, 32, 8, 1)
-    elif backward:
-        sizes = (64, 32, 8, 2)
+    elif backward:  # an odd k leaves rows unaligned, and their addresses cost registers
+        sizes = (32, 32, 8, 2) if groups > 1 and k % 2 else (64, 32, 8, 2)
     elif groups > 1:
         sizes = (64, 64, 8, 2)
     else:

@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """Maps x (b, c, h, w) and the activated time embedding (b, time_width) -> (b, out, h, w)."""
+        """Maps x (b, c, h, w) and the activated time embedding (b, t) to (b, out, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time is not None and time is not None:
             h = h + self.time(time)[:, :, None, None]
