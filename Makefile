@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/retrodiff demo --out runs/demo --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,24 +19,26 @@ from retrodiff.interfaces import (
     Schedule,
 )
 
-ROLES: dict[str, tuple[type, str]] = {
-    "encoder": (Encoder, "dim, fingerprint, encode_image(images)"),
-    "database": (Database, "fingerprint, __len__, embeddings, search, records"),
-    "retriever": (Retriever, "retrieve(query, database, k)"),
-    "proposal": (ProposalDistribution, "support(database), propose(database, n, generator)"),
-    "conditioner": (Conditioner, "uses_neighbors, widths, condition, null, drop"),
-    "denoiser": (Denoiser, "shape, widths, schedule, denoise, prepare"),
-    "guidance": (Guidance, "guide(denoiser, branches)"),
-    "sampler": (Sampler, "sample(denoise, x, sigmas, generator, callback)"),
-    "schedule": (Schedule, "sigmas(steps), start, finish"),
-    "autoencoder": (Autoencoder, "encode(images), decode(latents)"),
+ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
+    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
+    "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
+    "retriever": (Retriever, ("retrieve",)),
+    "proposal": (ProposalDistribution, ("support", "propose")),
+    "conditioner": (Conditioner, ("uses_neighbors", "widths", "condition", "null", "drop")),
+    "denoiser": (Denoiser, ("shape", "widths", "schedule", "denoise", "prepare")),
+    "guidance": (Guidance, ("guide",)),
+    "sampler": (Sampler, ("sample",)),
+    "schedule": (Schedule, ("sigmas", "start", "finish")),
+    "autoencoder": (Autoencoder, ("encode", "decode")),
 }
 REQUIRED = ("denoiser", "conditioner", "retriever", "guidance", "sampler", "autoencoder")
 
 
 def check_components(parts: Mapping[str, Any]) -> None:
-    """Raise one ValueError that lists every empty or disagreeing slot."""
+    """Raise one ValueError that names every empty or disagreeing slot."""
     found = problems(parts)
+    if len(found) == 1:
+        raise ValueError(found[0])
     if found:
         raise ValueError("the components do not fit together:\n  - " + "\n  - ".join(found))
 
@@ -49,13 +51,21 @@ def problems(parts: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} is empty: set it with .{name}(...)")
     for name, (protocol, members) in ROLES.items():
         part = parts.get(name)
-        if part is not None and not isinstance(part, protocol):
+        missing = [] if part is None else [m for m in members if not _has(part, m)]
+        if missing:
             lines.append(
-                f"{name}={type(part).__name__} is no {protocol.__name__}: it needs {members}"
+                f"{name}={type(part).__name__} is no {protocol.__name__}: it has no "
+                f"{', '.join(missing)}"
             )
     if lines:
         return lines
     return [*_widths(parts), *_fingerprints(parts), *_proposal(parts)]
+
+
+def _has(part: Any, member: str) -> bool:
+    """Whether a component has a member, without reading a property that would fetch weights."""
+    static = getattr(part, "__dict__", {})
+    return hasattr(type(part), member) or member in static or hasattr(part, member)
 
 
 def _widths(parts: Mapping[str, Any]) -> list[str]:

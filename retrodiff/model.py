@@ -365,7 +365,7 @@ class Model:
             "n": "unconditional",
         }
         mode = mode or defaults[name]
-        modes: list[Mode] = [cast("Mode", mode)] * total if isinstance(mode, str) else list(mode)
+        modes: list[Mode] = [mode] * total if isinstance(mode, str) else list(mode)
         if len(modes) != total:
             raise ValueError(f"mode has {len(modes)} words for {total} rows of {name}")
         fitting: dict[str, tuple[Mode, ...]] = {
@@ -412,14 +412,14 @@ class Model:
         prompts: list[str] = [value[i] for i in rows]
         if name == "classes":
             prompts = [self.prompt_template.format(c) for c in prompts]
-        if not isinstance(encoder, TextEncoder):
+        if not hasattr(encoder, "encode_text"):
             raise ValueError(
                 f"{name} need an encoder of text, but {type(encoder).__name__} has no text tower "
                 "(no encode_text): use a CLIPEncoder, or ask with images="
             )
         distinct = list(dict.fromkeys(prompts))
         with torch.no_grad():
-            embedded = encoder.encode_text(distinct)
+            embedded = cast("TextEncoder", encoder).encode_text(distinct)
         at = torch.tensor([distinct.index(p) for p in prompts], device=embedded.device)
         return Query(embedded[at], tuple(prompts), None, generator)
 

@@ -226,7 +226,7 @@ def rdm_small(
         .autoencoder(first_stage or PixelUnshuffle(patch))
         .denoiser(FlowDenoiser(network))
         .sampler(Heun())
-        .guidance(ClassifierFree(2.0))
+        .guidance(ClassifierFree(1.5))
         .defaults(k=k, steps=12)
     )
     return recipe if database is None else recipe.database(database)

@@ -63,7 +63,7 @@ def test_an_encoder_with_other_weights_is_refused(recipe):
 
 
 def test_what_is_no_component_is_named_with_what_it_lacks(recipe):
-    with pytest.raises(ValueError, match=r"retriever=str is no Retriever: it needs retrieve\("):
+    with pytest.raises(ValueError, match=r"retriever=str is no Retriever: it has no retrieve"):
         recipe.set(retriever="nearest").build()
 
 

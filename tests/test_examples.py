@@ -75,3 +75,15 @@ def test_train_on_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     again = Model.load(tmp_path / "out" / "model")
     assert again.database is not None
     assert len(again.database) == 10
+
+
+def test_convert_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parity = Path(__file__).parents[2] / "shared" / "parity"
+    if not parity.is_dir():
+        pytest.skip("the reference checkpoints are not here (shared/parity is missing)")
+    run(
+        monkeypatch,
+        *("convert_published.py", str(parity / "rdm_vq_tiny.ckpt")),
+        *(str(parity / "rdm_vq_tiny.yaml"), str(tmp_path / "out"), "--scale", "raw"),
+    )
+    assert (tmp_path / "out" / "0.png").is_file()

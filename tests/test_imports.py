@@ -23,7 +23,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The command line trains through presets; training reads folders as databases do.
-HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema", "tqdm")
+HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema")
 
 
 def room(path: Path) -> str:

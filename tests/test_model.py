@@ -357,7 +357,7 @@ def test_damaged_models_are_refused(model, tmp_path):
 class Own(torch.nn.Module):
     """A network of the user's: saved by its weights, never imported from a file."""
 
-    shape, widths = (1, 8, 8), {"neighbors": 8}  # noqa: RUF012
+    shape, widths = (1, 8, 8), {"neighbors": 8}
 
     def __init__(self):
         super().__init__()

@@ -300,3 +300,17 @@ def test_bad_input_names_what_disagrees(unet: UNet, x: Tensor, context: Any, mes
 def test_impossible_numbers_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         UNet(**{**SMALL, **change})
+
+
+def test_the_first_level_may_be_wider_than_the_first_convolution() -> None:
+    unet = UNet(
+        in_channels=3,
+        out_channels=3,
+        size=8,
+        channels=32,
+        multipliers=(2, 3),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        context_width=8,
+    )
+    assert unet(torch.randn(1, 3, 8, 8), torch.ones(1), torch.randn(1, 2, 8)).shape == (1, 3, 8, 8)

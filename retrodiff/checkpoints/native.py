@@ -151,7 +151,7 @@ def save_components(
             described[slot] = describe(part, weights, slot)
 
     def write(temporary: Path) -> None:
-        if ours and fetched:
+        if isinstance(encoder, (CLIPEncoder, TimmEncoder)) and fetched:
             save_encoder(encoder, temporary / "encoder")
         save_sharded(weights, temporary, "weights", metadata={"format": str(FORMAT)})
         value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}

@@ -30,7 +30,7 @@ from retrodiff.databases.ingest import SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
 from retrodiff.indexes import automatic, recipe_from_string
-from retrodiff.interfaces import Query, TextEncoder
+from retrodiff.interfaces import Query
 
 
 def add_parser(subparsers: Any) -> None:
@@ -243,7 +243,7 @@ def _search(options: argparse.Namespace) -> int:
     queries: list[Any] = list(options.text)
     parts = []
     if options.text:
-        if not isinstance(encoder, TextEncoder):
+        if not hasattr(encoder, "encode_text"):
             raise ValueError(f"{options.encoder} has no text tower: search with --image")
         parts.append(encoder.encode_text(options.text))
     for file in options.image:

@@ -140,7 +140,7 @@ def sections(colour: photographs.Colour, numbers: digits.Digits) -> list[Section
     made.append(
         Section(
             "Digits, image query: k neighbors of a held-out scan",
-            _lines(numbers.samples["image"], numbers.model, (0, 1), numbers.parts.held_out[0]),
+            _lines(numbers.samples["image"], numbers.model, (0, 1), numbers.asked),
         )
     )
     made.append(
@@ -210,8 +210,14 @@ def _lines(
             more = model.sample(query=again, mode="neighbors", seed=1, progress=False)
             samples = torch.cat([samples, more.images])
         near = [model.database.image(j) for j in out.neighbors.indices[i].tolist() if j >= 0]
-        query = images[i] if images is not None else source
-        lines.append(Line(query, near, list(samples)))
+        if images is not None:
+            line = Line(images[i], near, list(samples), "a held-out scan")
+        elif source.startswith("row "):
+            row = int(source.removeprefix("row "))
+            line = Line(model.database.image(row), near, list(samples), f"drawn: {source}")
+        else:
+            line = Line(source, near, list(samples))
+        lines.append(line)
     return lines
 
 

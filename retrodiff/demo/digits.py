@@ -56,7 +56,7 @@ class Settings:
     steps: int = 300
     batch_size: int = 64
     channels: int = 32
-    sampling_steps: int = 12
+    sampling_steps: int = 10
     per_mode: int = 504
     unseen_per_mode: int = 100
 
@@ -74,7 +74,7 @@ def split(seed: int) -> Split:
     """The scans, shuffled: 700 for D, 550 for X less the unseen digits, the rest held out."""
     from sklearn.datasets import load_digits
 
-    scans = load_digits()
+    scans: Any = load_digits()
     images = torch.from_numpy(scans.images).float().unsqueeze(1) / 8 - 1
     digits = torch.from_numpy(scans.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -290,6 +290,7 @@ class Digits:
         fitted: the training run with its snapshot at half the steps.
         parts: the three disjoint sets.
         judge: of the digits.
+        asked: the held-out images of the image queries.
         samples: by mode.
         report: its figures.
     """
@@ -299,6 +300,7 @@ class Digits:
     fitted: Fitted
     parts: Split
     judge: Judge
+    asked: Tensor
     samples: dict[str, Generation]
     report: dict[str, Any]
 
@@ -389,7 +391,8 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         "share_allowed": _share(judge.digits(samples["swapped"].images), SWAPPED_TO),
     }
 
-    report["unseen"] = {"digits": list(UNSEEN)}
+    unseen: dict[str, Any] = {"digits": list(UNSEEN)}
+    report["unseen"] = unseen
     without = database.subset(
         torch.tensor([i for i, label in enumerate(database.labels) if label not in _words(UNSEEN)])
     )
@@ -398,7 +401,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         ("after", model),
     ):
         shares, made = accuracy(which, judge, UNSEEN, settings.unseen_per_mode, seed, progress)
-        report["unseen"][name] = shares
+        unseen[name] = shares
         samples[f"unseen.{name}"] = made["neighbors"]
 
     for_copying = torch.cat([samples[name].images for name, _ in TEXT_MODES])
@@ -408,7 +411,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         name: diversity(samples[name].images, shown, parts) for name, _ in TEXT_MODES
     }
     report["loss_gap"] = loss_gap(model, parts, database, seed)
-    return Digits(model, swapped, fitted, parts, judge, samples, report)
+    return Digits(model, swapped, fitted, parts, judge, asked, samples, report)
 
 
 def _drawn(generation: Generation) -> list[int]:

@@ -38,7 +38,7 @@ class Settings:
 
     encoder: str = "test_resnet"
     encoder_steps: int = 100
-    steps: int = 800
+    steps: int = 700
     batch_size: int = 32
     channels: int = 96
     sampling_steps: int = 12
@@ -227,7 +227,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         "parameters": sum(p.numel() for p in model.denoiser.parameters()),  # type: ignore[attr-defined]
         "training_steps": settings.steps,
         "final_loss": float(fitted.losses[-50:].mean()),
-        "guidance": 2.0,
+        "guidance": 1.5,
     }
     shown: dict[str, tuple[Tensor, Tensor, Generation]] = {}
     for name, which, queries in (

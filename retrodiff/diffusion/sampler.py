@@ -105,7 +105,8 @@ class PLMS(Sampler):
                     mean = (3 * eps - a) / 2
                 case [b, a]:
                     mean = (23 * eps - 16 * a + 5 * b) / 12
-                case [*_, c, b, a]:
+                case _:
+                    *_, c, b, a = past
                     mean = (55 * eps - 59 * a + 37 * b - 9 * c) / 24
             past = [*past[-2:], eps]
             x = x + (following - sigma) * mean

@@ -8,7 +8,7 @@ network here: ``(x, timesteps, context) -> output``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +95,12 @@ class DiT(nn.Module):
         """
         if isinstance(context, Tensor):
             context = Context.of(context, next(iter(self.widths), "neighbors"))
-        tokens = join_streams(context, self.widths, self.project)
+        tokens = join_streams(context, self.widths, dict(self.project.items()))
         if tokens is None:
             return PreparedTokens((None,) * len(self.blocks), 0)
-        layers = tuple(block.prepare(tokens) for block in self.blocks)
+        positions = self.grid[0] * self.grid[1]
+        blocks = cast("list[DiTBlock]", list(self.blocks))
+        layers = tuple(block.prepare(tokens, positions) for block in blocks)
         return PreparedTokens(layers, tokens.values.shape[0])
 
     def forward(
@@ -115,7 +117,7 @@ class DiT(nn.Module):
         h = repeated(self.embed(tokens) + self.position, rows)
         time = repeated(time, rows)
         for block, layer in zip(self.blocks, prepared.layers, strict=True):
-            h = block(h, time, layer)
+            h = block(h, time, layer, self.grid)
         shift, scale = self.modulate(time).unsqueeze(1).chunk(2, -1)
         h = self.out(self.norm(h) * (1 + scale) + shift)
         height, width = self.grid
@@ -151,12 +153,14 @@ class DiTBlock(nn.Module):
         )
         self.modulate = zeroed(nn.Linear(width, 6 * width))
 
-    def prepare(self, tokens: Tokens) -> Any:
+    def prepare(self, tokens: Tokens, positions: int) -> Any:
         """What the block's cross-attention needs of the tokens; None where it has none."""
-        return None if self.cross_attention is None else self.cross_attention.prepare(tokens)
+        if self.cross_attention is None:
+            return None
+        return self.cross_attention.prepare(tokens, positions)
 
-    def forward(self, x: Tensor, time: Tensor, prepared: Any) -> Tensor:
-        """(b, n, c) and the activated time embedding (b, c) -> (b, n, c)."""
+    def forward(self, x: Tensor, time: Tensor, prepared: Any, grid: tuple[int, int]) -> Tensor:
+        """(b, n, c) and the activated time embedding (b, c) -> (b, n, c), n = h*w of the grid."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.modulate(time).unsqueeze(1).chunk(6, dim=-1)
         )
@@ -165,6 +169,6 @@ class DiTBlock(nn.Module):
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n e -> b n (h e)")
         x = x + gate1 * self.merge(y)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, prepared)
+            x = self.cross_attention(x, prepared, grid)
         y = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x + gate2 * y

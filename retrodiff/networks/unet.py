@@ -147,7 +147,7 @@ class UNet(nn.Module):
                 width = new
             self.up.append(Level(stages, Upsample(width) if level else None))
 
-        self.norm_out = nn.GroupNorm(GROUPS, channels)
+        self.norm_out = nn.GroupNorm(GROUPS, width)
         self.conv_out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
