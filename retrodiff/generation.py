@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from retrodiff.files import write_folder, write_json
@@ -73,6 +74,49 @@ class Generation:
 
         write_folder(folder, write, marker="generation.json", overwrite=overwrite)
         return folder
+
+
+def gathered(
+    parts: list[tuple[Tensor, Tensor, Query, Neighbors]], order: list[int], settings: dict[str, Any]
+) -> Generation:
+    """Parts in the order in which they ran -> one Generation in the order in which they were asked.
+
+    Modes differ in k; shorter neighbor lists are filled up with row -1 and similarity 0.
+    """
+    back = torch.tensor(order).argsort()
+    width = max(neighbors.k for *_, neighbors in parts)
+    padded = [_widened(neighbors, width) for *_, neighbors in parts]
+    records = tuple(r for neighbors in padded for r in neighbors.records)
+    source = tuple(s for _, _, query, _ in parts for s in query.source)
+    positions = back.tolist()
+    return Generation(
+        torch.cat([images for images, *_ in parts])[back],
+        torch.cat([latents for _, latents, *_ in parts])[back],
+        Query(
+            torch.cat([query.embedding.cpu() for _, _, query, _ in parts])[back],
+            tuple(source[i] for i in positions) if source else (),
+        ),
+        Neighbors(
+            torch.cat([n.indices.cpu() for n in padded])[back],
+            torch.cat([n.similarity.cpu() for n in padded])[back],
+            torch.cat([n.embeddings.cpu() for n in padded])[back],
+            tuple(records[i] for i in positions) if records else (),
+        ),
+        settings,
+    )
+
+
+def _widened(neighbors: Neighbors, k: int) -> Neighbors:
+    missing = k - neighbors.k
+    if missing == 0:
+        return neighbors
+    shape = (*neighbors.indices.shape[:-1], missing)
+    filler = Neighbors(
+        torch.full(shape, -1, device=neighbors.indices.device),
+        neighbors.similarity.new_zeros(shape),
+        neighbors.embeddings.new_zeros(*shape, neighbors.embeddings.shape[-1]),
+    )
+    return replace(Neighbors.cat([neighbors, filler]), records=neighbors.records)
 
 
 def to_picture(image: Tensor) -> Image:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from retrodiff.checks import check_components, encoder_disagreement
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
 from retrodiff.diffusion.sampler import sampler_named
-from retrodiff.generation import Generation
+from retrodiff.generation import Generation, gathered
 from retrodiff.interfaces import (
     Autoencoder,
     Conditioner,
@@ -44,9 +44,8 @@ from retrodiff.interfaces import (
     TrainableDenoiser,
 )
 from retrodiff.progress import progress_bar
+from retrodiff.request import read_request
 from retrodiff.retrieval.retriever import RandomOfTop
-
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class Model:
         """
         generator = torch.Generator().manual_seed(seed)
         k = self.k if k is None else k
-        modes, asked = self._modes(prompts, classes, images, query, n, mode)
+        modes, asked = read_request(prompts, classes, images, query, n, mode)
         total = len(modes)
         noise = torch.randn(total, *self.denoiser.shape, generator=generator)
         guidance = self._guidance(guidance)
@@ -171,7 +170,7 @@ class Model:
             "batch_size": batch_size,
             "database": None if self.database is None else vars(self.database.fingerprint),
         }
-        return _gathered(parts, order, settings)
+        return gathered(parts, order, settings)
 
     def neighbors(self, query: Query, mode: Mode, k: int) -> Neighbors:
         """The k tokens that condition each query in a mode, with their records.
@@ -327,65 +326,6 @@ class Model:
 
     # --- how sample does it --------------------------------------------------------------------
 
-    def _modes(
-        self,
-        prompts: Sequence[str] | None,
-        classes: Sequence[str] | None,
-        images: Tensor | None,
-        query: Query | None,
-        n: int | None,
-        mode: Mode | Sequence[Mode] | None,
-    ) -> tuple[list[Mode], dict[str, Any]]:
-        given: dict[str, Any] = {
-            name: value
-            for name, value in {
-                "prompts": prompts,
-                "classes": classes,
-                "images": images,
-                "query": query,
-            }.items()
-            if value is not None
-        }
-        if len(given) > 1 or (not given and n is None) or (given and n is not None):
-            named = ", ".join([*given, *(["n"] if n is not None else [])]) or "none"
-            raise ValueError(
-                f"sample takes exactly one of prompts, classes, images, query and n, got {named}"
-            )
-        name, value = next(iter(given.items()), ("n", n))
-        if isinstance(value, str):
-            raise ValueError(f"{name} is one string, but a list is taken: [{value!r}]")
-        total = value if isinstance(value, int) else len(cast("Sequence[Any]", value))
-        if total < 1:
-            raise ValueError(f"{name} asks for {total} images, but at least one is needed")
-        defaults: dict[str, Mode] = {
-            "prompts": "text+neighbors",
-            "classes": "class",
-            "images": "image",
-            "query": "neighbors",
-            "n": "unconditional",
-        }
-        mode = mode or defaults[name]
-        modes: list[Mode] = [mode] * total if isinstance(mode, str) else list(mode)
-        if len(modes) != total:
-            raise ValueError(f"mode has {len(modes)} words for {total} rows of {name}")
-        fitting: dict[str, tuple[Mode, ...]] = {
-            "prompts": ("text", "text+neighbors", "neighbors"),
-            "classes": ("class", "text", "text+neighbors", "neighbors"),
-            "images": ("image",),
-            "query": ("text", "text+neighbors", "neighbors"),
-            "n": ("unconditional",),
-        }
-        for word in dict.fromkeys(modes):
-            if word not in MODES:
-                raise ValueError(f"unknown mode {word!r}: choose one of {', '.join(MODES)}")
-            if word not in fitting[name]:
-                raise ValueError(
-                    f"mode {word!r} does not go with {name}: give "
-                    f"{next(key for key, words in fitting.items() if word in words)}, or use "
-                    f"{' or '.join(fitting[name])}"
-                )
-        return modes, {name: value}
-
     def _query(
         self, mode: Mode, asked: dict[str, Any], rows: list[int], generator: torch.Generator
     ) -> Query:
@@ -519,46 +459,3 @@ def _fits(proposal: ProposalDistribution, database: Database | None) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _gathered(
-    parts: list[tuple[Tensor, Tensor, Query, Neighbors]], order: list[int], settings: dict[str, Any]
-) -> Generation:
-    """Parts in the order in which they ran -> one Generation in the order in which they were asked.
-
-    Modes differ in k; shorter neighbor lists are filled up with row -1 and similarity 0.
-    """
-    back = torch.tensor(order).argsort()
-    width = max(neighbors.k for *_, neighbors in parts)
-    padded = [_widened(neighbors, width) for *_, neighbors in parts]
-    records = tuple(r for neighbors in padded for r in neighbors.records)
-    source = tuple(s for _, _, query, _ in parts for s in query.source)
-    positions = back.tolist()
-    return Generation(
-        torch.cat([images for images, *_ in parts])[back],
-        torch.cat([latents for _, latents, *_ in parts])[back],
-        Query(
-            torch.cat([query.embedding.cpu() for _, _, query, _ in parts])[back],
-            tuple(source[i] for i in positions) if source else (),
-        ),
-        Neighbors(
-            torch.cat([n.indices.cpu() for n in padded])[back],
-            torch.cat([n.similarity.cpu() for n in padded])[back],
-            torch.cat([n.embeddings.cpu() for n in padded])[back],
-            tuple(records[i] for i in positions) if records else (),
-        ),
-        settings,
-    )
-
-
-def _widened(neighbors: Neighbors, k: int) -> Neighbors:
-    missing = k - neighbors.k
-    if missing == 0:
-        return neighbors
-    shape = (*neighbors.indices.shape[:-1], missing)
-    filler = Neighbors(
-        torch.full(shape, -1, device=neighbors.indices.device),
-        neighbors.similarity.new_zeros(shape),
-        neighbors.embeddings.new_zeros(*shape, neighbors.embeddings.shape[-1]),
-    )
-    return dataclasses.replace(Neighbors.cat([neighbors, filler]), records=neighbors.records)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
     {"interfaces", "files", "progress"},
-    {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation"},
+    {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
     {"model"},
