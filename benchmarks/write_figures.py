@@ -42,7 +42,9 @@ def rows(report: dict[str, Any], worst: dict[str, float] | None) -> list[tuple[s
             value += f"; worst of three seeds {worst[f'accuracy.{mode}']:.3f}"
         if mode in half:
             value += f"; half the steps {half[mode]:.3f}"
-        table.append((f"digits, asked class: {name} (n = {n}, guidance {scale})", value, bound))
+        # Image queries are all held-out scans of trained digits, however many the split has.
+        count = "all held-out scans" if mode == "image" else f"n = {n}"
+        table.append((f"digits, asked class: {name} ({count}, guidance {scale})", value, bound))
     drawn = swap["share_of_draws_before"]
     table += [
         ("the judge on real images (the ceiling)", f"{report['judge_on_real_x']:.3f}", ""),
