@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from retrodiff.attention import NeighborAttention
 from retrodiff.checkpoints.names import diffusers_unet
 from retrodiff.checkpoints.published import PUBLISHED
 from retrodiff.checkpoints.transfer import their_names
+from retrodiff.files import write_json
 from retrodiff.interfaces import Context
 from retrodiff.networks import UNet, blocks
 
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("-k", type=int, default=4, help="neighbors")
+    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON at the end")
     arguments = parser.parse_args()
 
@@ -193,6 +197,12 @@ def main() -> None:
         ratio = own / medians[name]
         rows.append({"against": name, "ratio": ratio, "bound": bound, "holds": ratio <= bound})
         print(f"against {name}: {ratio:.3f} (bound {bound})")
+    if arguments.out:
+        about = {
+            "device": machine, "torch": torch.__version__, "dtype": "float32",
+            "date": datetime.date.today().isoformat(), "batch": arguments.batch, "k": arguments.k,
+        }  # fmt: skip
+        write_json(arguments.out, {**about, "seconds": medians, "errors": errors, "rows": rows})
     if arguments.json:
         print(json.dumps(rows))
 
