@@ -1,36 +1,49 @@
-"""How much memory does the conversion of a published checkpoint take?
+"""How much memory does ``retrodiff convert`` take on a published checkpoint?
 
 Writes a checkpoint of the size and layout of the ImageNet model's (raw and averaged weights, first
-stage, optimizer state; zeros, in a sparse file), converts it in a fresh process, and samples that
-process's anonymous memory (RssAnon) from after ``import torch`` on. Linux only.
+stage, optimizer state; zeros, in a sparse file), runs the command line on it in a process of its
+own, and samples that process's anonymous memory (RssAnon) from outside. The figure is its peak over
+what a process has after ``import torch``. Linux only.
 
     python benchmarks/convert_memory.py            # 6.6 GB, sparse
-    python benchmarks/convert_memory.py --quick    # an eighth of the width
+    python benchmarks/convert_memory.py --quick    # a sixth of the width
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 BOUND = 3e9
 
 
-def rss_anon() -> int:
-    """Anonymous memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def rss_anon(status: str) -> int:
+    """Anonymous memory in bytes, from what /proc/PID/status says; 0 for a process that ended."""
+    for line in status.splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: this benchmark needs Linux")
+    return 0
+
+
+def peak_of(command: list[str]) -> int:
+    """The most anonymous memory that a command has while it runs."""
+    process, peak = subprocess.Popen(command), 0
+    while process.poll() is None:
+        peak = max(peak, rss_anon(Path(f"/proc/{process.pid}/status").read_text()))
+        time.sleep(0.005)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed, see above")
+    return peak
 
 
 def write_checkpoint(path: Path, unet: Mapping[str, Any]) -> None:
@@ -58,39 +71,6 @@ def write_checkpoint(path: Path, unet: Mapping[str, Any]) -> None:
     }
     with torch.serialization.skip_data():
         torch.save({"state_dict": state, "optimizer_states": [{"state": moments}]}, path)
-
-
-def convert(path: Path, out: Path, config: Mapping[str, Any] | None, results: Any) -> None:
-    """Loads and saves in this process; puts growth and peak of RssAnon into ``results``."""
-    before, peak, done = rss_anon(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, rss_anon())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-
-    from retrodiff.checkpoints import load_compvis
-    from retrodiff.checkpoints.shards import save_sharded
-
-    model = load_compvis(path, config, preset=None if config else "rdm_imagenet")
-    loaded = time.perf_counter()
-    save_sharded(model.unet.state_dict(), out / "unet")
-    save_sharded(model.autoencoder.state_dict(), out / "autoencoder")
-    saved = time.perf_counter()
-    done.set()
-    watcher.join()
-    results.put(
-        {
-            "file_bytes": path.stat().st_size,
-            "grown_bytes": max(peak, rss_anon()) - before,
-            "load_s": round(loaded - start, 1),
-            "save_s": round(saved - loaded, 1),
-        }
-    )
 
 
 def yaml_of(unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,33 +110,50 @@ def yaml_of(unet: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a narrow UNet, under a minute")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON at the end")
     arguments = parser.parse_args()
+    if not Path("/proc/self/status").is_file():
+        raise SystemExit("convert_memory: there is no /proc here, this benchmark needs Linux")
     from retrodiff.checkpoints.published import PUBLISHED
 
     unet = dict(PUBLISHED["rdm_imagenet"].unet)
     if arguments.quick:
         unet["channels"] = 32
+    code = "import torch; print(open('/proc/self/status').read())"
+    status = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    before = rss_anon(status.stdout)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.ckpt"
+        path, out = Path(folder) / "model.ckpt", Path(folder) / "out"
         write_checkpoint(path, unet)
-        # A new interpreter: nothing that wrote the file counts.
-        context = multiprocessing.get_context("spawn")
-        results = context.Queue()
-        config = yaml_of(unet) if arguments.quick else None
-        child = context.Process(target=convert, args=(path, Path(folder), config, results))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit("the conversion failed, see above")
-        found = results.get()
-    found["bound_bytes"] = BOUND
-    found["holds"] = found["grown_bytes"] <= BOUND
+        command = [sys.executable, "-m", "retrodiff", "convert", str(path), str(out)]
+        if arguments.quick:
+            config = Path(folder) / "config.yaml"
+            config.write_text(yaml.safe_dump(yaml_of(unet)))
+            command += ["--config", str(config), "--scale", "raw"]
+        else:
+            command += ["--preset", "rdm_imagenet"]
+        start = time.perf_counter()
+        peak = peak_of(command)
+        found = {
+            "file_bytes": path.stat().st_size,
+            "written_bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
+            "peak_bytes": peak,
+            "torch_bytes": before,
+            "grown_bytes": peak - before,
+            "seconds": round(time.perf_counter() - start, 1),
+            "bound_bytes": BOUND,
+            "holds": peak - before <= BOUND,
+        }
     print(f"file {found['file_bytes'] / 1e9:.2f} GB, torch {torch.__version__}")
-    print(f"anonymous memory grew by {found['grown_bytes'] / 1e9:.2f} GB (bound {BOUND / 1e9} GB)")
-    print(f"loaded in {found['load_s']} s, saved in {found['save_s']} s")
+    print(f"written {found['written_bytes'] / 1e9:.2f} GB in {found['seconds']} s")
+    print(
+        f"anonymous memory at most {peak / 1e9:.2f} GB, {found['grown_bytes'] / 1e9:.2f} GB more "
+        f"than after import torch (bound {BOUND / 1e9} GB)"
+    )
     if arguments.json:
         print(json.dumps(found))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from retrodiff.encoders.fingerprint import difference
 from retrodiff.interfaces import (
     Autoencoder,
     Conditioner,
@@ -59,7 +59,7 @@ def problems(parts: Mapping[str, Any]) -> list[str]:
             )
     if lines:
         return lines
-    return [*_widths(parts), *_fingerprints(parts), *_proposal(parts)]
+    return [*_widths(parts), *_fingerprints(parts), *_scale(parts), *_proposal(parts)]
 
 
 def _has(part: Any, member: str) -> bool:
@@ -101,8 +101,8 @@ def _fingerprints(parts: Mapping[str, Any]) -> list[str]:
             f"encoder.dim={encoder.dim} does not match database.dim={stored.dim}: open the "
             f"database with the encoder it was built with ({stored.encoder})"
         ]
-    difference = encoder_disagreement(encoder, database)
-    return [] if difference is None else [difference]
+    differs = encoder_disagreement(encoder, database)
+    return [] if differs is None else [differs]
 
 
 def encoder_disagreement(encoder: Encoder, database: Database) -> str | None:
@@ -111,17 +111,24 @@ def encoder_disagreement(encoder: Encoder, database: Database) -> str | None:
     The weights of an encoder that fetches them when first used are left out until they are here.
     """
     stored = database.fingerprint
-    if getattr(encoder, "loaded", True):
-        mine = encoder.fingerprint
-    else:
-        mine, stored = encoder.identity, replace(stored, weights="")  # type: ignore[attr-defined]
-    difference = mine.disagreement(stored)
-    if difference is None:
+    differs = difference(encoder, stored)
+    if differs is None:
         return None
     return (
-        f"encoder and database disagree, {difference}: use the encoder the database was built "
+        f"encoder and database disagree, {differs}: use the encoder the database was built "
         f"with ({stored.encoder}), or build the database again with this one"
     )
+
+
+def _scale(parts: Mapping[str, Any]) -> list[str]:
+    """The database's scale against the network's, where the conditioner knows that one."""
+    conditioner: Conditioner = parts["conditioner"]
+    database: Database | None = parts.get("database")
+    refuses = getattr(conditioner, "refuses", None)
+    if refuses is None or database is None or not conditioner.uses_neighbors:
+        return []
+    line = refuses(database.fingerprint.scale)
+    return [] if line is None else [line]
 
 
 def _proposal(parts: Mapping[str, Any]) -> list[str]:

@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from retrodiff.checkpoints.native import load_components, save_components
+from retrodiff.checkpoints.card import model_card
+from retrodiff.checkpoints.hub import SAVED, fetch, publish
+from retrodiff.checkpoints.native import load_components, save_components, shared_address
 from retrodiff.checks import check_components, encoder_disagreement
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
@@ -316,6 +319,58 @@ class Model:
         parts = load_components(Path(folder), components)
         check_components(parts)
         return cls(**parts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache: str | Path | None = None,
+        token: str | None = None,
+        **components: Any,
+    ) -> Model:
+        """What `push_to_hub` uploaded or `save` wrote: safetensors and JSON, nothing else is read.
+
+        Args:
+            repo_or_folder: ``owner/name`` on the Hugging Face Hub, or a folder.
+            revision: branch, tag or commit.
+            cache: folder of the cache; None: the usual one.
+            token: for private repositories; None: the one of ``hf auth login``.
+            components: take the place of the saved ones; a database is among those only if it is
+                on the Hub itself.
+        """
+        folder = fetch(
+            str(repo_or_folder), revision=revision, cache=cache, token=token, patterns=SAVED
+        )
+        return cls.load(folder, **components)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        message: str = "Upload a retrodiff model",
+    ) -> str:
+        """Uploads the model with a card that says what it is; returns the commit's address.
+
+        A database that is on the Hub itself comes with the model by its address. Any other stays
+        here: the card names its fingerprint, not its path.
+
+        Args:
+            repo: ``owner/name``; made where it does not exist.
+            private: whether a new repository is hidden from others.
+            token: None: the one of ``hf auth login``.
+            message: of the commit.
+        """
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        with TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            kept = self.database if shared_address(self.database) else None
+            save_components({**parts, "database": kept}, folder)
+            (folder / "README.md").write_text(model_card(parts, repo), "utf-8")
+            return publish(folder, repo, private=private, token=token, message=message)
 
     def to(self, device: torch.device | str) -> Model:
         """Moves the weights of denoiser and autoencoder; returns the model itself."""

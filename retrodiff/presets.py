@@ -68,7 +68,8 @@ def rdm_imagenet(
     Args:
         checkpoint: the published ``.ckpt``, a diffusers folder, or a loaded `PublishedModel`; None:
             fresh weights.
-        config: the checkpoint's yaml; None: this preset's own numbers.
+        config: the checkpoint's yaml; None: this preset's own numbers. Where the first stage is in
+            a file of its own, hand in ``checkpoint=load_compvis(..., first_stage=...)``.
         encoder: None: CLIP ViT-B/32, fetched when first used.
         database: None: only text-only sampling works.
         retriever: None: the nearest neighbors.
@@ -136,10 +137,13 @@ def rdm_768(
     guidance: Guidance | None = None,
     sampler: Sampler | None = None,
     k: int = 11,
+    convert_scale: bool = False,
 ) -> Builder:
     """The 768x768 model: CLIP ViT-L/14, KL f=16, unit embeddings, guidance 5, text + 10 neighbors.
 
-    Arguments as for `rdm_imagenet`. ``checkpoint`` may be the diffusers folder ``fusing/rdm``.
+    Arguments as for `rdm_imagenet`. ``checkpoint`` may be the diffusers folder ``fusing/rdm``. This
+    model was trained on unit embeddings: a database that stores raw ones is refused unless
+    ``convert_scale=True`` says that each is to be divided by its norm.
     """
     return _paper(
         "rdm_768",
@@ -153,6 +157,7 @@ def rdm_768(
         guidance or ClassifierFree(5.0),
         sampler,
         k,
+        convert_scale,
     )
 
 
@@ -239,6 +244,7 @@ def from_published(
     encoder: Encoder | str | None = None,
     database: Database | str | Path | None = None,
     k: int = 4,
+    convert_scale: bool = False,
 ) -> Builder:
     """The recipe of any checkpoint of the published family, its own numbers kept.
 
@@ -248,28 +254,19 @@ def from_published(
         encoder: what made those embeddings; None: to be set before prompts or images are asked.
         database: None: to be set before anything is retrieved.
         k: tokens that condition an image.
+        convert_scale: take a database of raw embeddings for a checkpoint of unit ones, each divided
+            by its norm; False: refuse it.
 
     Raises:
         ValueError: the scale is unknown, or contradicts the checkpoint's.
     """
-    known = published.scale
-    if known is None and scale is None:
-        raise ValueError(
-            f"{published.source} does not say whether it was trained on raw or unit embeddings, "
-            "and the wrong scale gives bad images without an error: pass scale='raw' (the paper's "
-            "256x256 models) or scale='unit' (the 768x768 model)"
-        )
-    if known is not None and scale is not None and known != scale:
-        raise ValueError(
-            f"{published.source} was trained on {known} embeddings, but scale={scale!r} was asked "
-            "for: leave scale out"
-        )
+    conditioner = NeighborEmbeddings(published.agreed_scale(scale), convert=convert_scale)
     schedule = ScaledLinear(
         published.schedule.start, published.schedule.end, published.schedule.length
     )
     recipe = (
         Builder()
-        .conditioner(NeighborEmbeddings(scale or known or "raw"))
+        .conditioner(conditioner)
         .denoiser(EpsDenoiser(published.unet, schedule))
         .autoencoder(published.autoencoder)
         .retriever(NearestNeighbors())
@@ -294,6 +291,7 @@ def _paper(
     guidance: Guidance,
     sampler: Sampler | None,
     k: int,
+    convert_scale: bool = False,
 ) -> Builder:
     """What the paper's three models have in common."""
     architecture = PUBLISHED[name]
@@ -303,7 +301,18 @@ def _paper(
         published = load_published(checkpoint, config=config, preset=name)
     else:
         published = fresh(name)
-    recipe = from_published(published, scale=architecture.scale, encoder=encoder, k=k)
+    if published.name not in (None, name):
+        raise ValueError(
+            f"{published.source} is the model {published.name}, not {name}: load it with "
+            f"presets.{published.name}(checkpoint=...)"
+        )
+    recipe = from_published(
+        published,
+        scale=architecture.scale,
+        encoder=encoder,
+        k=k,
+        convert_scale=convert_scale,
+    )
     if checkpoint is None:
         recipe.slots["denoiser"].untrained = True
     recipe = recipe.guidance(guidance).retriever(retriever or NearestNeighbors())

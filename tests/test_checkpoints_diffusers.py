@@ -136,6 +136,33 @@ def test_a_pickle_with_code_is_refused(save: Callable[..., Path]) -> None:
     assert not witness.exists()
 
 
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], {"a": 1}, b"\x80\x02}q\x00."], ids=["list", "number", "bytes"]
+)
+def test_a_pickle_that_holds_no_tensors_by_name(content: Any, save: Callable[..., Path]) -> None:
+    folder = save(safe=False)
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=r"model\.bin (does not hold|is damaged)") as error:
+        load_diffusers(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json"])
+@pytest.mark.parametrize("damage", ["keys", "list", "truncated"])
+def test_damaged_configurations_say_so(file: str, damage: str, save: Callable[..., Path]) -> None:
+    path = save() / file
+    config = json.loads(path.read_text())
+    text = {"keys": json.dumps({"_class_name": config["_class_name"]}), "list": "[]"}
+    path.write_text(text.get(damage, path.read_text()[:50]))
+    with pytest.raises(ValueError, match=r"block_out_channels|no configuration|no json") as error:
+        load_diffusers(path.parents[1])
+    assert "\n" not in str(error.value)
+
+
 def edit(file: Path, **changes: Any) -> None:
     config = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v is not None}))

@@ -1,4 +1,4 @@
-"""Safetensors shards, and the Hub with its network replaced."""
+"""Safetensors shards: written whole, read memory-mapped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from retrodiff.checkpoints.hub import DIFFUSERS, fetch, publish
 from retrodiff.checkpoints.shards import load_shards, save_sharded, write_tensors
 
 DTYPES = [
@@ -105,60 +104,3 @@ def test_damaged_shards_say_so(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(ValueError, match="no index"):
         load_shards(tmp_path)
-
-
-def test_fetch_takes_safe_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def download(repo: str, **options: Any) -> str:
-        calls.append((repo, options))
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert fetch("someone/model", revision="v1", cache=tmp_path / "cache") == tmp_path
-    repo, options = calls.pop()
-    assert (repo, options["revision"], options["cache_dir"]) == (
-        "someone/model", "v1", tmp_path / "cache",
-    )  # fmt: skip
-    assert not any("bin" in p or "ckpt" in p or p == "*" for p in options["allow_patterns"])
-    fetch("fusing/rdm", patterns=DIFFUSERS)
-    assert "unet/diffusion_pytorch_model*" in calls.pop()[1]["allow_patterns"]
-    assert fetch(str(tmp_path)) == tmp_path
-    assert not calls
-
-
-def test_fetch_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def download(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match="someone/model is neither a folder here nor"):
-        fetch("someone/model")
-
-
-def test_publish_uploads_safe_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, Any]] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None: ...
-
-        def create_repo(self, repo: str, **options: Any) -> None:
-            calls.append((repo, options))
-
-        def upload_folder(self, **options: Any) -> Any:
-            calls.append(("upload", options))
-            return type("Commit", (), {"commit_url": "https://hub/commit"})
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    with pytest.raises(FileNotFoundError, match="no saved model"):
-        publish(tmp_path, "me/model")
-    assert not calls
-    save_sharded({"a": torch.ones(2)}, tmp_path)
-    (tmp_path / "model.json").write_text("{}")
-    assert publish(tmp_path, "me/model") == "https://hub/commit"
-    assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
-    patterns = calls[1][1]["allow_patterns"]
-    assert "*.safetensors" in patterns
-    assert not any("bin" in p or "ckpt" in p or p == "*" for p in patterns)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import grid_sample
 
 from retrodiff.encoders import (
     Cached,
@@ -50,14 +49,38 @@ def images() -> torch.Tensor:
 # --- preprocessing -------------------------------------------------------------------------------
 
 
-def test_rdm_is_a_straight_bicubic_resize_with_aligned_corners(images):
-    ys, xs = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 48), indexing="ij")
-    grid = torch.stack([xs, ys], -1).expand(5, -1, -1, -1)
-    # Away from the border, where grid_sample pads by reflection and interpolate clamps.
-    resized = grid_sample(images.double(), grid.double(), "bicubic", "border", align_corners=True)
-    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+def bicubic(size: int, to: int) -> np.ndarray:
+    """Weights (to, size) of a cubic convolution with a = -0.75, corners aligned (Keys 1981)."""
+    weights = np.zeros((to, size))
+    for i in range(to):
+        at = i * (size - 1) / (to - 1)
+        for j in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            x, a = abs(at - j), -0.75
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(j, 0), size - 1)] += near if x <= 1 else far if x < 2 else 0
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(20, 28), (300, 256), (224, 100), (225, 450)])
+def test_rdm_is_a_straight_bicubic_resize_with_aligned_corners(shape):
+    """Written out in float64: no crop, no antialiasing, then CLIP's mean and deviation."""
+    images = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows, columns = (bicubic(size, 224) for size in shape)
+    resized = rows @ images.double().numpy() @ columns.T
+    mean, std = (np.array(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     expected = ((resized + 1) / 2 - mean) / std
-    torch.testing.assert_close(rdm(48).apply(images).double(), expected, atol=1e-4, rtol=0)
+    found = rdm(224).apply(images)
+    assert found.shape == (2, 3, 224, 224)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-4, rtol=0)
+
+
+def test_rdm_and_openai_differ():
+    """Neither may stand for the other: one keeps the corners, the other crops them away."""
+    image = torch.zeros(1, 3, 64, 128)
+    image[..., :4] = 1
+    left = [preset(32).apply(image)[..., 0].mean() for preset in (rdm, openai)]
+    assert left[0] > left[1] + 0.5
 
 
 def test_openai_agrees_with_pillow_on_resize_and_crop():
@@ -225,6 +248,34 @@ def test_load_refuses_mixed_files(clip, tmp_path):
         load_encoder(tmp_path)
 
 
+def test_damaged_folders_say_so(clip, tmp_path):
+    folder = tmp_path / "mine"
+    save_encoder(clip, folder)
+    weights, described = folder / "encoder.safetensors", folder / "encoder.json"
+    content, text = weights.read_bytes(), described.read_text()
+    weights.write_bytes(content[:-7])
+    with pytest.raises(ValueError, match=r"encoder\.safetensors .*truncated"):
+        load_encoder(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"encoder\.safetensors is missing"):
+        load_encoder(folder)
+    weights.write_bytes(content)
+    config = json.loads(text)
+    wider = {**config, "config": {**config["config"], "embed_dim": 25}}
+    cases = [
+        ("{", "not valid JSON"),
+        ("[]", "does not describe an encoder"),
+        (json.dumps({**config, "format": 99}), "newer format"),
+        (json.dumps({**config, "kind": "vq"}), "unknown kind of encoder 'vq'"),
+        (json.dumps(wider), "does not fit encoder.json"),
+    ]
+    for written, message in cases:
+        described.write_text(written)
+        with pytest.raises(ValueError, match=message) as error:
+            load_encoder(folder)
+        assert "\n" not in str(error.value)
+
+
 def test_quick_gelu_mismatch_is_refused():
     with pytest.raises(ValueError, match="ViT-B-32-quickgelu"):
         CLIPEncoder("ViT-B-32", "openai")
@@ -233,16 +284,63 @@ def test_quick_gelu_mismatch_is_refused():
 
 
 def test_pretrained_weights_are_not_loaded_to_learn_a_width(monkeypatch):
+    import huggingface_hub
     import open_clip
 
     def offline(*_, **__):
         raise ConnectionError("no route to host")
 
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
     monkeypatch.setattr(open_clip, "create_model", offline)
     encoder = CLIPEncoder("ViT-L-14-quickgelu", "openai")
     assert encoder.dim == 768
     with pytest.raises(OSError, match=r"'openai'.*ViT-L-14-quickgelu.*pretrained="):
         encoder.encode_text(["a"])
+
+
+@pytest.mark.parametrize(
+    ("cached", "answer", "asked"),
+    [
+        (False, ConnectionError("no route to host"), 0),  # refused after one request
+        (False, "not found", 1),  # the Hub answers: open_clip may look for its files
+        (True, ConnectionError("no route to host"), 1),
+    ],
+)
+def test_the_hub_is_asked_once_before_open_clip_asks_often(cached, answer, asked, monkeypatch):
+    import huggingface_hub
+    import open_clip
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    class Answered(HfHubHTTPError):
+        def __init__(self):
+            pass
+
+    requests, loads = [], []
+
+    def metadata(url, **_):
+        requests.append(url)
+        if isinstance(answer, Exception):
+            raise answer
+        raise Answered
+
+    def snapshot(repo, *, local_files_only):
+        assert local_files_only
+        if not cached:
+            raise LocalEntryNotFoundError("nothing here")
+        return "folder"
+
+    def create(*_, **__):
+        loads.append(1)
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(OSError, match="go online once"):
+        CLIPEncoder("ViT-B-32-quickgelu", "openai").encode_text(["a"])
+    assert len(loads) == asked
+    assert len(requests) == (0 if cached else 1)
+    assert all("vit_base_patch32" in url for url in requests)
 
 
 def test_pretrained_open_clip_file(tmp_path, monkeypatch):

@@ -19,9 +19,8 @@ from retrodiff.diffusion import (
     Unguided,
 )
 from retrodiff.interfaces import Context, Query
-from retrodiff.model import Model
 from retrodiff.networks.dit import DiT
-from retrodiff.retrieval import NeighborCounts, Uniform
+from retrodiff.retrieval import Uniform
 from retrodiff.testing import check_conditioner, check_guidance, small_database
 
 QUIET = {"progress": False}
@@ -300,100 +299,3 @@ def test_a_generation_is_saved_whole(model, tmp_path):
         out.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
-
-
-def test_a_saved_model_samples_the_same(model, database, tmp_path):
-    proposal = NeighborCounts(torch.tensor([1, 5]), torch.tensor([3, 1]), database.fingerprint)
-    model = model.replace(proposal=proposal)
-    model.save(tmp_path / "model")
-    again = Model.load(tmp_path / "model", encoder=model.encoder, database=database)
-    for arguments in ({"prompts": ["a"]}, {"n": 2}):
-        a, b = (m.sample(**arguments, **QUIET).images for m in (model, again))
-        assert torch.equal(a, b)
-    assert again.sampler == model.sampler
-    assert again.conditioner == model.conditioner
-
-
-def test_a_component_of_ones_own_must_be_handed_in_again(model, tmp_path):
-    model.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"HashingEncoder.*never imported.*encoder=\.\.\."):
-        Model.load(tmp_path / "model")
-
-
-def test_damaged_models_are_refused(model, tmp_path):
-    folder = model.save(tmp_path / "model")
-    parts = {"encoder": model.encoder, "database": model.database}
-    described = json.loads((folder / "model.json").read_text())
-
-    def rewritten(**change):
-        (folder / "model.json").write_text(json.dumps({**described, **change}))
-
-    rewritten(format=99)
-    with pytest.raises(ValueError, match=r"format 99.*update"):
-        Model.load(folder, **parts)
-    components = dict(described["components"])
-    components["sampler"] = {"class": "os.system", "config": {"command": "true"}}
-    rewritten(components=components)
-    with pytest.raises(ValueError, match=r"'os.system', which is not part of retrodiff"):
-        Model.load(folder, **parts)
-    components["sampler"] = {"class": "retrodiff.files.check_free", "config": {}}
-    rewritten(components=components)
-    with pytest.raises(ValueError, match=r"no component"):
-        Model.load(folder, **parts)
-    network = dict(described["components"]["denoiser"])
-    network["config"] = {**network["config"]}
-    network["config"]["network"] = json.loads(json.dumps(network["config"]["network"]))
-    network["config"]["network"]["config"]["width"] = 32
-    rewritten(components={**described["components"], "denoiser": network})
-    with pytest.raises(ValueError, match=r"do not match denoiser.network \(DiT\)"):
-        Model.load(folder, **parts)
-    (folder / "model.json").write_text("{")
-    with pytest.raises(ValueError, match=r"damaged"):
-        Model.load(folder, **parts)
-    with pytest.raises(FileNotFoundError, match=r"no model.json"):
-        Model.load(tmp_path, **parts)
-
-
-class Own(torch.nn.Module):
-    """A network of the user's: saved by its weights, never imported from a file."""
-
-    shape, widths = (1, 8, 8), {"neighbors": 8}
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x, timesteps, context):
-        return self.conv(x)
-
-
-def test_weights_of_a_network_of_ones_own_come_back(recipe, model, tmp_path):
-    torch.manual_seed(1)
-    mine = recipe.denoiser(EDMDenoiser(Own())).build()
-    mine.save(tmp_path / "model")
-    parts = {"encoder": model.encoder, "database": model.database}
-    with pytest.raises(ValueError, match=r"Own.*denoiser=\.\.\."):
-        Model.load(tmp_path / "model", **parts)
-    again = Model.load(tmp_path / "model", denoiser=EDMDenoiser(Own()), **parts)
-    a, b = (m.sample(prompts=["a"], **QUIET).images for m in (mine, again))
-    assert torch.equal(a, b)
-
-
-def test_published_weights_that_were_never_fetched_are_saved_by_name(recipe, tmp_path):
-    from retrodiff.diffusion import QueryOnly
-    from retrodiff.encoders import CLIPEncoder
-
-    encoder = CLIPEncoder("ViT-B-32-quickgelu", "openai")
-    torch.manual_seed(0)
-    network = DiT(shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"query": 512})
-    built = (
-        recipe.set(database=None)
-        .encoder(encoder)
-        .conditioner(QueryOnly("raw"))
-        .denoiser(EDMDenoiser(network))
-        .build()
-    )
-    built.save(tmp_path / "model")
-    again = Model.load(tmp_path / "model")
-    assert not again.encoder.loaded
-    assert again.encoder.identity == encoder.identity

@@ -7,8 +7,15 @@ from retrodiff import presets
 from retrodiff.builder import Builder
 from retrodiff.checkpoints.load import fresh, load_published
 from retrodiff.checkpoints.published import PUBLISHED
-from retrodiff.diffusion import ClassifierFree, NeighborEmbeddings, ScaledLinear
+from retrodiff.diffusion import (
+    ClassifierFree,
+    Dropped,
+    NeighborEmbeddings,
+    QueryAndNeighbors,
+    ScaledLinear,
+)
 from retrodiff.interfaces import Fingerprint, Query
+from retrodiff.model import Model
 from retrodiff.retrieval import Uniform
 
 QUIET = {"progress": False}
@@ -38,7 +45,7 @@ def test_they_build_offline_with_the_papers_settings(tiny, name, scale, guidance
     model = getattr(presets, name)()
     assert model.encoder.dim == dim
     assert not model.encoder.loaded
-    assert model.conditioner == NeighborEmbeddings(scale)
+    assert model.conditioner == NeighborEmbeddings(scale, convert=False)
     assert model.guidance == ClassifierFree(guidance)
     assert model.denoiser.schedule == ScaledLinear(0.0015, 0.015 if name == "rdm_768" else 0.0195)
     assert model.database is None
@@ -88,6 +95,80 @@ def test_an_unknown_or_contradicted_scale_is_refused(tiny):
         presets.from_published(published, scale="unit")
     with pytest.raises(ValueError, match=r"does not say.*scale='raw'.*scale='unit'"):
         presets.from_published(replace(published, scale=None))
+
+
+def stored(scale, name="open_clip:ViT-L-14-quickgelu:quick_gelu@224", dim=768):
+    """A database of a preset's own encoder at either scale."""
+    from retrodiff.databases import ArrayDatabase
+
+    vectors = torch.randn(20, dim, generator=torch.Generator().manual_seed(0)) * 3
+    if scale == "unit":
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+    fingerprint = Fingerprint(
+        encoder=name, weights="abc", preprocessing="rdm-224", dim=dim, scale=scale
+    )
+    return ArrayDatabase(vectors, fingerprint)
+
+
+REFUSED = r"trained on unit embeddings, but the database stores raw ones.*convert_scale=True"
+
+
+def test_a_raw_database_with_a_unit_checkpoint_is_refused_until_told(tiny, tmp_path):
+    """At every joint: building, swapping, loading; and the conversion is the one that is meant."""
+    published = fresh("rdm_768")
+    with pytest.raises(ValueError, match=REFUSED) as error:
+        presets.rdm_768(checkpoint=published, database=stored("raw"))
+    assert "\n" not in str(error.value)
+    assert "--convert-scale" in str(error.value)
+    with pytest.raises(ValueError, match=REFUSED):
+        presets.from_published(published, database=stored("raw")).build()
+    unit = presets.rdm_768(checkpoint=published, database=stored("unit"), proposal=Uniform())
+    with pytest.raises(ValueError, match=REFUSED):
+        unit.replace(database=stored("raw"))
+    folder = unit.replace(database=None).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=REFUSED):
+        Model.load(folder, database=stored("raw"))
+    told = Model.load(folder, database=stored("raw"), conditioner=NeighborEmbeddings("unit"))
+    told = told.replace(proposal=Uniform())
+    asked = presets.rdm_768(
+        checkpoint=published, database=stored("raw"), proposal=Uniform(), convert_scale=True
+    )
+    by_hand = unit.sample(n=2, steps=1, **QUIET)
+    for model in (told, asked):
+        out = model.sample(n=2, steps=1, **QUIET)
+        assert torch.equal(out.neighbors.indices, by_hand.neighbors.indices)
+        tokens = model.conditioner.condition(out.query, out.neighbors).streams["neighbors"].values
+        torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(2, 11))
+        torch.testing.assert_close(out.latents, by_hand.latents, rtol=1e-2, atol=1e-2)
+
+
+def test_a_unit_database_with_a_raw_checkpoint_cannot_be_converted(tiny):
+    name = "open_clip:ViT-B-32-quickgelu:quick_gelu@224"
+    line = "takes raw embeddings, but the database stores unit ones, whose norms are lost"
+    with pytest.raises(ValueError, match=line):
+        presets.rdm_imagenet(database=stored("unit", name, 512))
+    assert presets.rdm_imagenet(database=stored("raw", name, 512)).database is not None
+    with pytest.raises(ValueError, match=line):
+        presets.from_published(
+            fresh("rdm_imagenet"), database=stored("unit", name, 512), convert_scale=True
+        ).build()
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: Dropped(c, 0.1)], ids=["plain", "dropped"])
+def test_conditioners_know_which_databases_they_take(wrap):
+    def taken(conditioner):
+        return [wrap(conditioner).refuses(scale) is None for scale in ("raw", "unit")]
+
+    assert taken(NeighborEmbeddings("raw")) == [True, False]
+    assert taken(NeighborEmbeddings("unit")) == [True, True]
+    assert taken(NeighborEmbeddings("unit", convert=False)) == [False, True]
+    assert taken(QueryAndNeighbors("raw")) == [True, False]
+    assert taken(QueryAndNeighbors("unit")) == [True, True]
+
+
+def test_one_published_model_is_not_loaded_as_another(tiny):
+    with pytest.raises(ValueError, match=r"is the model rdm_768, not rdm_imagenet.*rdm_768\("):
+        presets.rdm_imagenet(checkpoint=fresh("rdm_768"))
 
 
 def test_the_open_recipe_can_be_changed(tiny):

@@ -1,6 +1,8 @@
 """Samplers and schedules against diffusers, against textbook equations, and in the limit."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from retrodiff.diffusion import (
     Heun,
     Karras,
     LinearFlow,
+    LogSpaced,
     ScaledLinear,
     sampler_named,
 )
@@ -189,7 +192,7 @@ def test_contract(sampler):
 
 
 @pytest.mark.parametrize(
-    "schedule", [ScaledLinear(), Karras(), LinearFlow(), LinearFlow(shift=3.0)]
+    "schedule", [ScaledLinear(), LogSpaced(), Karras(), LinearFlow(), LinearFlow(shift=3.0)]
 )
 def test_schedule_contract(schedule):
     check_schedule(schedule)
@@ -238,6 +241,30 @@ def test_higher_order_needs_fewer_steps():
     for sampler, order in ((Euler(), 1), (DDIM(), 1), (Heun(), 2), (DPMpp2M(), 2)):
         measured = math.log2(error(sampler, 40) / error(sampler, 80))
         assert measured > order - 0.35, f"{sampler}: order {measured:.2f}"
+
+
+def test_even_steps_of_log_sigma_keep_both_ends():
+    table = ScaledLinear(0.0015, 0.015).table
+    sigmas = LogSpaced(ScaledLinear(0.0015, 0.015)).sigmas(30)
+    assert float(sigmas[0]) == pytest.approx(float(table[-1]))
+    assert float(sigmas[-1]) == pytest.approx(float(table[0]))
+    torch.testing.assert_close(sigmas[1:] / sigmas[:-1], (sigmas[1] / sigmas[0]).expand(30))
+    t = ScaledLinear(0.0015, 0.015).timestep(sigmas)
+    assert float(t[0]) == pytest.approx(999)
+    assert float(t[-1]) == pytest.approx(0)
+
+
+def test_twenty_steps_of_dpmpp_2m_are_nearer_than_a_hundred_of_ddim():
+    """On a mixture of Gaussians; and not on even timesteps, which the documentation says."""
+    path = Path(__file__).parents[1] / "benchmarks" / "sampler_steps.py"
+    spec = importlib.util.spec_from_file_location("sampler_steps", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.measure(128, (20, 100), 300)
+    assert found["reference_error"] < 1e-5
+    even, log = benchmark.bounds(found["rows"])
+    assert log["holds"]
+    assert not even["holds"]
 
 
 def test_unknown_sampler_lists_the_known_ones():

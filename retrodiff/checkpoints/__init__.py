@@ -3,6 +3,7 @@
 from retrodiff.checkpoints.compvis import load_compvis
 from retrodiff.checkpoints.diffusers import load_diffusers
 from retrodiff.checkpoints.hub import fetch, publish
+from retrodiff.checkpoints.load import load_published
 from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel, Schedule
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "fetch",
     "load_compvis",
     "load_diffusers",
+    "load_published",
     "publish",
 ]

@@ -127,10 +127,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
-    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    tensors = {k: t for k, t in state.items() if isinstance(k, str) and isinstance(t, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name: it is no checkpoint of a model")
-    return cast("dict[str, Tensor]", tensors)
+    return tensors
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:

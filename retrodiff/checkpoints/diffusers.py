@@ -52,7 +52,13 @@ def load_diffusers(
             f"{folder} has no unet/config.json: hand in the folder of a diffusers pipeline"
         )
     first_stage = next((n for n in ("vqvae", "vae") if (folder / n).is_dir()), "vae")
-    architecture = read_architecture(folder, first_stage, scale_factor)
+    try:
+        architecture = read_architecture(folder, first_stage, scale_factor)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{folder} is of another model family, or one of its json files is damaged: "
+            f"{type(error).__name__} {error}"
+        ) from error
     with torch.device("meta"):
         unet, autoencoder = architecture.build()
 
@@ -223,6 +229,8 @@ def _parsed(file: Path, *classes: str) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is no json file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no configuration")
     if classes and config.get("_class_name") not in classes:
         raise ValueError(
             f"{file} is of another model family: a {config.get('_class_name')}, expected "
@@ -246,8 +254,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if has_safe or not pickled.is_file():
         return load_shards(folder, NAME)
     try:
-        return torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many kinds, from the zip reader to the unpickler
-        raise ValueError(
-            f"{pickled} is damaged, or holds more than tensors: {str(error).splitlines()[0]}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{pickled} is damaged, or holds more than tensors: {reason}") from error
+    if not (isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())):
+        raise ValueError(f"{pickled} does not hold tensors by name")
+    return cast("dict[str, Tensor]", tensors)

@@ -9,14 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 
 SAFE = ("*.json", "*.safetensors", "*.md", "*.yaml")
-"""What a saved model consists of."""
+"""Files that hold no code."""
 
+SAVED = (
+    "model.json", "weights.safetensors", "weights-*.safetensors", "weights.safetensors.index.json",
+    "encoder/encoder.json", "encoder/encoder.safetensors", "README.md", "model_index.json",
+)  # fmt: skip
+"""What `Model.save` writes; the last one tells a diffusers pipeline, whose weights are not ours."""
+
+_PARTS, _NAME = ("unet", "vae", "vqvae"), "diffusion_pytorch_model"
 DIFFUSERS = (
-    "model_index.json", "scheduler/*.json",
-    *(f"{part}/{file}" for part in ("unet", "vae", "vqvae")
-      for file in ("*.json", "diffusion_pytorch_model*")),
+    "model_index.json", "scheduler/*.json", *(f"{part}/*.json" for part in _PARTS),
+    *(f"{part}/{_NAME}{end}.safetensors" for part in _PARTS for end in ("", "-*-of-*")),
 )  # fmt: skip
 """What `load_diffusers` reads of a pipeline: not the text encoder."""
+
+PICKLED = tuple(f"{part}/{_NAME}.bin" for part in _PARTS)
+"""Its weights in older repositories, which are then read as tensors only."""
 
 
 def fetch(
@@ -34,7 +43,7 @@ def fetch(
         revision: branch, tag or commit.
         cache: folder of the cache; None: the usual one.
         token: for private repositories; None: the one of ``hf auth login``.
-        patterns: files to fetch; `DIFFUSERS` for a pipeline such as ``fusing/rdm``.
+        patterns: files to fetch.
 
     Raises:
         FileNotFoundError: the repository does not exist, or there is no network.
@@ -59,6 +68,20 @@ def fetch(
             f"{repo} is neither a folder here nor to be had from the Hub "
             f"({type(error).__name__}): check name and network, or hand in a local folder"
         ) from error
+
+
+def fetch_pipeline(repo: str) -> Path:
+    """What `load_diffusers` reads of a pipeline such as ``fusing/rdm``; see `fetch`.
+
+    Pickled weights are fetched only for the parts that have no safetensors.
+    """
+    folder = fetch(repo, patterns=DIFFUSERS)
+    wanting = [
+        file
+        for file, part in zip(PICKLED, _PARTS, strict=True)
+        if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))
+    ]
+    return fetch(repo, patterns=(*DIFFUSERS, *wanting)) if wanting else folder
 
 
 def publish(

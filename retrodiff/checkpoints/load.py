@@ -7,7 +7,7 @@ from typing import Literal
 
 from retrodiff.checkpoints.compvis import load_compvis
 from retrodiff.checkpoints.diffusers import load_diffusers
-from retrodiff.checkpoints.hub import DIFFUSERS, fetch
+from retrodiff.checkpoints.hub import fetch_pipeline
 from retrodiff.checkpoints.published import PUBLISHED, PublishedModel
 
 
@@ -17,6 +17,7 @@ def load_published(
     config: str | Path | None = None,
     preset: str | None = None,
     weights: Literal["ema", "raw"] = "ema",
+    first_stage: str | Path | None = None,
 ) -> PublishedModel:
     """Networks and facts of a published checkpoint.
 
@@ -26,13 +27,18 @@ def load_published(
         config: the yaml of a checkpoint file.
         preset: a published model's name, in place of the yaml.
         weights: averaged, or those of the last step; diffusers folders hold one set only.
+        first_stage: a file of its own for the first stage of a checkpoint file without one.
     """
     path = Path(checkpoint)
     if path.is_file():
-        return load_compvis(path, None if config is None else config, preset, weights=weights)
+        return load_compvis(path, config, preset, weights=weights, first_stage=first_stage)
+    if (path / "model.json").is_file():
+        raise ValueError(
+            f"{path} is a saved model, no published checkpoint: open it with Model.load"
+        )
     if not path.exists() and (path.suffix or len(path.parts) != 2):
         raise FileNotFoundError(f"{checkpoint} is neither a file, a folder nor a Hub name")
-    return load_diffusers(fetch(str(checkpoint), patterns=DIFFUSERS))
+    return load_diffusers(fetch_pipeline(str(checkpoint)))
 
 
 def fresh(name: str) -> PublishedModel:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from retrodiff.checkpoints.shards import load_shards, save_sharded
+from retrodiff.encoders.fingerprint import difference, known_fingerprint
 from retrodiff.files import write_folder, write_json
 from retrodiff.interfaces import Fingerprint
 
@@ -70,6 +72,8 @@ def construct(description: Any, weights: Mapping[str, Tensor], prefix: str) -> A
         return description
     entries = cast("dict[str, Any]", description)
     if set(entries) == {"tensor"}:
+        if entries["tensor"] not in weights:
+            raise ValueError(f"the saved weights lack {entries['tensor']}: copy the whole folder")
         return weights[entries["tensor"]]
     if "custom" in entries:
         raise ValueError(
@@ -80,7 +84,13 @@ def construct(description: Any, weights: Mapping[str, Tensor], prefix: str) -> A
         return {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries.items()}
     kind = _class_named(entries["class"])
     config = {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries["config"].items()}
-    component = kind(**config)
+    try:
+        component = kind(**config)
+    except TypeError as error:
+        raise ValueError(
+            f"{prefix} does not take what model.json hands it ({error}): was the file edited, or "
+            f"written by another version of {_PACKAGE}?"
+        ) from error
     if isinstance(component, nn.Module):
         state = {
             key.removeprefix(f"{prefix}."): tensor
@@ -154,7 +164,13 @@ def save_components(
         if isinstance(encoder, (CLIPEncoder, TimmEncoder)) and fetched:
             save_encoder(encoder, temporary / "encoder")
         save_sharded(weights, temporary, "weights", metadata={"format": str(FORMAT)})
-        value = {"format": FORMAT, "library": _PACKAGE, "components": described, "extra": extra}
+        value = {
+            "format": FORMAT,
+            "library": _PACKAGE,
+            "components": described,
+            "fingerprint": _fingerprint(encoder),
+            "extra": extra,
+        }
         write_json(temporary / "model.json", value)
 
     write_folder(folder, write, marker="model.json", overwrite=overwrite)
@@ -163,17 +179,27 @@ def save_components(
 def read_description(folder: Path) -> dict[str, Any]:
     """``model.json`` of a saved model, its format checked."""
     file = folder / "model.json"
+    if not file.is_file() and (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is a diffusers pipeline and no saved model: hand it to a preset, "
+            "presets.rdm_768(checkpoint=...), or to load_diffusers"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no model.json: it is not a saved model")
     try:
-        value = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged") from None
-    if value.get("format") != FORMAT:
+    if not isinstance(value, dict) or "format" not in value:
+        raise ValueError(f"{file} does not describe a saved model: it has no format number")
+    value = cast("dict[str, Any]", value)
+    if value["format"] != FORMAT:
         raise ValueError(
-            f"{folder} has format {value.get('format')}, but this version reads format {FORMAT}: "
+            f"{folder} has format {value['format']}, but this version reads format {FORMAT}: "
             f"update {_PACKAGE}"
         )
+    if not isinstance(value.get("components"), dict):
+        raise ValueError(f"{file} lists no components: the file is damaged")
     return value
 
 
@@ -186,8 +212,17 @@ def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dic
     from retrodiff.encoders import CLIPEncoder, load_encoder
 
     given = given or {}
-    described: dict[str, Any] = read_description(folder)["components"]
+    value = read_description(folder)
+    described: dict[str, Any] = value["components"]
     weights = load_shards(folder, "weights")
+    extra = sorted(name for name in weights if name.split(".")[0] not in described)
+    if extra:
+        raise ValueError(
+            f"the weights in {folder} have {len(extra)} tensors of no component: "
+            f"{', '.join(extra[:10])}. Do they belong to its model.json?"
+        )
+    if given.get("encoder") is not None and value.get("fingerprint") is not None:
+        _check_encoder(folder, given["encoder"], Fingerprint(**value["fingerprint"]))
     parts: dict[str, Any] = {}
     for slot, description in described.items():
         if slot in given:
@@ -248,21 +283,38 @@ def _inside(key: str, config: Mapping[str, Any]) -> bool:
     return child in config and _holds(config[child])
 
 
+def _fingerprint(encoder: Any) -> Any:
+    """What says whether another encoder is this one; None where there is nothing to compare."""
+    return None if encoder is None else dict(vars(known_fingerprint(encoder)))
+
+
+def _check_encoder(folder: Path, encoder: Any, saved: Fingerprint) -> None:
+    differs = difference(encoder, saved)
+    if differs is not None:
+        raise ValueError(
+            f"the encoder is not the one that the model in {folder} was saved with, {differs}: "
+            "hand that one in, or change it knowingly: load(..., encoder=None).replace(encoder=...)"
+        )
+
+
+def shared_address(database: Any) -> str | None:
+    """Where a database lies on the Hub, commit included; None: it does not."""
+    address = getattr(database, "address", None)
+    return address if isinstance(address, str) and address.startswith("hf:") else None
+
+
 def _database(database: Any, folder: Path) -> Any:
     path = getattr(database, "path", None)
     if path is None:
         return {"custom": "a database in memory"}
+    mark = vars(database.fingerprint)
+    if (address := shared_address(database)) is not None:
+        return {"address": address, "fingerprint": mark}
     return {
         "path": str(Path(path).resolve()),
-        "relative": _relative(Path(path).resolve(), folder.resolve()),
-        "fingerprint": vars(database.fingerprint),
+        "relative": os.path.relpath(Path(path).resolve(), folder.resolve()),
+        "fingerprint": mark,
     }
-
-
-def _relative(path: Path, folder: Path) -> str:
-    import os
-
-    return os.path.relpath(path, folder)
 
 
 def _reopened(description: Any, folder: Path) -> Any:
@@ -271,18 +323,22 @@ def _reopened(description: Any, folder: Path) -> Any:
         return None
     from retrodiff.databases import open_database
 
-    for path in (folder / description["relative"], Path(description["path"])):
-        if path.exists():
-            database = open_database(path)
-            saved = Fingerprint(**description["fingerprint"])
-            if database.fingerprint != saved:
-                raise ValueError(
-                    f"the database at {path} is not the one the model was saved with "
-                    f"(rows={database.fingerprint.rows!r} against rows={saved.rows!r}): pass the "
-                    "right one as load(..., database=...)"
-                )
-            return database
-    raise FileNotFoundError(
-        f"the model's database is neither at {description['path']} nor at "
-        f"{description['relative']} beside the model: pass it as load(..., database=...)"
-    )
+    saved = Fingerprint(**description["fingerprint"])
+    if "address" in description:
+        place = description["address"]
+    else:
+        places = (folder / description["relative"], Path(description["path"]))
+        place = next((path for path in places if path.exists()), None)
+    if place is None:
+        raise FileNotFoundError(
+            f"the model's database is neither at {description['path']} nor at "
+            f"{description['relative']} beside the model: pass it as load(..., database=...)"
+        )
+    database = open_database(place)
+    if database.fingerprint != saved:
+        raise ValueError(
+            f"the database at {place} is not the one the model was saved with "
+            f"(rows={database.fingerprint.rows!r} against rows={saved.rows!r}): pass the "
+            "right one as load(..., database=...)"
+        )
+    return database

@@ -13,12 +13,13 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from retrodiff.pickled import PLAIN
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -32,17 +33,6 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-
-PLAIN = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): defaultdict,
-    **{
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (bool, int, float, complex, str, list, tuple, dict, set, frozenset)
-    },
-}
-"""Classes that are rebuilt as they are."""
 
 PACKAGES = frozenset(
     "argparse datetime enum ldm lightning lightning_fabric numpy omegaconf pathlib "
@@ -65,13 +55,6 @@ LOWER_CASE = {
 """The same for names that don't look like a class."""
 
 
-READING = (
-    pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
-    OverflowError, TypeError, UnicodeError,
-)  # fmt: skip
-"""What Python's unpickler raises on damaged bytes."""
-
-
 def read_pickled(path: Path) -> Any:
     """What ``torch.save`` wrote to ``path``, its tensors memory-mapped.
 
@@ -81,11 +64,16 @@ def read_pickled(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: check the path of the checkpoint")
-    archive = _Archive(path)
     try:
-        return _Unpickler(archive).load()
-    except READING as error:
-        raise ValueError(f"{path} is damaged, its pickle cannot be read: {error}") from error
+        return _Unpickler(_Archive(path)).load()
+    except ValueError as error:
+        line = _one_line(error)
+        raise ValueError(line if str(path) in line else f"{path}: {line}") from error
+    except Exception as error:  # damaged bytes can spell anything
+        raise ValueError(
+            f"{path} is damaged, its pickle cannot be read: {type(error).__name__}, "
+            f"{_one_line(error)}"
+        ) from error
 
 
 class _Archive:
@@ -106,10 +94,13 @@ class _Archive:
                     raise ValueError(
                         f"{path} was written on a big-endian machine: convert it there"
                     )
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # of the zip reader and its decompressor, many kinds
             raise ValueError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated, or no checkpoint that "
-                f"PyTorch 1.6 or newer wrote ({error}): fetch it again and compare its size"
+                f"PyTorch 1.6 or newer wrote ({_one_line(error)}): fetch it again and compare its "
+                "size"
             ) from error
         with path.open("rb") as file:
             # A private mapping: changing a tensor never changes the file.
@@ -126,8 +117,9 @@ class _Archive:
         if numel == 0:
             return torch.empty(0, dtype=dtype)
         # The lengths of name and extra field in the local header may differ from the directory's.
-        name, extra = struct.unpack_from("<HH", self.mapped, entry.header_offset + 26)
-        start = entry.header_offset + 30 + name + extra
+        start = entry.header_offset + 30
+        if start <= len(self.mapped):
+            start += sum(struct.unpack_from("<HH", self.mapped, start - 4))
         if start + size > len(self.mapped):
             raise ValueError(f"{self.path} is truncated: tensor data {key!r} ends behind its end")
         return torch.frombuffer(self.mapped, dtype=dtype, count=numel, offset=start)
@@ -212,6 +204,10 @@ CALLS = {
     ("_codecs", "encode"): _encoded,
 }
 """Calls that are allowed, as functions of ours."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _refusal(origin: str) -> ValueError:

@@ -97,6 +97,25 @@ class PublishedModel:
         """The UNet's latents are the first stage's times this."""
         return self.autoencoder.scale_factor
 
+    def agreed_scale(self, asked: Scale | None) -> Scale:
+        """The scale of the embeddings, from the checkpoint or else as asked for.
+
+        Raises:
+            ValueError: neither says it, or the two contradict each other.
+        """
+        if self.scale is None and asked is None:
+            raise ValueError(
+                f"{self.source} does not say whether it was trained on raw or unit embeddings, "
+                "and the wrong scale gives bad images without an error: pass scale='raw' (the "
+                "paper's 256x256 models) or scale='unit' (the 768x768 model)"
+            )
+        if self.scale is not None and asked is not None and self.scale != asked:
+            raise ValueError(
+                f"{self.source} was trained on {self.scale} embeddings, but scale={asked!r} was "
+                "asked for: leave scale out"
+            )
+        return asked or self.scale or "raw"
+
 
 _PAPER_UNET = {
     "in_channels": 3,

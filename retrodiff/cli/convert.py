@@ -13,7 +13,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("out", help="folder of the model")
     parser.add_argument("--config", help="yaml of the checkpoint")
     parser.add_argument("--preset", help="rdm_imagenet, rdm_ffhq or rdm_768, instead of a yaml")
+    parser.add_argument(
+        "--first-stage", help="file of the first stage, where it has one of its own"
+    )
     parser.add_argument("--scale", choices=("raw", "unit"), help="where the file does not say it")
+    parser.add_argument(
+        "--convert-scale",
+        action="store_true",
+        help="let a model of unit embeddings take databases of raw ones, divided by their norms",
+    )
     parser.add_argument("--raw-weights", action="store_true", help="not the averaged weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -24,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from retrodiff import presets
+    from retrodiff.builder import Builder
     from retrodiff.checkpoints.load import load_published
+    from retrodiff.diffusion import NeighborEmbeddings
     from retrodiff.files import check_free
 
     check_free(Path(options.out), "model.json", options.overwrite)
@@ -33,12 +43,15 @@ def run(options: argparse.Namespace) -> int:
         config=options.config,
         preset=options.preset,
         weights="raw" if options.raw_weights else "ema",
+        first_stage=options.first_stage,
     )
+    scale = published.agreed_scale(options.scale)
     if published.name in presets.__all__:
-        model = getattr(presets, published.name)(checkpoint=published)
+        recipe = Builder.from_preset(published.name, checkpoint=published)
     else:
-        model = presets.from_published(published, scale=options.scale).build()
-    model.save(options.out, overwrite=options.overwrite)
+        recipe = presets.from_published(published, scale=scale)
+    recipe = recipe.conditioner(NeighborEmbeddings(scale, convert=options.convert_scale))
+    recipe.build().save(options.out, overwrite=options.overwrite)
     name = published.name or "a model of the published family"
     print(f"{name} with its {published.weights} weights: {options.out}")
     return 0

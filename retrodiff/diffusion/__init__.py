@@ -17,7 +17,7 @@ from retrodiff.diffusion.denoiser import (
 )
 from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
 from retrodiff.diffusion.sampler import DDIM, DDPM, PLMS, DPMpp2M, Euler, Heun, sampler_named
-from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
+from retrodiff.diffusion.schedule import Karras, LinearFlow, LogSpaced, ScaledLinear
 
 __all__ = [
     "DDIM",
@@ -35,6 +35,7 @@ __all__ = [
     "Interval",
     "Karras",
     "LinearFlow",
+    "LogSpaced",
     "NeighborEmbeddings",
     "PixelUnshuffle",
     "Preconditioned",

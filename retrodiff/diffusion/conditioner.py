@@ -23,10 +23,30 @@ class NeighborEmbeddings(Conditioner):
     Args:
         scale: ``raw`` as the encoder gave them (the paper's models), ``unit`` divided by their norm
             (the 768 model). Search is by cosine either way; the wrong scale here gives bad images
-            without an error, so checkpoints record it.
+            without an error, so checkpoints and databases record theirs and the two are compared.
+        convert: whether ``unit`` may divide what a database stores raw. False, as in the presets of
+            published checkpoints: such a database is refused until someone says so.
     """
 
     scale: Scale
+    convert: bool = True
+
+    def refuses(self, stored: Scale) -> str | None:
+        """Why a database stored at this scale does not fit, in a line; None: it does."""
+        if self.scale == "raw" and stored == "unit":
+            return (
+                "the network takes raw embeddings, but the database stores unit ones, whose norms "
+                "are lost: build or import it again from raw embeddings, or use a network that was "
+                "trained on unit ones (NeighborEmbeddings('unit'))"
+            )
+        if self.scale == "unit" and stored == "raw" and not self.convert:
+            return (
+                "the network was trained on unit embeddings, but the database stores raw ones: "
+                "convert them knowingly with convert_scale=True in the preset (--convert-scale of "
+                "retrodiff convert; conditioner=NeighborEmbeddings('unit') for a saved model), or "
+                "use a database of unit embeddings"
+            )
+        return None
 
     def widths(self, dim: int) -> dict[str, int]:
         """One stream."""
@@ -91,6 +111,10 @@ class QueryAndNeighbors(Conditioner):
 
     scale: Scale
 
+    def refuses(self, stored: Scale) -> str | None:
+        """As `NeighborEmbeddings`."""
+        return NeighborEmbeddings(self.scale).refuses(stored)
+
     def widths(self, dim: int) -> dict[str, int]:
         """Two streams of the same width."""
         return {"query": dim, "neighbors": dim}
@@ -126,6 +150,11 @@ class Dropped(Conditioner):
     def uses_neighbors(self) -> bool:
         """As the inner conditioner."""
         return self.conditioner.uses_neighbors
+
+    def refuses(self, stored: Scale) -> str | None:
+        """As the inner conditioner, where it knows."""
+        inner = getattr(self.conditioner, "refuses", None)
+        return None if inner is None else inner(stored)
 
     def widths(self, dim: int) -> dict[str, int]:
         """As the inner conditioner."""

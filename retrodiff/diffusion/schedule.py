@@ -89,6 +89,34 @@ class ScaledLinear(Schedule):
 
 
 @dataclass(frozen=True)
+class LogSpaced(Schedule):
+    """The range of another schedule in even steps of log sigma (uniform log-SNR: Lu et al. 2022).
+
+    Multistep solvers such as DPM++(2M) extrapolate from one step to the next and want steps of like
+    length. Even timesteps make them unlike: near the data, one step of twenty divides sigma by 5.5.
+
+    Args:
+        schedule: whose first and last levels are kept; it also leads in and out of σ-space.
+    """
+
+    schedule: ScaledLinear = ScaledLinear()
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Decreasing noise levels (steps + 1,), the last one that of t = 0."""
+        check_steps(steps)
+        low, high = self.schedule.table[[0, -1]].log().tolist()
+        return torch.linspace(high, low, steps + 1, dtype=torch.float64).exp()
+
+    def start(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """As the other schedule."""
+        return self.schedule.start(noise, sigmas)
+
+    def finish(self, x: Tensor, sigmas: Tensor) -> Tensor:
+        """As the other schedule."""
+        return self.schedule.finish(x, sigmas)
+
+
+@dataclass(frozen=True)
 class Karras(Schedule):
     """Levels evenly spaced in sigma^(1/rho), then zero (Karras et al. 2022, eq. 5).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,10 +242,32 @@ def _refuse_wrong_activation(name: str, pretrained: str | None, config: dict[str
         )
 
 
+def _ask_hub(name: str, pretrained: str) -> None:
+    """One request before many: without a network, open_clip asks again for the better of a minute.
+
+    Raises whatever the request does, unless the Hub answers, something is cached, or the weights
+    come from elsewhere.
+    """
+    import open_clip
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cfg: Any = open_clip.get_pretrained_cfg(name, pretrained)
+    repo, _, file = str((cfg or {}).get("hf_hub", "")).rpartition("/")
+    if not repo:
+        return
+    try:
+        snapshot_download(repo, local_files_only=True)
+    except LocalEntryNotFoundError:
+        with suppress(HfHubHTTPError):
+            get_hf_file_metadata(hf_hub_url(repo, file or "open_clip_config.json"), timeout=10)
+
+
 def _load(name: str, pretrained: str, device: torch.device) -> nn.Module:
     import open_clip
 
     try:
+        _ask_hub(name, pretrained)
         model = open_clip.create_model(name, pretrained=pretrained, device=device)
     except Exception as error:
         # Whatever the download raises (no route, no cache, a proxy), the way out is the same.

@@ -1,13 +1,16 @@
-"""Tells whether two sets of weights are the same ones."""
+"""Tells whether two sets of weights, or two encoders, are the same ones."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from retrodiff.interfaces import Encoder, Fingerprint
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -24,6 +27,24 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def known_fingerprint(encoder: Encoder) -> Fingerprint:
+    """An encoder's fingerprint, with an empty weights hash while its weights are not here yet."""
+    if getattr(encoder, "loaded", True):
+        return encoder.fingerprint
+    return encoder.identity  # type: ignore[attr-defined]
+
+
+def difference(encoder: Encoder, stored: Fingerprint) -> str | None:
+    """What differs between an encoder and the one a fingerprint is of, in words; None: nothing.
+
+    Weights are compared where both sides know theirs.
+    """
+    mine = known_fingerprint(encoder)
+    if not (mine.weights and stored.weights):
+        mine, stored = replace(mine, weights=""), replace(stored, weights="")
+    return mine.disagreement(stored)
 
 
 class WeightsHash:

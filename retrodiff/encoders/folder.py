@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from retrodiff.encoders.clip import CLIPEncoder
+from retrodiff.encoders.fingerprint import weights_hash
 from retrodiff.encoders.timm import TimmEncoder
 from retrodiff.files import write_json, write_safetensors
 
@@ -31,15 +33,17 @@ def load_encoder(
     path: str | Path, *, device: torch.device | str = "cpu"
 ) -> CLIPEncoder | TimmEncoder:
     """The encoder that `save_encoder` wrote; its weights are checked against their hash."""
-    from safetensors.torch import load_file
-
     path = Path(path)
-    if not (path / "encoder.json").is_file():
-        raise FileNotFoundError(f"{path} holds no encoder.json: not a folder made by save_encoder")
-    config: dict[str, Any] = json.loads((path / "encoder.json").read_text())
+    config = _described(path)
     if config.pop("format") > FORMAT:
         raise ValueError(f"{path} has a newer format than {FORMAT}: upgrade retrodiff")
     kind, weights = config.pop("kind"), config.pop("weights")
+    state = _weights(path / "encoder.safetensors")
+    if (found := weights_hash(state)) != weights:
+        raise ValueError(
+            f"{path}: encoder.safetensors has weights {found}, encoder.json expects {weights}: "
+            "the two files are not from one encoder"
+        )
     config.pop("pretrained", None)  # whatever was downloaded then is in the folder now
     if kind == "clip":
         encoder = CLIPEncoder.from_config(config.pop("config"), device=device, **config)
@@ -50,13 +54,42 @@ def load_encoder(
     else:
         raise ValueError(f"{path / 'encoder.json'}: unknown kind of encoder {kind!r}")
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
-    module.load_state_dict(load_file(path / "encoder.safetensors"))
-    if (found := encoder.fingerprint.weights) != weights:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: encoder.safetensors has weights {found}, encoder.json expects {weights}: "
-            "the two files are not from one encoder"
-        )
+            f"{path}: encoder.safetensors does not fit encoder.json, was one of them edited? "
+            f"{reason:.500}"
+        ) from error
     return encoder
+
+
+def _described(path: Path) -> dict[str, Any]:
+    file = path / "encoder.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no encoder.json: not a folder made by save_encoder")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged") from None
+    if not (isinstance(config, dict) and {"format", "kind", "weights"} <= set(config)):
+        raise ValueError(f"{file} does not describe an encoder: the file is damaged")
+    return cast("dict[str, Any]", config)
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the whole folder")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size:,} bytes) is no safetensors file, or truncated: {error}"
+        ) from error
 
 
 def encoder_from_string(

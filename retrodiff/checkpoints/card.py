@@ -1,0 +1,107 @@
+"""The front page of a model on the Hub: what it is made of, who made its embeddings, how to use it.
+
+Facts only, read off the components; what the model is good for is for its maker to add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from retrodiff.checkpoints.native import shared_address
+from retrodiff.checkpoints.published import Architecture, Schedule, recognized
+from retrodiff.encoders.fingerprint import known_fingerprint
+from retrodiff.interfaces import Fingerprint
+from retrodiff.networks.kl import KLAutoencoder
+from retrodiff.networks.unet import UNet
+from retrodiff.networks.vq import VQAutoencoder
+
+
+def model_card(parts: Mapping[str, Any], repo: str) -> str:
+    """The text of a README.md.
+
+    Args:
+        parts: component by slot, as of a `Model`.
+        repo: ``owner/name``.
+    """
+    encoder, database = parts.get("encoder"), parts.get("database")
+    rows = [
+        ("architecture", published_name(parts) or "none of the published models"),
+        ("denoiser", _network(parts["denoiser"])),
+        ("first stage", _network(parts["autoencoder"])),
+        ("condition", repr(parts["conditioner"])),
+        ("encoder", "none" if encoder is None else _made(known_fingerprint(encoder))),
+        ("database", "none" if database is None else _stored(database)),
+        ("retriever", repr(parts["retriever"])),
+        ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),
+        ("steps, tokens per image", f"{parts['steps']}, {parts['k']}"),
+    ]
+    task = "text-to-image" if hasattr(encoder, "encode_text") else "unconditional-image-generation"
+    given, shared = f'"{repo}"', shared_address(database)
+    if database is not None and shared is None:
+        given += ', database=open_database("...")'
+    return "\n".join(
+        [
+            "---",
+            "library_name: retrodiff",
+            f"pipeline_tag: {task}",
+            "tags: [retrieval-augmented-diffusion]",
+            "---",
+            "",
+            f"# {repo.rpartition('/')[2]}",
+            "",
+            "A retrieval-augmented diffusion model, kept as safetensors and JSON.",
+            "",
+            "```python",
+            "from retrodiff import Model, open_database",
+            "",
+            f"model = Model.from_pretrained({given})",
+            "```",
+            "",
+            "| part | what it is |",
+            "|---|---|",
+            *(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows),
+            "",
+            f"Its database is opened from {shared}."
+            if shared
+            else "The database is not part of this repository.",
+            "Embeddings of another encoder, another preprocessing or another scale are refused.",
+            "",
+        ]
+    )
+
+
+def published_name(parts: Mapping[str, Any]) -> str | None:
+    """Which published model's architecture this is; None: another one."""
+    network, autoencoder = getattr(parts["denoiser"], "network", None), parts["autoencoder"]
+    if not (isinstance(network, UNet) and isinstance(autoencoder, VQAutoencoder | KLAutoencoder)):
+        return None
+    return recognized(
+        Architecture(
+            unet=network.config(),
+            kind="vq" if isinstance(autoencoder, VQAutoencoder) else "kl",
+            autoencoder=autoencoder.config(),
+            schedule=Schedule(start=0.0015, end=0.0195),  # takes no part in the comparison
+        )
+    ).name
+
+
+def _network(part: Any) -> str:
+    inner = getattr(part, "network", None)
+    name = ", ".join(type(x).__name__ for x in (part, inner) if x is not None)
+    if not isinstance(part, nn.Module):
+        return name
+    return f"{name}, {sum(p.numel() for p in part.parameters()):,} parameters"
+
+
+def _made(made: Fingerprint) -> str:
+    weights = f"weights {made.weights}" if made.weights else "published weights"
+    return f"{made.encoder}, {weights}, preprocessing {made.preprocessing}, width {made.dim}"
+
+
+def _stored(database: Any) -> str:
+    stored: Fingerprint = database.fingerprint
+    rows = f"{len(database):,} rows, hash {stored.rows or 'unknown'}, stored {stored.scale}"
+    return f"{rows}, made with {_made(stored)}"
