@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from retrodiff.databases import (
     ImageFolder,
     Images,
     Patchify,
+    Union,
     append_to_database,
     build_database,
     captions_of,
@@ -22,8 +24,11 @@ from retrodiff.databases import (
     delete_rows,
     open_database,
 )
+from retrodiff.files import writing
 from retrodiff.indexes import Annoy, Exact
 from retrodiff.interfaces import Database, Encoder, Fingerprint, Query
+from retrodiff.retrieval import NearestNeighbors, Uniform
+from retrodiff.testing import check_proposal, check_retriever
 
 
 class Pooled(Encoder):
@@ -127,6 +132,13 @@ def test_search_is_cosine_on_stored_values(database):
     expected = cosine.topk(5)
     assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.similarity.double(), expected.values)
+
+
+def test_no_query_finds_nothing(database):
+    for part in (database, database.subset([3, 1, 2]), Union(database, database)):
+        found = part.search(Query(torch.empty(0, 48)), 3)
+        assert found.indices.shape == (0, 3)
+        assert found.embeddings.shape == (0, 3, 48)
 
 
 def test_patches_keep_their_coordinates(folder, tmp_path):
@@ -245,11 +257,53 @@ def test_where(database, condition, keeps):
         ("year >", "cannot read the filter"),
         ("label in year", "cannot use"),
         ("lambda: 1", "cannot use"),
+        ("year > None", "cannot use"),
+        ("year == 'x'", r"does not fit its columns \(year is int64\)"),
+        ("label > 3", r"does not fit its columns \(label is string\)"),
+        ("label in [1, 2]", r"does not fit its columns \(label is string\)"),
+        ("label", r"does not fit its columns \(label is string\)"),
+        ("year == 99999999999999999999", "more than 64 bits"),
+        ("year == 1\0", "cannot read the filter"),
+        ("(" * 500 + "year > 3" + ")" * 500, "cannot read the filter"),
+        ("not " * 3000 + "year > 3", "filter"),
+        (" or ".join(["year == 3"] * 3000), "more than 500 comparisons"),
+        ("", "cannot read the filter"),
     ],
 )
 def test_where_refuses(database, condition, message):
-    with pytest.raises(ValueError, match=message):
-        database.where(condition)
+    everywhere = [database, database.subset([3, 1]), Union(database, database.subset([2]))]
+    for part in everywhere:
+        with pytest.raises(ValueError, match=message) as caught:
+            part.where(condition)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+def test_where_does_not_care_for_escapes(database):
+    assert len(database.where(r"label == '\d'")) == 0
+
+
+def test_where_on_a_part_and_on_a_union(database):
+    some = database.subset([40, 3, 17, 4])
+    chosen = some.where("year < 20").where("label != 'dog'")
+    assert chosen.column("year").tolist() == [3, 17]
+    other = ArrayDatabase(
+        database.embeddings(torch.arange(3)), Pooled().fingerprint, [{"place": p} for p in "abc"]
+    )
+    both = Union(some, other)
+    assert both.where("year == 17 or place == 'b'").rows.tolist() == [2, 5]
+    assert both.where("place is None").rows.tolist() == [0, 1, 2, 3]
+    assert [r.get("place") for r in both.where("year is None").records(torch.arange(3))] == [*"abc"]
+
+
+def test_where_on_a_union_with_deleted_rows(database):
+    other = ArrayDatabase(
+        database.embeddings(torch.arange(3)), Pooled().fingerprint, [{"place": p} for p in "abc"]
+    )
+    fewer = delete_rows(database.path, [0, 20, 49])
+    both = Union(fewer, other)
+    assert both.where("place == 'c'").rows.tolist() == [49]
+    assert both.where("year == 21").records(torch.tensor([0])) == [RECORDS[21]]
 
 
 def test_subset_numbers_anew_and_keeps_origin(database):
@@ -268,6 +322,88 @@ def test_subset_numbers_anew_and_keeps_origin(database):
         assert [int(chosen.rows[i]) for i in mine] == order
     with pytest.raises(ValueError, match="k=4 is more than the database's 3 rows"):
         chosen.search(query, 4)
+
+
+@pytest.fixture
+def pair() -> list[ArrayDatabase]:
+    g = torch.Generator().manual_seed(3)
+    mark = Pooled().fingerprint
+    return [ArrayDatabase(torch.randn(n, 48, generator=g), mark) for n in (30, 20)]
+
+
+def test_union_finds_what_one_database_of_all_rows_finds(pair):
+    together = torch.cat([d.embeddings(torch.arange(len(d))) for d in pair])
+    whole, union = ArrayDatabase(together, Pooled().fingerprint), Union(*pair)
+    query = Query(torch.randn(9, 48))
+    for k in (1, 7, 50):
+        assert torch.equal(union.search(query, k).indices, whole.search(query, k).indices)
+    assert torch.equal(union.embeddings(torch.tensor([[49, 0]])), together[None, [49, 0]])
+
+
+@pytest.mark.parametrize(
+    ("weights", "k", "shares"),
+    [
+        ([3, 1], 4, [3, 1]),
+        ([0.3, 0.1], 8, [6, 2]),
+        ([1, 1], 5, [3, 2]),
+        ([1, 1000], 3, [0, 3]),
+        ([1, 1000], 25, [5, 20]),  # all rows of the second, the rest from the first
+        ([1, 1], 50, [30, 20]),
+    ],
+)
+def test_weighted_union_gives_each_database_its_share(pair, weights, k, shares):
+    union = Union(*pair, weights=weights)
+    query = Query(torch.randn(6, 48))
+    found = union.search(query, k)
+    assert [int(n) for n in torch.bincount((found.indices[0] >= 30).long(), minlength=2)] == shares
+    # Of each database its nearest; all together sorted by their cosines.
+    parts = [
+        d.search(query, n).indices + start
+        for d, n, start in zip(pair, shares, (0, 30), strict=True)
+        if n
+    ]
+    for row, expected in zip(found.indices, torch.cat(parts, 1), strict=True):
+        assert sorted(row.tolist()) == sorted(expected.tolist())
+    cosine = torch.cosine_similarity(query.embedding.unsqueeze(1), found.embeddings, dim=-1)
+    torch.testing.assert_close(found.similarity, cosine)
+    assert bool((found.similarity.diff(dim=1) <= 0).all())
+
+
+def test_weighted_union_is_monotone_in_k_and_true_to_its_weights(pair):
+    union = Union(*pair, weights=[5, 2.5])
+    query = Query(torch.randn(3, 48))
+    before: list[set[int]] = [set()] * 3
+    for k in range(1, 51):
+        now = [set(row) for row in union.search(query, k).indices.tolist()]
+        assert all(a < b for a, b in zip(before, now, strict=True))
+        before = now
+        if k <= 30:
+            assert abs(union.shares(k)[0] - k * 2 / 3) < 1
+    check_retriever(NearestNeighbors(), Union(*pair, weights=[2, 1]))
+
+
+def test_weights_do_not_touch_a_proposal(pair):
+    check_proposal(Uniform(), Union(*pair, weights=[1, 9]))
+
+
+def test_union_refuses(pair, database):
+    mark = Pooled().fingerprint
+    rows = torch.randn(4, 48)
+    for other, message in (
+        (ArrayDatabase(torch.randn(4, 7), replace(mark, dim=7)), "dim=48 against dim=7"),
+        (ArrayDatabase(rows, replace(mark, encoder="clip")), "encoder='pooled' against"),
+        (ArrayDatabase(rows, replace(mark, weights="x")), "weights='w' against weights='x'"),
+        (ArrayDatabase(rows, replace(mark, scale="unit")), "scale='raw' against scale='unit'"),
+    ):
+        with pytest.raises(ValueError, match=f"databases 0 and 2 of the union disagree: {message}"):
+            Union(*pair, other)
+    with pytest.raises(ValueError, match="2 databases, but 1 weights"):
+        Union(*pair, weights=[1])
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="each must be positive"):
+            Union(*pair, weights=[1, bad])
+    with pytest.raises(ValueError, match="at least one"):
+        Union()
 
 
 # --- change --------------------------------------------------------------------------------------
@@ -360,6 +496,58 @@ def test_index_of_other_rows_is_refused(database, images):
         open_database(database.path, "usearch")
 
 
+def test_index_of_another_database_is_refused(database, tmp_path):
+    other = build_database(
+        tmp_path / "other", Images(pictures(50, seed=5)), Pooled(), progress=False
+    )
+    other.build_index(Annoy(trees=5, components=8), progress=False)
+    shutil.copytree(other.path / "indexes", database.path / "indexes")
+    with pytest.raises(ValueError, match=r"built from rows \w+, the database has rows \w+: build"):
+        open_database(database.path, "annoy")
+    assert database.saved_indexes() == {}
+
+
+def test_options_of_an_exact_index_are_kept(database):
+    recipe = Exact(block=16)
+    assert open_database(database.path, recipe).recipe == recipe
+
+
+def test_an_index_is_not_written_where_others_write(database):
+    recipe = Annoy(trees=5, components=8)
+    with writing(database.path):
+        with pytest.raises(BlockingIOError, match="being written by another process: wait") as one:
+            database.build_index(recipe, progress=False)
+        assert "\n" not in str(one.value)
+        in_memory = database.build_index(recipe, progress=False, save=False)
+        assert in_memory.recipe == recipe
+        assert len(open_database(database.path)) == 50  # readers are not disturbed
+    assert not list(database.path.glob("indexes/*"))
+    database.build_index(recipe, progress=False)
+
+
+def test_a_read_only_folder_can_be_read_and_says_how_to_index_it(database, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in [database.path, *database.path.rglob("*")]}
+    again = open_database(database.path)
+    again.search(Query(torch.randn(2, 48)), 3)
+    again.records(torch.tensor([3]))
+    again.where("year > 3").image(0)
+    assert again.verify() == []
+    assert {p: p.stat().st_mtime_ns for p in [database.path, *database.path.rglob("*")]} == before
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    recipe = Annoy(trees=5, components=8)
+    monkeypatch.setattr(Annoy, "build", None)  # refused before the work
+    with pytest.raises(PermissionError, match=r"Permission denied\): keep .*\(save=False\)") as one:
+        again.build_index(recipe, progress=False)
+    assert "\n" not in str(one.value)
+    assert str(database.path) in str(one.value)
+    monkeypatch.undo()
+    assert again.build_index(recipe, progress=False, save=False).recipe == recipe
+
+
 def test_large_databases_take_a_saved_index_only_with_enough_recall(database, monkeypatch):
     from retrodiff.databases import store
 
@@ -381,6 +569,8 @@ def test_widths_and_k(database):
         database.search(Query(torch.randn(2, 7)), 3)
     with pytest.raises(ValueError, match="k=51 is more than the database's 50 rows"):
         database.search(Query(torch.randn(2, 48)), 51)
+    with pytest.raises(ValueError, match="k=0: ask for at least one"):
+        Union(database, database, weights=[1, 1]).search(Query(torch.randn(2, 48)), 0)
     with pytest.raises(ValueError, match="unknown column 'colour'; columns: file, label, year"):
         database.column("colour")
     with pytest.raises(IndexError, match="50 rows"):
@@ -413,9 +603,14 @@ def test_not_a_database(tmp_path, database):
     manifest.write_text(json.dumps({**value, "format": 99}))
     with pytest.raises(ValueError, match="upgrade retrodiff"):
         open_database(database.path)
-    manifest.write_text("{")
-    with pytest.raises(ValueError, match="not a database manifest"):
-        open_database(database.path)
+    for text in ("{", "[]", "{}", '{"format": "new"}', "\udcff"):
+        manifest.write_text(text, "utf-8", "surrogateescape")
+        with pytest.raises(ValueError, match="not a database manifest"):
+            open_database(database.path)
+    for key in ("shards", "fingerprint"):
+        manifest.write_text(json.dumps({k: v for k, v in value.items() if k != key}))
+        with pytest.raises(ValueError, match=f"damaged database manifest.*{key}"):
+            open_database(database.path)
 
 
 def test_damage_is_found(database):

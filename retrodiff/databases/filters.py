@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,22 +18,43 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
+_MOST = 500
+"""Comparisons in one filter; pyarrow nests expressions, and what is nested too deep crashes it."""
+
+
 def parse_filter(text: str, columns: Sequence[str]) -> tuple[Any, list[str]]:
     """A condition over columns -> pyarrow expression, and the columns that it needs.
 
     Known: comparisons, ``in``, ``not in``, ``is None``, ``and``, ``or``, ``not`` and parentheses.
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():  # what Python thinks of an escape sequence is no matter
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"cannot read the filter {text!r}: {error.msg}") from None
-    names = list(dict.fromkeys(n.id for n in ast.walk(tree) if isinstance(n, ast.Name)))
+        raise ValueError(f"cannot read the filter {_short(text)}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot read the filter {_short(text)}: {error}") from None
+    nodes = list(ast.walk(tree))
+    names = list(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name)))
     for name in names:
         if name not in columns:
             raise ValueError(
-                f"filter {text!r}: unknown column {name!r}; columns: {', '.join(columns)}"
+                f"filter {_short(text)}: unknown column {name!r}; columns: {', '.join(columns)}"
             )
-    return _Translator(text).boolean(tree.body), names
+    if sum(isinstance(node, ast.cmpop | ast.Not) for node in nodes) > _MOST:
+        raise ValueError(
+            f"the filter {_short(text)} makes more than {_MOST} comparisons: ask with "
+            "`column in [...]`"
+        )
+    try:
+        return _Translator(text).boolean(tree.body), names
+    except OverflowError:
+        raise ValueError(f"the filter {_short(text)} holds a number of more than 64 bits") from None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:199] + "…")
 
 
 class _Translator:
@@ -71,6 +93,8 @@ class _Translator:
             inside = one.isin([self.constant(item) for item in right.elts])
             return ~inside if isinstance(op, ast.NotIn) else inside
         if isinstance(right, ast.Constant) and right.value is None:
+            if not isinstance(op, ast.Is | ast.IsNot | ast.Eq | ast.NotEq):
+                raise self.refusal(right)
             is_null = one.is_null()
             return ~is_null if isinstance(op, ast.IsNot | ast.NotEq) else is_null
         if type(op) not in _COMPARISONS:
@@ -93,6 +117,6 @@ class _Translator:
 
     def refusal(self, node: ast.expr) -> ValueError:
         return ValueError(
-            f"cannot use {ast.unparse(node)!r} in the filter {self.text!r}: compare columns with "
-            "constants, and join comparisons by and, or, not"
+            f"cannot use {ast.unparse(node)!r} in the filter {_short(self.text)}: compare columns "
+            "with constants, and join comparisons by and, or, not"
         )

@@ -49,6 +49,8 @@ class Manifest:
         sources: what it was built from, and then what was appended.
         skipped: pictures that could not be read: [name, reason].
         deleted: {"file", "rows", "bytes", "sha256"} of the deleted row numbers, or None.
+        shared: what only a shared copy needs, {"columns": names, "indexes": {index: {file:
+            {"bytes", "sha256"}}}}; None in a folder of one's own.
     """
 
     fingerprint: Fingerprint
@@ -57,15 +59,26 @@ class Manifest:
     sources: tuple[dict[str, Any], ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     deleted: dict[str, Any] | None = None
+    shared: dict[str, Any] | None = None
 
     @property
     def rows(self) -> int:
         """Stored rows, deleted ones among them."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Every file of the database but its indexes: name -> {"bytes", "sha256", ...}."""
+        found = {name: about for shard in self.shards for name, about in shard.files.items()}
+        if self.deleted:
+            found[self.deleted["file"]] = self.deleted
+        return found
+
     def write(self, path: Path) -> None:
         """Writes the manifest, all at once."""
         value = {"format": FORMAT, "rows": self.rows, **asdict(self)}
+        if self.shared is None:
+            del value["shared"]
         write_json(path, value)
 
     @classmethod
@@ -73,8 +86,8 @@ class Manifest:
         """The manifest of a file, refused if its format is newer than this library."""
         try:
             value = json.loads(path.read_text("utf-8"))
-            found = value.pop("format")
-        except (json.JSONDecodeError, KeyError, AttributeError):
+            found = int(value["format"])
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{path} is not a database manifest: restore it, or build again"
             ) from None
@@ -83,7 +96,17 @@ class Manifest:
                 f"{path} has format {found}, this version of retrodiff reads up to {FORMAT}: "
                 "upgrade retrodiff"
             )
-        return cls(
+        try:
+            manifest = cls._of(value)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is a damaged database manifest ({error!r}): restore it, or build again"
+            ) from None
+        return manifest
+
+    @classmethod
+    def _of(cls, value: dict[str, Any]) -> Manifest:
+        manifest = cls(
             fingerprint=Fingerprint(**value["fingerprint"]),
             shards=tuple(
                 Shard(s["rows"], s["digest"], s["files"], tuple(s["next"]), s["source"])
@@ -93,4 +116,18 @@ class Manifest:
             sources=tuple(value["sources"]),
             skipped=tuple((name, reason) for name, reason in value["skipped"]),
             deleted=value["deleted"],
+            shared=value.get("shared"),
         )
+        indexes = (manifest.shared or {}).get("indexes", {})
+        for files in (manifest.files, *indexes.values()):
+            for name, about in files.items():
+                if not _plain(name) or not isinstance(about["bytes"], int) or not about["sha256"]:
+                    raise ValueError(f"no file of a database: {name!r}")
+        if not all(map(_plain, indexes)):
+            raise ValueError("an index that does not lie beside the rows")
+        return manifest
+
+
+def _plain(name: str) -> bool:
+    """Whether a name is that of a file in the folder itself."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,10 @@ class Searchable(Database):
         """The records of all rows as a pyarrow table, in their order."""
         ...
 
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The same as `table` in consecutive parts, so that not all are in memory at a time."""
+        yield self.table(columns)
+
     @abstractmethod
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
@@ -62,7 +66,8 @@ class Searchable(Database):
     def embeddings(self, indices: Tensor) -> Tensor:
         """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
         flat = self._checked(indices)
-        return self.vectors.rows(self.stored(flat)).view(*indices.shape, -1).to(indices.device)
+        found = self.vectors.rows(self.stored(flat))
+        return found.view(*indices.shape, self.fingerprint.dim).to(indices.device)
 
     def search(self, query: Query, k: int) -> Neighbors:
         """The k rows of highest cosine for each query, or for each region of it."""
@@ -77,8 +82,14 @@ class Searchable(Database):
             raise ValueError(
                 f"k={k} is more than the database's {len(self)} rows: ask for at most {len(self)}"
             )
-        similarity, indices = self._find(embedding.reshape(-1, embedding.shape[-1]), k)
+        if k < 1:
+            raise ValueError(f"k={k}: ask for at least one neighbor")
         shape = (*embedding.shape[:-1], k)
+        if embedding.numel():
+            similarity, indices = self._find(embedding.reshape(-1, embedding.shape[-1]), k)
+        else:
+            similarity = torch.empty(shape, device=embedding.device)
+            indices = torch.empty(shape, dtype=torch.int64, device=embedding.device)
         indices = indices.view(shape)
         return Neighbors(indices, similarity.view(shape), self.embeddings(indices))
 
@@ -102,9 +113,19 @@ class Searchable(Database):
         import pyarrow as pa
 
         expression, names = parse_filter(condition, self.columns)
-        table = self.table(names).append_column(" row", pa.array(np.arange(len(self))))
-        rows = table.filter(expression)[" row"].to_numpy()
-        return self.subset(torch.from_numpy(rows.copy()))
+        found, start = [np.empty(0, np.int64)], 0
+        for table in self.tables(names):
+            numbered = table.append_column(" row", pa.array(np.arange(len(table)) + start))
+            try:
+                found.append(numbered.filter(expression)[" row"].to_numpy())
+            except pa.ArrowException as error:
+                types = ", ".join(f"{name} is {table.schema.field(name).type}" for name in names)
+                raise ValueError(
+                    f"filter {condition!r} does not fit its columns ({types}): compare each with "
+                    f"constants of its own type [{str(error).splitlines()[0]}]"
+                ) from None
+            start += len(table)
+        return self.subset(torch.from_numpy(np.concatenate(found)))
 
     def subset(self, rows: Tensor | Sequence[int]) -> Subset:
         """The given rows, numbered anew in the given order."""
@@ -136,11 +157,14 @@ def show(record: Record, root: str | Path | None) -> Tensor:
     from retrodiff.databases.patchify import cut_record
 
     file = record.get("file")
-    if file is None or (root is None and not Path(file).is_file()):
+    if file is None:
         raise ValueError(
             "the row has neither a thumbnail nor a file: build the database with thumbnails=SIZE"
         )
     path = Path(file) if root is None else Path(root) / file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is gone: open the database with root= the files' folder")
+        raise FileNotFoundError(
+            f"{path} is not here, and its row has no thumbnail: open the database with root= the "
+            "files' folder"
+        )
     return to_float(cut_record(read_image(path), record))

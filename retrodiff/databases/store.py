@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import map_tensors
-from retrodiff.files import writing
+from retrodiff.files import make_folder, writing
 from retrodiff.indexes import (
     Exact,
     Recall,
@@ -46,35 +47,30 @@ class EmbeddingDatabase(Searchable):
     def __init__(self, path: Path, manifest: Manifest, root: str | Path | None = None):
         self.path, self.manifest = path, manifest
         self.root = None if root is None else Path(root)
-        parts, norms = [], []
-        for shard in manifest.shards:
-            tensors = map_tensors(path / str(shard.file("vectors")))
-            parts.append(tensors["embeddings"])
-            norms.append(tensors["norms"])
-        if not parts:
-            parts, norms = [torch.empty(0, manifest.fingerprint.dim)], [torch.empty(0)]
         self.hidden: Tensor | None = None
         if manifest.deleted:
-            self.hidden = map_tensors(path / manifest.deleted["file"])["rows"]
+            self.hidden = map_tensors(self._here(manifest.deleted["file"]))["rows"]
         digest = rows_hash((shard.digest for shard in manifest.shards), self.hidden)
-        super().__init__(Vectors(parts, norms), replace(manifest.fingerprint, rows=digest))
+        super().__init__(self._mapped(), replace(manifest.fingerprint, rows=digest))
         self.recipe: Recipe = Exact()
         self.recall: Recall | None = None
         starts = torch.tensor([0, *(shard.rows for shard in manifest.shards)])
         self._starts = starts.cumsum(0)
         self._records_of = lru_cache(4)(self._read_records)
         self._thumbnails_of = lru_cache(64)(map_tensors)
-        self._columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.vectors) - (0 if self.hidden is None else len(self.hidden))
 
     @property
+    def address(self) -> str:
+        """Where it lies: `open_database` opens these rows again with it."""
+        return str(self.path)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of what is known about every row."""
-        if self._columns is None:
-            self._columns = tuple(self._schema().names)
-        return self._columns
+        return tuple(self._schema.names)
 
     def records(self, indices: Tensor) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
@@ -90,14 +86,24 @@ class EmbeddingDatabase(Searchable):
         """The records of all rows as a pyarrow table, in their order."""
         import pyarrow as pa
 
-        schema = self._schema()
-        if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
-        tables = [self._read_records(i, schema) for i in range(len(self.manifest.shards))]
-        table = pa.concat_tables(tables) if tables else schema.empty_table()
-        if self.hidden is not None:
-            table = table.take(self.stored(torch.arange(len(self))).numpy())
-        return table
+        tables = list(self.tables(columns))
+        return pa.concat_tables(tables) if tables else self._schema_of(columns).empty_table()
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The same as `table`, shard by shard."""
+        import pyarrow as pa
+
+        schema, start = self._schema_of(columns), 0
+        for number, shard in enumerate(self.manifest.shards):
+            table = self._read_records(number, schema)
+            if self.hidden is not None:
+                ends = torch.tensor([start, start + shard.rows])
+                first, last = torch.searchsorted(self.hidden, ends).tolist()
+                visible = torch.ones(shard.rows, dtype=torch.bool)
+                visible[self.hidden[first:last] - start] = False
+                table = table.filter(pa.array(visible.numpy()))
+            yield table
+            start += shard.rows
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
@@ -106,7 +112,7 @@ class EmbeddingDatabase(Searchable):
         if name is None:
             source = self.manifest.sources[self.manifest.shards[shard].source]
             return show(self.records(torch.tensor([index]))[0], self.root or source.get("root"))
-        packed = self._thumbnails_of(self.path / name)
+        packed = self._thumbnails_of(self._here(name))
         start, end = packed["offsets"][row : row + 2].tolist()
         return to_float(read_image(packed["bytes"][start:end].numpy().tobytes()))
 
@@ -126,20 +132,20 @@ class EmbeddingDatabase(Searchable):
         return similarity, visible
 
     def _find_visible(self, queries: Tensor, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        exact = Exact().build(self.vectors)
+        index: Any = self.index
         if self.recipe.name == "exact":
-            return exact.search(queries, k, hidden)
+            return index.search(queries, k, hidden)
         wide = min(2 * k + 32, len(self.vectors))
-        similarity, found = self.index.search(queries, wide)
+        similarity, found = index.search(queries, wide)
         seen = ~torch.isin(found, hidden.to(found.device))
         if int(seen.sum(1).min()) < k:
-            return exact.search(queries, k, hidden)
+            return Exact().build(self.vectors).search(queries, k, hidden)
         first = seen.long().sort(dim=1, descending=True, stable=True).indices[:, :k]
         return similarity.gather(1, first), found.gather(1, first)
 
     def with_index(self, recipe: Recipe, index: Index, recall: Recall | None) -> EmbeddingDatabase:
         """The same rows, searched by another index."""
-        other = EmbeddingDatabase(self.path, self.manifest, self.root)
+        other = copy.copy(self)
         other.recipe, other.index, other.recall = recipe, index, recall
         return other
 
@@ -151,33 +157,40 @@ class EmbeddingDatabase(Searchable):
         Returns:
             The same database, searched by the new index.
         """
-        index = recipe.build(self.vectors, progress)
-        recall = recall_of(index, self.vectors, k)
-        if save and recipe.name != "exact":
-            folder = self.path / "indexes" / recipe.name
-            with writing(self.path):
-                save_index(index, recipe, folder, self._stored_hash(), recall)
-            index, _, _ = load_index(folder, self.vectors, self._stored_hash())
-        return self.with_index(recipe, index, recall)
+        if not save or recipe.name == "exact":
+            index = recipe.build(self.vectors, progress)
+            return self.with_index(recipe, index, recall_of(index, self.vectors, k))
+        folder, rows = self._home() / "indexes" / recipe.name, self._stored_hash()
+        _check_writable(folder.parent)
+        with writing(self._home()):
+            index = recipe.build(self.vectors, progress)
+            recall = recall_of(index, self.vectors, k)
+            save_index(index, recipe, folder, rows, recall)
+        return self.with_index(recipe, load_index(folder, self.vectors, rows)[0], recall)
 
     def saved_indexes(self) -> dict[str, tuple[Recipe, Recall]]:
         """The indexes saved beside these very rows."""
         found = {}
-        for about in sorted(self.path.glob("indexes/*/index.json")):
-            recipe, recall, rows = saved_index(about.parent)
+        for folder in self.index_folders().values():
+            recipe, recall, rows = saved_index(folder)
             if rows == self._stored_hash():
                 found[recipe.name] = (recipe, recall)
         return found
+
+    def index_folders(self) -> dict[str, Path]:
+        """Where the saved indexes lie, of these rows or of others."""
+        found = sorted(self._home().glob("indexes/*/index.json"))
+        return {about.parent.name: about.parent for about in found}
 
     def open_index(self, name: str) -> EmbeddingDatabase:
         """The same database, searched by an index saved beside it; refused if of other rows."""
         if name == "exact":
             return self.with_index(Exact(), Exact().build(self.vectors), None)
-        folder = self.path / "indexes" / name
-        if not (folder / "index.json").is_file():
+        folder = self.index_folders().get(name)
+        if folder is None:
             raise FileNotFoundError(
-                f"{self.path} has no index {name!r}: build it with build_index, or "
-                f"`retrodiff database index {self.path} {name}`"
+                f"{self.address} has no index {name!r}: build it with build_index, or "
+                f"`retrodiff database index {self.address} {name}`"
             )
         index, recipe, recall = load_index(folder, self.vectors, self._stored_hash())
         return self.with_index(recipe, index, recall)
@@ -185,12 +198,7 @@ class EmbeddingDatabase(Searchable):
     def verify(self) -> list[str]:
         """What is wrong with the files, in words; empty if every byte is as it was written."""
         wrong = []
-        files = {
-            name: about for shard in self.manifest.shards for name, about in shard.files.items()
-        }
-        if self.manifest.deleted:
-            files[self.manifest.deleted["file"]] = self.manifest.deleted
-        for name, about in files.items():
+        for name, about in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
                 wrong.append(f"{name} is missing")
@@ -203,6 +211,62 @@ class EmbeddingDatabase(Searchable):
                 wrong.append(f"{shard.file('vectors')} does not hold the rows it should")
         return wrong
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        message: str = "Share a retrodiff database",
+    ) -> str:
+        """Uploads the database and its saved indexes to the Hugging Face Hub, with a dataset card.
+
+        One commit, so that readers see all of it or nothing. Folders of this machine are left out
+        of the manifest. Deleted rows are hidden from readers, not erased from the files: build the
+        database anew before sharing what nobody may have.
+
+        Args:
+            repo: ``owner/name``; made where it does not exist.
+            private: whether a new repository is hidden from others; a public one that exists is
+                refused unless this is False.
+            token: None: the one of ``hf auth login``.
+            message: of the commit.
+
+        Returns:
+            The address of the commit, for `open_database`.
+        """
+        from retrodiff.databases.share import push
+
+        return push(self, repo, private=private, token=token, message=message)
+
+    def _home(self) -> Path:
+        """The folder that indexes are saved in."""
+        return self.path
+
+    def _here(self, name: str) -> Path:
+        """A file of the database on this machine."""
+        return self.path / name
+
+    def _mapped(self) -> Vectors:
+        shards = [self._map_shard(number) for number in range(len(self.manifest.shards))]
+        if not shards:
+            return Vectors([torch.empty(0, self.manifest.fingerprint.dim)], [torch.empty(0)])
+        embeddings, norms = zip(*shards, strict=True)
+        return Vectors(embeddings, norms)
+
+    def _map_shard(self, number: int) -> tuple[Tensor, Tensor]:
+        """Embeddings (n, d) and norms (n,) of a shard."""
+        shard = self.manifest.shards[number]
+        name = str(shard.file("vectors"))
+        tensors = map_tensors(self._here(name))
+        found, expected = tensors["embeddings"].shape, (shard.rows, self.manifest.fingerprint.dim)
+        if found != expected or tensors["norms"].shape != expected[:1]:
+            raise ValueError(
+                f"{name} holds vectors {tuple(found)}, its manifest says {expected}: restore it, "
+                "or build again"
+            )
+        return tensors["embeddings"], tensors["norms"]
+
     def _stored_hash(self) -> str:
         """Hash of the stored rows, deleted ones among them: what an index is built from."""
         return rows_hash(shard.digest for shard in self.manifest.shards)
@@ -213,19 +277,27 @@ class EmbeddingDatabase(Searchable):
         shards = torch.searchsorted(self._starts, rows, right=True) - 1
         return list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
 
+    @cached_property
     def _schema(self) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        files = [self.path / str(shard.file("records")) for shard in self.manifest.shards]
+        files = [self._here(str(shard.file("records"))) for shard in self.manifest.shards]
         schemas = [pq.read_schema(file).remove_metadata() for file in files]
         return pa.unify_schemas(schemas, promote_options="permissive")
+
+    def _schema_of(self, columns: Sequence[str] | None) -> Any:
+        import pyarrow as pa
+
+        if columns is None:
+            return self._schema
+        return pa.schema([self._schema.field(name) for name in columns])
 
     def _read_records(self, shard: int, schema: Any = None) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file = self.path / str(self.manifest.shards[shard].file("records"))
+        file = self._here(str(self.manifest.shards[shard].file("records")))
         if schema is None:
             return pq.read_table(file)
         has = pq.read_schema(file).names
@@ -244,24 +316,25 @@ def open_database(
     index: str | Recipe | None = None,
     *,
     root: str | Path | None = None,
+    token: str | None = None,
 ) -> EmbeddingDatabase:
-    """Opens a database folder; nothing is read but its table of contents.
+    """Opens a database folder, or a shared database; nothing is read but its table of contents.
 
     Args:
-        path: the folder.
+        path: the folder, or ``hf://datasets/OWNER/NAME`` or ``hf://datasets/OWNER/NAME@REVISION``
+            of a database on the Hugging Face Hub, whose files are fetched when they are needed.
         index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
             saved there, else built and saved). None: exact, except that above a million rows on a
             CPU the saved index of the highest measured recall is taken, if that is 0.95 or more.
         root: folder that the records' files are relative to, if it has moved since the build.
+        token: for a private shared database; None: the one of ``hf auth login``.
     """
-    path = Path(path)
-    if not (path / MANIFEST).is_file():
-        if unfinished(path.with_name(path.name + ".partial")):
-            raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
-        raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
-    manifest = Manifest.read(path / MANIFEST)
-    _check_sizes(path, manifest)
-    database = EmbeddingDatabase(path, manifest, root)
+    if str(path).startswith("hf:"):
+        from retrodiff.databases.hub import open_shared
+
+        database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
+    else:
+        database = _open_folder(Path(path), root)
     if index is None:
         saved = database.saved_indexes() if len(database) > EXACT_ROWS else {}
         good = [
@@ -270,7 +343,9 @@ def open_database(
         return database.open_index(max(good)[1]) if good else database
     if isinstance(index, str):
         return database.open_index(index)
-    if index.name == "exact" or database.saved_indexes().get(index.name, (None,))[0] == index:
+    if index.name == "exact":
+        return database.with_index(index, index.build(database.vectors), None)
+    if database.saved_indexes().get(index.name, (None,))[0] == index:
         return database.open_index(index.name)
     return database.build_index(index)
 
@@ -278,6 +353,25 @@ def open_database(
 def unfinished(folder: Path) -> bool:
     """Whether a folder holds a build that was killed and can be resumed."""
     return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
+
+
+def _open_folder(path: Path, root: str | Path | None) -> EmbeddingDatabase:
+    if not (path / MANIFEST).is_file():
+        if unfinished(path.with_name(path.name + ".partial")):
+            raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
+        raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
+    manifest = Manifest.read(path / MANIFEST)
+    _check_sizes(path, manifest)
+    return EmbeddingDatabase(path, manifest, root)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuses before the work of building an index what could not be saved after it."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        reason = str(error).partition(": ")[0]
+        raise type(error)(f"{reason}: keep the index in memory (save=False)") from None
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:

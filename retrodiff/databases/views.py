@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +112,16 @@ class Subset(Searchable):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         return self.database.image(int(self.rows[index]))
+
+
+class GatheredVectors(Vectors):
+    """Rows that lie elsewhere: a subclass knows `rows` and a length, blocks are gathered so."""
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, stored values (n, d) and norms (n,), at most ``size`` rows at a time."""
+        for start in range(0, len(self), size):
+            block = self.rows(torch.arange(start, min(start + size, len(self))))
+            yield start, block, row_norms(block)
 
 
 def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tuple[Tensor, Tensor]:
