@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.files import write_folder, write_json
-from retrodiff.interfaces import Neighbors, Query
+from retrodiff.interfaces import Database, Neighbors, Query, Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,3 +126,24 @@ def to_picture(image: Tensor) -> Image:
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     pixels = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def origins(
+    query: Query, found: Neighbors, database: Database | None
+) -> tuple[tuple[Record, ...], ...]:
+    """Where every token of every query comes from: the record of its row, or the query itself."""
+    flat = found.indices.reshape(len(query), -1)
+    stored = flat >= 0
+    known: list[Record] = []
+    if database is not None and bool(stored.any()):
+        known = database.records(flat[stored].cpu())
+    rest = iter(known)
+    return tuple(
+        tuple(
+            next(rest)
+            if row >= 0
+            else {"query": query.source[i] if i < len(query.source) else None}
+            for row in rows
+        )
+        for i, rows in enumerate(flat.tolist())
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from retrodiff.checks import check_components, encoder_disagreement
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
 from retrodiff.diffusion.sampler import sampler_named
-from retrodiff.generation import Generation, gathered
+from retrodiff.generation import Generation, gathered, origins
 from retrodiff.interfaces import (
     Autoencoder,
     Conditioner,
@@ -39,15 +39,13 @@ from retrodiff.interfaces import (
     Neighbors,
     ProposalDistribution,
     Query,
-    Record,
     Retriever,
     Sampler,
     Schedule,
-    TextEncoder,
     TrainableDenoiser,
 )
 from retrodiff.progress import progress_bar
-from retrodiff.request import read_request
+from retrodiff.request import encoded, read_request
 from retrodiff.retrieval.retriever import RandomOfTop
 
 
@@ -193,7 +191,7 @@ class Model:
             found = itself.take(torch.zeros(0, dtype=torch.int64))
         else:
             found = self._retrieve(query, mode, k)
-        return dataclasses.replace(found, records=self._records(query, found))
+        return dataclasses.replace(found, records=origins(query, found, self.database))
 
     def sample_latents(
         self,
@@ -398,30 +396,8 @@ class Model:
                     "NeighborCounts.fit(queries, database, k)"
                 )
             return self.proposal.propose(database, len(rows), generator)
-        encoder = self.encoder
-        if encoder is None:
-            raise ValueError(f"{name} need an encoder and this model has none: set encoder=...")
-        if name == "images":
-            source = tuple(f"image {i}" for i in rows)
-            return Query(self._encode(value[rows]), source, None, generator)
-        prompts: list[str] = [value[i] for i in rows]
-        if name == "classes":
-            prompts = [self.prompt_template.format(c) for c in prompts]
-        if not hasattr(encoder, "encode_text"):
-            raise ValueError(
-                f"{name} need an encoder of text, but {type(encoder).__name__} has no text tower "
-                "(no encode_text): use a CLIPEncoder, or ask with images="
-            )
-        distinct = list(dict.fromkeys(prompts))
-        with torch.no_grad():
-            embedded = cast("TextEncoder", encoder).encode_text(distinct)
-        at = torch.tensor([distinct.index(p) for p in prompts], device=embedded.device)
-        return Query(embedded[at], tuple(prompts), None, generator)
-
-    def _encode(self, images: Tensor) -> Tensor:
-        assert self.encoder is not None
-        with torch.no_grad():
-            return self.encoder.encode_image(images)
+        query = encoded(name, value, rows, self.encoder, self.prompt_template)
+        return dataclasses.replace(query, generator=generator)
 
     def _retrieve(self, query: Query, mode: Mode, k: int) -> Neighbors:
         database = self._database(mode)
@@ -442,23 +418,6 @@ class Model:
                 "database=open_database(path), or use mode='text', which needs none"
             )
         return self.database
-
-    def _records(self, query: Query, found: Neighbors) -> tuple[tuple[Record, ...], ...]:
-        flat = found.indices.reshape(len(query), -1)
-        stored = flat >= 0
-        known: list[Record] = []
-        if self.database is not None and bool(stored.any()):
-            known = self.database.records(flat[stored].cpu())
-        rest = iter(known)
-        return tuple(
-            tuple(
-                next(rest)
-                if row >= 0
-                else {"query": query.source[i] if i < len(query.source) else None}
-                for row in rows
-            )
-            for i, rows in enumerate(flat.tolist())
-        )
 
     def _guidance(self, guidance: Guidance | float | None) -> Guidance:
         if guidance is None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
+import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Mode, Query
+from retrodiff.interfaces import Encoder, Mode, Query, TextEncoder
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -77,3 +78,38 @@ def read_request(
                 f"{' or '.join(fitting[name])}"
             )
     return modes, {name: value}
+
+
+def encoded(
+    name: str, value: Any, rows: list[int], encoder: Encoder | None, template: str
+) -> Query:
+    """Some rows of ``images``, ``prompts`` or ``classes`` as queries; equal prompts go together.
+
+    Args:
+        name: which of the three.
+        value: the images (n, c, h, w), prompts or class names of all rows.
+        rows: which of them.
+        encoder: what places them.
+        template: turns a class name into a prompt.
+
+    Raises:
+        ValueError: there is no encoder, or it takes no text.
+    """
+    if encoder is None:
+        raise ValueError(f"{name} need an encoder and this model has none: set encoder=...")
+    if name == "images":
+        with torch.no_grad():
+            return Query(encoder.encode_image(value[rows]), tuple(f"image {i}" for i in rows))
+    if not hasattr(encoder, "encode_text"):
+        raise ValueError(
+            f"{name} need an encoder of text, but {type(encoder).__name__} has no text tower "
+            "(no encode_text): use a CLIPEncoder, or ask with images="
+        )
+    prompts: list[str] = [value[i] for i in rows]
+    if name == "classes":
+        prompts = [template.format(c) for c in prompts]
+    distinct = list(dict.fromkeys(prompts))
+    with torch.no_grad():
+        embedding = cast("TextEncoder", encoder).encode_text(distinct)
+    at = torch.tensor([distinct.index(p) for p in prompts], device=embedding.device)
+    return Query(embedding[at], tuple(prompts))
