@@ -1,8 +1,12 @@
 """The commands ``retrodiff database ...`` on real photographs, as a user would type them."""
 
 import argparse
+import io
+import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -114,12 +118,61 @@ def test_timm_with_random_weights_is_the_same_every_time(photos, tmp_path):
     assert a == b
 
 
+def test_other_sources(encoder, photos, tmp_path, capsys):
+    pixels = [(photos / f).read_bytes() for f in ("people/astronaut.png", "animals/chelsea.png")]
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        for number, data in enumerate(pixels):
+            for ending, content in ((".png", data), (".txt", b"a picture")):
+                about = tarfile.TarInfo(f"{number}{ending}")
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    pq.write_table(pa.table({"jpg": pixels, "id": [1, 2]}), tmp_path / "a.parquet")
+    options = ["--encoder", encoder]
+    assert run("build", tmp_path / "tars", tmp_path / "t", *options, "--credit", "NASA") == 0
+    assert open_database(tmp_path / "t").column("caption").tolist() == ["a picture"] * 2
+    column = ["--image-column", "jpg"]
+    assert run("build", tmp_path / "a.parquet", tmp_path / "p", *options, *column) == 0
+    with pytest.raises(ValueError, match="has no column 'image'; columns: jpg, id"):
+        run("build", tmp_path / "a.parquet", tmp_path / "q", *options)
+    with pytest.raises(ValueError, match="row 0 has id 1, which a row of the database has too"):
+        run("append", tmp_path / "a.parquet", tmp_path / "p", *options, *column)
+    assert run("append", tmp_path / "tars", tmp_path / "p", *options) == 0
+    assert "4 rows" in capsys.readouterr().out
+
+
+def test_import(built, encoder, tmp_path, capsys):
+    original = open_database(built)
+    rows = original.embeddings(torch.arange(len(original))).numpy()
+    (tmp_path / "npy").mkdir()
+    for i in range(3):
+        np.save(tmp_path / f"npy/{i}.npy", rows[i * 50 : (i + 1) * 50])
+    assert run("import", tmp_path / "npy", tmp_path / "a", "--encoder", encoder) == 0
+    assert "150 rows, raw scale" in capsys.readouterr().out
+    imported = open_database(tmp_path / "a")
+    assert imported.fingerprint.disagreement(original.fingerprint) is None
+    assert np.array_equal(imported.embeddings(torch.arange(150)).numpy(), rows[:150])
+    for word in ("--resume", "--overwrite"):
+        assert run("import", tmp_path / "npy", tmp_path / "a", "--encoder", encoder, word) == 0
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run("import", tmp_path / "npy", tmp_path / "a", "--encoder", encoder)
+    unit = rows[:9] / np.linalg.norm(rows[:9], axis=1, keepdims=True)
+    np.save(tmp_path / "unit.npy", unit)
+    other = ["--encoder", "name:ours v2"]
+    assert run("import", tmp_path / "unit.npy", tmp_path / "b", *other) == 0
+    assert open_database(tmp_path / "b").fingerprint.encoder == "ours v2"
+    assert open_database(tmp_path / "b").fingerprint.scale == "unit"
+    with pytest.raises(ValueError, match="says scale='unit'"):
+        run("import", tmp_path / "npy/0.npy", tmp_path / "c", *other, "--scale", "unit")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["build", "{photos}", "{built}"], "--overwrite"),
         (["build", "{photos}", "{built}x", "--stride", "4"], "need --patch-size"),
-        (["build", "{photos}/none", "{built}x"], "is not a folder"),
+        (["build", "{photos}/none", "{built}x"], "does not exist"),
+        (["import", "{photos}", "{built}x"], "holds no embeddings"),
         (["search", "{built}"], "give --text or --image"),
         (["search", "{built}", "--text", "a", "-k", "999999"], "k=999999"),
         (["search", "{built}", "--text", "a", "--where", "x == 1"], "unknown column 'x'"),

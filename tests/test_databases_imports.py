@@ -1,34 +1,37 @@
-"""Databases from what users have: arrays, published layouts, tars, parquet; unions of them."""
+"""Databases from embeddings that exist: arrays, published layouts, interruption; unions of them."""
 
-import io
-import json
-import tarfile
+import collections
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from test_databases import Pooled, pictures
+from test_databases import Pooled, files_of, pictures
 
 from retrodiff.databases import (
     ArrayDatabase,
-    DatasetImages,
     Images,
-    ParquetImages,
     Part,
-    Tars,
     Union,
-    UnreadableImage,
+    append_to_database,
     build_database,
     clip_retrieval_parts,
     import_embeddings,
+    nn_memory_counts,
     npy_parts,
     open_database,
+    open_parts,
     rdm_parts,
 )
+from retrodiff.databases.streams import NpzArray, ParquetRows
 from retrodiff.interfaces import Database, Fingerprint, Query
+from retrodiff.retrieval import NeighborCounts
 
 MARK = Fingerprint(encoder="e", weights="w", preprocessing="p", dim=6)
 
@@ -37,10 +40,9 @@ def vectors(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, 6)).astype(np.float16)
 
 
-def png(image: torch.Tensor) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "PNG")
-    return out.getvalue()
+def unit_vectors(n: int, seed: int = 0) -> np.ndarray:
+    rows = vectors(n, seed).astype(np.float32)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
 # --- embeddings ----------------------------------------------------------------------------------
@@ -59,37 +61,151 @@ def test_rows_are_neither_lost_nor_reordered(tmp_path, shard_rows):
     assert database.verify() == []
 
 
-def test_rdm_layout_by_number_not_by_name(tmp_path):
-    order = []
-    for part in (10, 2, 0, 1):
-        rows = vectors(3, part)
-        ids = [f"img{part}-{i}" for i in range(3)]
+def save_rdm(folder, numbers, save=np.savez, kind=np.float16) -> None:
+    for part in numbers:
+        ids = np.array([f"img{part}-{i}" for i in range(3)])
         boxes = np.arange(12).reshape(3, 4) + part
-        name = tmp_path / f"3x6-part_{part}.npz"
-        np.savez(name, embedding=rows, img_id=ids, patch_coords=boxes)
-    for part in (0, 1, 2, 10):
-        order += [f"img{part}-{i}" for i in range(3)]
-    database = import_embeddings(tmp_path / "d", rdm_parts(tmp_path), MARK, progress=False)
-    assert database.column("image_id").tolist() == order
-    assert database.records(torch.tensor([11]))[0]["box"] == [18, 19, 20, 21]
-    last = database.embeddings(torch.tensor([9, 10, 11]))
-    assert np.array_equal(last.numpy(), vectors(3, 10).astype(np.float32))
+        save(
+            folder / f"3x6-part_{part}.npz",
+            embedding=vectors(3, part).astype(kind),
+            img_id=ids,
+            patch_coords=boxes,
+        )
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("first", [0, 1])
+def test_rdm_layout_by_number_not_by_name(save, first, tmp_path):
+    numbers = list(range(first, 12))
+    save_rdm(tmp_path, numbers[::-1], save, np.float32)
+    parts = rdm_parts(tmp_path)
+    database = import_embeddings(tmp_path / "d", parts, MARK, shard_rows=7, progress=False)
+    assert database.column("image_id").tolist() == [f"img{n}-{i}" for n in numbers for i in "012"]
+    assert [r["box"] for r in database.records(torch.tensor([0, len(database) - 1]))] == [
+        [first, first + 1, first + 2, first + 3],
+        [19, 20, 21, 22],
+    ]
+    expected = np.concatenate([vectors(3, n) for n in numbers]).astype(np.float32)
+    assert np.array_equal(database.embeddings(torch.arange(len(expected))).numpy(), expected)
+
+
+def test_a_missing_part_and_other_widths_are_named(tmp_path):
+    save_rdm(tmp_path, [0, 1, 4, 5])
+    with pytest.raises(ValueError, match=r"lacks 3x6-part_2\.npz, 3x6-part_3\.npz, though it goes"):
+        rdm_parts(tmp_path)
+    save_rdm(tmp_path, [2, 3])
+    os.remove(tmp_path / "3x6-part_0.npz")
+    assert len(rdm_parts(tmp_path)) == 5
+    os.remove(tmp_path / "3x6-part_1.npz")
+    with pytest.raises(ValueError, match=r"lacks 3x6-part_1\.npz, though"):
+        rdm_parts(tmp_path)
+    save_rdm(tmp_path, [1])
+    np.savez(tmp_path / "9x5-part_6.npz", embedding=vectors(3)[:, :5])
+    with pytest.raises(ValueError, match=r"part_1.npz holds .*\(3, 6\), .*9x5-part_6.npz of .*5\)"):
+        rdm_parts(tmp_path)
+    np.savez(tmp_path / "9x5-part_6.npz", embedding=vectors(3), img_id=np.arange(2))
+    with pytest.raises(ValueError, match=r"part_6\.npz: 3 embeddings, but 2 img_id"):
+        rdm_parts(tmp_path)
+    os.rename(tmp_path / "9x5-part_6.npz", tmp_path / "9x5-part_05.npz")
+    with pytest.raises(ValueError, match="are both part"):
+        rdm_parts(tmp_path)
+
+
+def test_damaged_parts_are_named(tmp_path):
+    path = tmp_path / "3x6-part_0.npz"
+    save_rdm(tmp_path, [0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"part_0\.npz is truncated, or no npz"):
+        rdm_parts(tmp_path)
+    np.savez(path, other=vectors(3))
+    with pytest.raises(ValueError, match="no npz file with an array 'embedding'"):
+        rdm_parts(tmp_path)
+    np.savez(path, embedding=vectors(3000))
+    whole = path.read_bytes()
+    at = len(whole) // 2
+    path.write_bytes(whole[: at + 7] + b"x" + whole[at + 8 :])
+    with pytest.raises(ValueError, match=r"part_0\.npz is damaged \(Bad CRC"):
+        import_embeddings(tmp_path / "d", rdm_parts(tmp_path), MARK, progress=False)
+    assert not (tmp_path / "d").exists()
+
+
+def test_npz_arrays_read_any_piece(tmp_path):
+    arrays = {
+        "plain": vectors(50).astype(np.float64),
+        "fortran": np.asfortranarray(vectors(50)),
+        "flat": np.arange(50),
+        "text": np.array([f"{i}" for i in range(50)]),
+        "objects": np.array([f"a{i}" for i in range(50)], object),
+    }
+    np.savez_compressed(tmp_path / "a.npz", **arrays, allow_pickle=True)
+    for name, array in arrays.items():
+        stored = NpzArray(tmp_path / "a.npz", name)
+        assert (len(stored), stored.shape) == (50, array.shape)
+        for start, end in [(0, 3), (3, 4), (30, 50), (7, 20), (0, 50)]:
+            assert np.array_equal(stored[start:end], array[start:end]), name
+
+
+def test_parquet_rows_read_any_piece(tmp_path):
+    table = pa.table({"a": list(range(20_000)), "image_path": ["x"] * 20_000})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=9_000)
+    rows = ParquetRows(tmp_path / "a.parquet", {"image_path": "file"})
+    assert len(rows) == 20_000
+    for start, end in [(0, 5), (5, 8_192), (8_192, 8_200), (17_000, 20_000), (1, 3)]:
+        piece = rows(start, end)
+        assert piece["a"].to_pylist() == list(range(start, end))
+        assert piece.column_names == ["a", "file"]
+
+
+def save_clip_retrieval(folder, numbers) -> None:
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    for i in numbers:
+        np.save(folder / f"img_emb/img_emb_{i}.npy", unit_vectors(4, i))
+        names = [f"{i}/{j}.jpg" for j in range(4)]
+        table = pa.table({"image_path": names, "caption": ["c"] * 4})
+        pq.write_table(table, folder / f"metadata/metadata_{i}.parquet")
 
 
 def test_clip_retrieval_layout(tmp_path):
-    (tmp_path / "img_emb").mkdir()
-    (tmp_path / "metadata").mkdir()
-    for i in (0, 1, 10, 2):
-        np.save(tmp_path / f"img_emb/img_emb_{i}.npy", vectors(4, i))
-        names = [f"{i}/{j}.jpg" for j in range(4)]
-        table = pa.table({"image_path": names, "caption": ["c"] * 4})
-        pq.write_table(table, tmp_path / f"metadata/metadata_{i}.parquet")
-    mark = Fingerprint(**{**MARK.__dict__, "scale": "unit"})
-    parts = clip_retrieval_parts(tmp_path)
+    save_clip_retrieval(tmp_path / "clip", range(11))
+    mark = replace(MARK, scale="unit")
+    parts, scale = open_parts(tmp_path / "clip")
+    assert scale == "unit"
     database = import_embeddings(tmp_path / "d", parts, mark, shard_rows=5, progress=False)
-    assert database.column("file")[[0, 4, 8, 12]].tolist() == [f"{i}/0.jpg" for i in (0, 1, 2, 10)]
+    assert database.column("file")[::4].tolist() == [f"{i}/0.jpg" for i in range(11)]
     assert database.fingerprint.scale == "unit"
-    assert database.where("caption == 'c'").rows.tolist() == list(range(16))
+    assert database.where("caption == 'c'").rows.tolist() == list(range(44))
+    os.remove(tmp_path / "clip/metadata/metadata_10.parquet")
+    with pytest.raises(ValueError, match=r"img_emb has a part 10, .*metadata has none"):
+        clip_retrieval_parts(tmp_path / "clip")
+    os.remove(tmp_path / "clip/img_emb/img_emb_7.npy")
+    with pytest.raises(ValueError, match=r"lacks img_emb_7\.npy"):
+        clip_retrieval_parts(tmp_path / "clip")
+
+
+def test_the_unit_scale_is_not_taken_on_trust(tmp_path):
+    mark = replace(MARK, scale="unit")
+    rows = np.concatenate([unit_vectors(5), vectors(1)])
+    with pytest.raises(ValueError, match=r"x\.npy, row 5 has norm .* says scale='unit'"):
+        import_embeddings(tmp_path / "d", [Part(rows, name="x.npy")], mark, progress=False)
+
+
+def test_npy_files_take_the_parquet_files_beside_them(tmp_path):
+    for i in (0, 1, 10):
+        np.save(tmp_path / f"{i}.npy", vectors(2, i))
+        pq.write_table(pa.table({"n": [i, i]}), tmp_path / f"{i}.parquet")
+    parts, scale = open_parts(tmp_path)
+    assert scale is None
+    database = import_embeddings(tmp_path / "d", parts, MARK, progress=False)
+    assert database.column("n").tolist() == [0, 0, 1, 1, 10, 10]
+    os.remove(tmp_path / "1.parquet")
+    with pytest.raises(ValueError, match=r"1\.parquet is missing"):
+        open_parts(tmp_path)
+    assert open_parts(tmp_path / "0.npy")[0][0].records is not None
+    (tmp_path / "0.npy").write_bytes((tmp_path / "0.npy").read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"0\.npy is no whole npy file"):
+        open_parts(tmp_path / "0.npy")
 
 
 def test_big_endian_and_float64_npy(tmp_path):
@@ -116,100 +232,179 @@ def test_imports_refuse(tmp_path):
             import_embeddings(tmp_path / "d", parts, MARK, progress=False)
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"no \.npz files"):
-        list(rdm_parts(tmp_path))
+        rdm_parts(tmp_path)
 
 
-# --- archives ------------------------------------------------------------------------------------
-
-
-def write_tar(path, members) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            about = tarfile.TarInfo(name)
-            about.size = len(data)
-            tar.addfile(about, io.BytesIO(data))
-
-
-def test_tars(tmp_path):
-    images = pictures(4)
-    about = json.dumps({"width": 8, "url": "u", "exif": {"a": 1}}).encode()
-    write_tar(
-        tmp_path / "0.tar",
-        [
-            ("a/000.png", png(images[0])),
-            ("a/000.txt", b"a dog\n"),
-            ("a/000.json", about),
-            ("a/001.png", b"broken"),
-            ("a/002.json", b"{}"),
-        ],
-    )
-    write_tar(tmp_path / "1.tar", [("000.png", png(images[1])), ("000.cls", b"7")])
-    source = Tars([tmp_path / "0.tar", tmp_path / "1.tar"], {"licence": "CC0"})
-    with pytest.warns(UserWarning, match=r"1 skipped: 0\.tar:a/001 \(not an image\)"):
-        database = build_database(tmp_path / "d", source, Pooled(), thumbnails=8, progress=False)
-    record = database.records(torch.tensor([0]))[0]
-    assert {name: value for name, value in record.items() if value is not None} == {
-        "key": "0.tar:a/000",
-        "width": 8,
-        "url": "u",
-        "caption": "a dog",
-        "licence": "CC0",
-    }
-    assert database.column("label").tolist() == [None, "7"]
-    assert torch.equal(database.image(1), images[1] / 127.5 - 1)
-
-
-def test_tars_refuse(tmp_path):
-    for name in ("../a.png", "/etc/a.png"):
-        write_tar(tmp_path / "x.tar", [(name, png(pictures(1)[0]))])
-        with pytest.raises(ValueError, match="points outside the archive"):
-            Tars([tmp_path / "x.tar"])
-    write_tar(tmp_path / "x.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.png", b"3")])
-    with pytest.raises(ValueError, match=r"'a\.png' is there twice"):
-        Tars([tmp_path / "x.tar"])
-    (tmp_path / "x.tar").write_bytes(b"not a tar at all")
-    with pytest.raises(ValueError, match="not a whole, uncompressed tar"):
-        Tars([tmp_path / "x.tar"])
-    write_tar(tmp_path / "x.tar", [("a.txt", b"1")])
-    with pytest.raises(ValueError, match="no pictures"):
-        Tars([tmp_path / "x.tar"])
-
-
-@pytest.mark.parametrize("struct", [True, False])
-def test_parquet_column(tmp_path, struct):
-    images = pictures(5)
-    data = [png(image) for image in images]
-    column = [{"bytes": d, "path": None} for d in data] if struct else data
-    table = pa.table({"image": column, "label": list("abcde"), "boxes": [[1]] * 5})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    source = ParquetImages([tmp_path / "a.parquet"])
-    items = [source.read(i)[0] for i in (4, 0, 1, 2, 3)]
-    assert [item.record for item in items] == [{"label": c} for c in "eabcd"]
-    assert torch.equal(items[0].image, images[4])
-    database = build_database(tmp_path / "d", source, Pooled(), workers=1, progress=False)
-    assert database.labels.tolist() == list("abcde")
-    with pytest.raises(ValueError, match="no column 'picture'; columns: image, label, boxes"):
-        ParquetImages([tmp_path / "a.parquet"], "picture")
-
-
-def test_dataset_rows():
-    images = pictures(4)
-    array = images[1].permute(1, 2, 0).numpy()
-    rows = [
-        {"image": Image.fromarray(images[0].permute(1, 2, 0).numpy()), "label": 3, "extra": [1]},
-        {"image": array, "label": 4, "extra": [1]},
-        {"image": {"bytes": png(images[2])}, "label": 5, "extra": [1]},
-        {"image": None, "label": 6, "extra": [1]},
+def test_an_id_that_is_there_twice_is_refused(tmp_path):
+    parts = [
+        Part(vectors(3), [{"id": "a"}, {"id": "b"}, {}]),
+        Part(vectors(2), pa.table({"id": [None, "b"]})),
     ]
-    source = DatasetImages(rows)
-    for i in range(3):
-        [item] = source.read(i)
-        assert torch.equal(item.image, images[i])
-        assert item.record == {"number": i, "label": 3 + i}
-    with pytest.raises(UnreadableImage, match="is empty"):
-        source.read(3)
-    with pytest.raises(ValueError, match="no column 'img'; columns: image, label, extra"):
-        DatasetImages(rows, "img")
+    with pytest.raises(ValueError, match="rows 1 and 4 both have id 'b'"):
+        import_embeddings(tmp_path / "d", parts, MARK, shard_rows=2, progress=False)
+    assert not (tmp_path / "d").exists()
+
+
+def test_pictures_can_be_appended_to_what_was_imported(tmp_path):
+    mark = Pooled().fingerprint
+    rows = Pooled().encode_image(pictures(3) / 127.5 - 1).numpy()
+    import_embeddings(tmp_path / "d", [Part(rows)], mark, progress=False)
+    database = append_to_database(tmp_path / "d", Images(pictures(2)), Pooled(), progress=False)
+    assert len(database) == 5
+    assert database.verify() == []
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+KILL = """
+import os, signal, sys
+from retrodiff.databases import import_embeddings, rdm_parts, shards, work
+from retrodiff.interfaces import Fingerprint
+
+os.fsync = lambda descriptor: None  # a killed process loses no written pages
+mark = Fingerprint(encoder="e", weights="w", preprocessing="p", dim=6)
+for folder, out, point, nth in {jobs!r}:
+    child = os.fork()
+    if child == 0:
+        def reached(name, left=[nth]):
+            left[0] -= name == point
+            if name == point and left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        shards.reached = work.reached = reached
+        import_embeddings(out, rdm_parts(folder), mark, shard_rows=4, progress=False)
+        os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), (point, nth, status)
+"""
+
+
+def test_killed_imports_resume_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    source = tmp_path / "parts"
+    source.mkdir()
+    save_rdm(source, range(1, 8), np.savez_compressed)
+    import_embeddings(tmp_path / "whole", rdm_parts(source), MARK, shard_rows=4, progress=False)
+    expected = files_of(tmp_path / "whole")
+    points = [("vectors written", 1), ("records written", 3), ("shard recorded", 4)]
+    points += [("manifest written", 1), ("old one moved", 1)]
+    jobs = {(point, n): tmp_path / point for point, n in points}
+    code = KILL.format(jobs=[(str(source), str(out), *job) for job, out in jobs.items()])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for (point, _), out in jobs.items():
+        assert not out.exists(), point
+        with pytest.raises(FileExistsError, match="--resume"):
+            import_embeddings(out, rdm_parts(source), MARK, shard_rows=4, progress=False)
+        again = import_embeddings(
+            out, rdm_parts(source), MARK, shard_rows=4, resume=True, progress=False
+        )
+        assert files_of(out) == expected, point
+        assert len(again) == 21
+        assert not out.with_name(out.name + ".partial").exists()
+
+
+def test_resume_refuses_other_parts_and_opens_what_is_finished(tmp_path):
+    def imported(n, mark=MARK, **options):
+        parts = [Part(vectors(n), name=f"{n}.npy")]
+        return import_embeddings(
+            tmp_path / "d", parts, mark, shard_rows=4, resume=True, progress=False, **options
+        )
+
+    assert len(imported(9)) == len(imported(9)) == 9
+    with pytest.raises(ValueError, match="was begun with rows=9, now rows=10"):
+        imported(10)
+    with pytest.raises(ValueError, match="was begun with another encoder: weights='v'"):
+        imported(9, replace(MARK, weights="v"))
+
+
+def test_resume_reads_no_finished_part_again(tmp_path, monkeypatch):
+    whole = [Part(vectors(6, i), name=f"{i}.npy") for i in range(4)]
+    import_embeddings(tmp_path / "whole", whole, MARK, shard_rows=4, progress=False)
+
+    class Rows:
+        def __init__(self, rows, breaks):
+            self.rows, self.breaks, self.shape, self.first = rows, breaks, rows.shape, None
+
+        def __getitem__(self, piece):
+            if self.breaks:
+                raise KeyboardInterrupt
+            self.first = piece.start if self.first is None else self.first
+            return self.rows[piece]
+
+    parts = [Part(Rows(p.embeddings, i == 3), name=p.name) for i, p in enumerate(whole)]
+    options = {"shard_rows": 4, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        import_embeddings(tmp_path / "d", parts, MARK, **options)
+    again = [Part(Rows(p.embeddings, False), name=p.name) for p in whole]
+    import_embeddings(tmp_path / "d", again, MARK, resume=True, **options)
+    assert files_of(tmp_path / "d") == files_of(tmp_path / "whole")
+    assert again[0].embeddings.first is None
+
+
+# --- nn_memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("kind", [int, np.int64, "array"])
+def test_nn_memory_becomes_a_proposal(kind, protocol, tmp_path):
+    counts = {7: 3, 0: 5, 3: 1}
+    listed = [0, 7, 3]
+    if kind is np.int64:
+        counts = {np.int64(k): np.int64(v) for k, v in counts.items()}
+    content = {
+        "nn_memory": np.array(listed) if kind == "array" else listed,
+        "id_count": collections.Counter(counts) if kind is int else counts,
+    }
+    (tmp_path / "nn_memory.p").write_bytes(pickle.dumps(content, protocol))
+    database = import_embeddings(tmp_path / "d", [Part(vectors(8))], MARK, progress=False)
+    rows, times = nn_memory_counts(tmp_path / "nn_memory.p", database)
+    proposal = NeighborCounts(rows, times, database.fingerprint)
+    support, weights = proposal.support(database)
+    assert support.tolist() == [0, 3, 7]
+    assert weights.tolist() == [5, 1, 3]
+
+
+def test_nn_memory_refuses_what_does_not_fit(tmp_path):
+    path = tmp_path / "m"
+    database = ArrayDatabase(torch.randn(4, 6), MARK)
+    for content, message in [
+        ([1], "is no nn_memory"),
+        ({"id_count": {}}, "is no nn_memory"),
+        ({"id_count": {4: 1}}, "counts row 4, the database has 4 rows"),
+        ({"id_count": {-1: 1}}, "counts row -1"),
+        ({"id_count": {"a": 1}}, "no whole numbers"),
+        ({"id_count": {1: 1}, "nn_memory": [1, 2]}, "lists other rows"),
+    ]:
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            nn_memory_counts(path, database)
+    path.write_bytes(pickle.dumps({"id_count": {1: 1}})[:-3])
+    with pytest.raises(ValueError, match="is damaged, or no pickle"):
+        nn_memory_counts(path, database)
+
+
+@pytest.mark.parametrize("call", [os.system, eval, exec, subprocess.Popen, np.load, open, getattr])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_that_carries_code_is_refused(call, protocol, tmp_path):
+    witness = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return call, (f"touch {witness}",)
+
+    path = tmp_path / "m"
+    path.write_bytes(pickle.dumps({"id_count": {0: 1}, "nn_memory": Trap()}, protocol))
+    with pytest.raises(ValueError, match=r"wants to call .*: refused, nothing was run") as error:
+        nn_memory_counts(path, ArrayDatabase(torch.randn(4, 6), MARK))
+    assert "\n" not in str(error.value)
+    assert not witness.exists()
+    # The same hidden in an array of objects of a released part.
+    trapped = np.empty(3, object)
+    trapped[:] = [Trap(), 1, 2]
+    np.savez(tmp_path / "3x6-part_0.npz", embedding=vectors(3), img_id=trapped, allow_pickle=True)
+    with pytest.raises(ValueError, match="wants to call"):
+        import_embeddings(tmp_path / "d", rdm_parts(tmp_path), MARK, progress=False)
+    assert not witness.exists()
 
 
 # --- union ---------------------------------------------------------------------------------------

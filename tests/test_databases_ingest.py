@@ -1,16 +1,21 @@
 """Building databases: bad pictures, refusals, interruption at any moment."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from test_databases import Pooled, files_of, pictures
@@ -18,13 +23,18 @@ from test_databases import Pooled, files_of, pictures
 from retrodiff.databases import (
     ImageFolder,
     Images,
+    Part,
     UnreadableImage,
     append_to_database,
     build_database,
+    delete_rows,
+    import_embeddings,
     open_database,
     read_image,
+    shards,
 )
 from retrodiff.databases import ingest as ingest_module
+from retrodiff.interfaces import Query
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -120,6 +130,20 @@ def test_random_damage_is_read_or_refused(seed):
                 assert read_image(bytes(broken)).shape[0] == 3
 
 
+@pytest.mark.parametrize("n", [0, 1, 37])
+def test_files_of_tensors_are_those_of_safetensors(n, tmp_path):
+    generator = torch.Generator().manual_seed(n)
+    sets = [
+        {"embeddings": torch.randn(n, 6, generator=generator).half(), "norms": torch.rand(n)},
+        {"bytes": torch.arange(n, dtype=torch.uint8), "offsets": torch.arange(n)},
+    ]
+    for tensors in sets:
+        about = shards.save_tensors(tensors, tmp_path / "a")
+        data = safetensors.torch.save(tensors)
+        assert (tmp_path / "a").read_bytes() == data
+        assert about == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 # --- building ------------------------------------------------------------------------------------
 
 
@@ -187,11 +211,38 @@ def test_output_that_cannot_be_written(folder, tmp_path):
         build_database(tmp_path / "file/d", ImageFolder(folder), Pooled(), progress=False)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(folder, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match="choose another folder"):
-        build_database(tmp_path / "locked/d", ImageFolder(folder), Pooled(), progress=False)
+@pytest.fixture
+def nobody(tmp_path_factory):
+    """A folder that others may enter; root gives up its right to write everywhere."""
+    base = Path(tempfile.mkdtemp())
+    base.chmod(0o755)
+    root = os.geteuid() == 0
+    yield base, (lambda: os.seteuid(65534) if root else None)
+    if root:
+        os.seteuid(0)
+    for folder in base.rglob("*"):
+        folder.chmod(0o755)
+    shutil.rmtree(base)
+
+
+def test_read_only_folders(folder, nobody):
+    base, become_nobody = nobody
+    source = Images(pictures(5))
+    build_database(base / "d", source, Pooled(), progress=False)
+    before = files_of(base / "d")
+    (base / "d").chmod(0o555)
+    base.chmod(0o555)
+    become_nobody()
+    with pytest.raises(PermissionError, match=r"cannot write into .*e\.partial .*choose another"):
+        build_database(base / "e", source, Pooled(), progress=False)
+    with pytest.raises(PermissionError, match="cannot write into"):
+        append_to_database(base / "d", source, Pooled(), progress=False)
+    with pytest.raises(PermissionError, match="cannot write into"):
+        delete_rows(base / "d", [1])
+    database = open_database(base / "d")
+    assert len(database.search(Query(torch.randn(1, 48)), 3)) == 1
+    assert database.verify() == []
+    assert files_of(base / "d") == before
 
 
 def test_nan_names_file_row_and_encoder(folder, tmp_path):
@@ -207,16 +258,14 @@ def test_nan_names_file_row_and_encoder(folder, tmp_path):
 
 
 def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
-    import safetensors.torch
-
     source = ImageFolder(folder)
     build_database(tmp_path / "d", source, Pooled(), shard_rows=4, progress=False)
     before = files_of(tmp_path / "d")
 
-    def full(*_, **__):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(shards, "_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         append_to_database(tmp_path / "d", source, Pooled(), progress=False)
     with pytest.raises(OSError, match="No space left"):
@@ -227,6 +276,41 @@ def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
     assert (
         len(append_to_database(tmp_path / "d", source, Pooled(), resume=True, progress=False)) == 18
     )
+
+
+@contextlib.contextmanager
+def files_at_most(size):
+    """The system refuses to let any file grow beyond a size, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [700, 1200, 2500])
+def test_a_full_disk_can_be_cleared_and_the_build_resumed(size, folder, tmp_path):
+    """Wherever it fails: in vectors, records, or the state of the build."""
+    parts = [Part(np.random.default_rng(0).normal(size=(300, 48)).astype(np.float16))]
+
+    def built(name, **options):
+        options = {**OPTIONS, "shard_rows": 3, **options}
+        return build_database(tmp_path / name, ImageFolder(folder), Pooled(), **options)
+
+    def imported(name, **options):
+        options = {"shard_rows": size // 60, "progress": False, **options}
+        return import_embeddings(tmp_path / name, parts, Pooled().fingerprint, **options)
+
+    for make in (built, imported):
+        make("whole")
+        with files_at_most(size), pytest.raises(OSError, match="make room") as error:
+            make("cut")
+        assert "\n" not in str(error.value)
+        make("cut", resume=True)
+        assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+        for name in ("cut", "whole"):
+            shutil.rmtree(tmp_path / name)
 
 
 def test_one_writer_at_a_time(folder, tmp_path):
@@ -241,6 +325,62 @@ def test_one_writer_at_a_time(folder, tmp_path):
             return super().encode_image(images)
 
     assert len(append_to_database(tmp_path / "d", source, Meanwhile(), progress=False)) == 18
+
+
+def test_two_builds_of_one_folder(folder, tmp_path):
+    source = ImageFolder(folder)
+    parts = [Part(np.zeros((2, 48), np.float16))]
+
+    class Meanwhile(Pooled):
+        def encode_image(self, images):
+            for resume, error in ((False, FileExistsError), (True, BlockingIOError)):
+                options = {"resume": resume, "progress": False}
+                with pytest.raises(error, match=r"unfinished build|being written by another"):
+                    build_database(tmp_path / "d", source, Pooled(), **options)
+                with pytest.raises(error, match=r"unfinished build|being written by another"):
+                    import_embeddings(tmp_path / "d", parts, self.fingerprint, **options)
+            return super().encode_image(images)
+
+    assert len(build_database(tmp_path / "d", source, Meanwhile(), progress=False)) == 9
+
+
+def test_a_folder_of_odd_pictures(tmp_path):
+    """Every readable one becomes the same row as its plain version, the others are named."""
+    plain, photos = Image.fromarray(ramp()), tmp_path / "photos"
+    photos.mkdir()
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        # What a camera held this way stores: the inverse of what a viewer does.
+        method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(turn)
+        turned = plain if method is None else plain.transpose(Image.Transpose(method))
+        turned.save(photos / f"exif{turn}.png", exif=exif)
+    plain.save(photos / "gif.gif", save_all=True, append_images=[plain.rotate(180)])
+    webp = {"lossless": True, "save_all": True, "append_images": [plain.rotate(180)]}
+    plain.save(photos / "webp.webp", **webp)
+    plain.convert("P", palette=Image.Palette.ADAPTIVE).save(photos / "palette.png")
+    plain.convert("CMYK").save(photos / "cmyk.tif")
+    plain.convert("RGBA").save(photos / "alpha.png")
+    gray = np.asarray(plain.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(gray).save(photos / "sixteen.png")
+    Image.fromarray(gray).save(photos / "sixteen.tif")
+    whole = encoded(plain, "JPEG", quality=95)
+    (photos / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (photos / "page.jpg").write_bytes(b"<html>404</html>")
+    (photos / "empty.png").touch()
+    with pytest.warns(UserWarning, match="3 skipped: empty") as warned:
+        database = build_database(tmp_path / "d", ImageFolder(photos), Pooled(), progress=False)
+    for name in ("empty.png (not an image)", "page.jpg (not an image)", "truncated.jpg (broken"):
+        assert name in str(warned[0].message)
+    assert [name for name, _ in database.manifest.skipped] == [
+        "empty.png", "page.jpg", "truncated.jpg",
+    ]  # fmt: skip
+    color = Pooled().encode_image(torch.from_numpy(ramp()).permute(2, 0, 1)[None] / 127.5 - 1)
+    dim = torch.from_numpy(gray // 257).expand(1, 3, -1, -1) / 127.5 - 1
+    for row, file in enumerate(database.column("file").tolist()):
+        expected = Pooled().encode_image(dim) if "sixteen" in file else color
+        off = (database.embeddings(torch.tensor([row])) - expected).abs().max()
+        assert off < (0.5 if file in ("gif.gif", "palette.png", "cmyk.tif") else 0.02), file
 
 
 # --- interruption --------------------------------------------------------------------------------
@@ -259,10 +399,11 @@ KILL = """
 import os, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 from retrodiff.databases import Patchify, ImageFolder, append_to_database, build_database
-from retrodiff.databases import edit, ingest, shards
+from retrodiff.databases import edit, shards, work
 from test_databases import Pooled
 import torch
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a killed process loses no written pages
 warnings.simplefilter("ignore")
 
 def kill_at(point, nth):
@@ -271,7 +412,7 @@ def kill_at(point, nth):
         nth -= name == point
         if name == point and nth == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-    edit.reached = ingest.reached = shards.reached = reached
+    edit.reached = work.reached = shards.reached = reached
 
 for job, point, nth, out, folder, options in {jobs!r}:
     child = os.fork()
@@ -291,9 +432,10 @@ def run_killed(jobs) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path):
+def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path, monkeypatch):
     from retrodiff.databases import Patchify
 
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     (folder / "p3.txt").write_text("skipped")
     source = Patchify(size=6, n=3).over(ImageFolder(folder))
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"interfaces", "files", "progress"},
+    {"interfaces", "files", "pickled", "progress"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
@@ -23,7 +23,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The command line trains through presets; training reads folders as databases do.
-HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema")
+HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema", "ray")
 
 
 def room(path: Path) -> str:

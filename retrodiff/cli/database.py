@@ -11,26 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from retrodiff.databases import (
     EmbeddingDatabase,
-    ImageFolder,
     Patchify,
     append_to_database,
     build_database,
     captions_of,
     contact_sheet,
     delete_rows,
+    import_embeddings,
     open_database,
+    open_parts,
+    open_source,
     read_image,
 )
 from retrodiff.databases.images import to_float
-from retrodiff.databases.ingest import SkippedPictures, skipped_message
+from retrodiff.databases.ingest import ENGINES, SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
 from retrodiff.indexes import automatic, recipe_from_string
-from retrodiff.interfaces import Query
+from retrodiff.interfaces import Fingerprint, Query
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("database", help="build, inspect, search and change databases")
     commands = parser.add_subparsers(dest="database_command", required=True)
 
-    build = commands.add_parser("build", help="encode a folder of pictures into a database")
+    build = commands.add_parser("build", help="encode pictures into a database")
     _source_options(build)
     build.add_argument("out", help="folder to be made")
     _encoder_options(build)
@@ -47,7 +50,27 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--overwrite", action="store_true", help="replace what is there")
     build.set_defaults(run=_build)
 
-    append = commands.add_parser("append", help="add a folder of pictures to a database")
+    take = commands.add_parser("import", help="make a database of embeddings that exist already")
+    take.add_argument(
+        "source",
+        help="npy files (one, a folder, or a quoted pattern), a folder of clip-retrieval, or a "
+        "folder of npz parts as released with the paper",
+    )
+    take.add_argument("out", help="folder to be made")
+    _encoder_options(
+        take, "who made them, as for build; name:TEXT if retrodiff has no such encoder"
+    )
+    take.add_argument(
+        "--scale",
+        choices=["raw", "unit"],
+        help="raw as the encoder gives them, or divided by their norm; if not given: unit where "
+        "the norms are 1",
+    )
+    take.add_argument("--resume", action="store_true", help="continue what was interrupted")
+    take.add_argument("--overwrite", action="store_true", help="replace what is there")
+    take.set_defaults(run=_import)
+
+    append = commands.add_parser("append", help="add pictures to a database")
     _source_options(append)
     append.add_argument("database")
     _encoder_options(append)
@@ -85,7 +108,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of pictures; its sub-folders are labels")
+    parser.add_argument(
+        "source",
+        help="folder of pictures (its sub-folders are labels), WebDataset tars, parquet files, or "
+        "a Hugging Face dataset saved to disk; a folder, a file, or a quoted pattern",
+    )
+    parser.add_argument("--image-column", default="image", help="of parquet files and datasets")
     parser.add_argument("--patch-size", type=int, help="cut patches of this side")
     parser.add_argument("--short-side", type=int, help="resize pictures to this first")
     parser.add_argument("--patches", type=int, help="random patches per picture; else a grid")
@@ -93,29 +121,38 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random patches")
     parser.add_argument("--licence", help="kept with every row")
     parser.add_argument("--credit", help="kept with every row")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode ahead")
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="local", help="ray: as a job on a Ray cluster"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode ahead; with ray: encoders"
+    )
     parser.add_argument("--resume", action="store_true", help="continue what was interrupted")
 
 
-def _encoder_options(parser: argparse.ArgumentParser) -> None:
+def _encoder_options(
+    parser: argparse.ArgumentParser,
+    help: str = "open_clip:NAME:TAG, timm:NAME, or a folder with an encoder of your own",
+) -> None:
+    parser.add_argument("--encoder", required=True, help=help)
     parser.add_argument(
-        "--encoder",
-        required=True,
-        help="open_clip:NAME:TAG, timm:NAME, or a folder with an encoder of your own",
+        "--preprocessing",
+        help="how pictures are resized for it: rdm, openai or plain; its default if not given",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights (--seed 0)")
     parser.add_argument("--device", default="cpu")
 
 
 def _encoder(options: argparse.Namespace) -> Any:
+    given = {} if options.preprocessing is None else {"preprocessing": options.preprocessing}
     return encoder_from_string(
-        options.encoder, pretrained=not options.no_pretrained, device=options.device
+        options.encoder, pretrained=not options.no_pretrained, device=options.device, **given
     )
 
 
 def _source(options: argparse.Namespace) -> Source:
     columns = {n: v for n in ("licence", "credit") if (v := getattr(options, n)) is not None}
-    source: Source = ImageFolder(options.folder, columns)
+    source = open_source(options.source, image_column=options.image_column, columns=columns)
     if options.patch_size is None:
         if options.patches or options.stride or options.short_side:
             raise ValueError("--patches, --stride and --short-side need --patch-size")
@@ -139,10 +176,36 @@ def _build(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             thumbnails=options.thumbnails,
             workers=options.workers,
+            engine=options.engine,
             resume=options.resume,
             overwrite=options.overwrite,
         )
     print(f"{options.out}: {len(database):,} rows")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    parts, scale = open_parts(options.source)
+    if scale is not None and options.scale not in (None, scale):
+        raise ValueError(f"{options.source} is of {scale} scale, not --scale {options.scale}")
+    first = parts[0].embeddings[0:1024]
+    unit = abs(np.linalg.norm(first.astype(np.float32), axis=1) - 1) < 0.02
+    scale = scale or options.scale or ("unit" if unit.all() else "raw")
+    kind, _, name = options.encoder.partition(":")
+    if kind == "name" and name:
+        preprocessing = options.preprocessing or ""
+        dim = parts[0].embeddings.shape[1]
+        mark = Fingerprint(encoder=name, weights="", preprocessing=preprocessing, dim=dim)
+    else:
+        mark = _encoder(options).fingerprint
+    database = import_embeddings(
+        options.out,
+        parts,
+        replace(mark, scale=scale),
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(f"{options.out}: {len(database):,} rows, {scale} scale, by {mark.encoder}")
     return 0
 
 
@@ -153,6 +216,7 @@ def _append(options: argparse.Namespace) -> int:
             _source(options),
             _encoder(options),
             workers=options.workers,
+            engine=options.engine,
             resume=options.resume,
         )
     print(f"{options.database}: {len(database):,} rows")

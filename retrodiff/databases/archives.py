@@ -1,9 +1,10 @@
-"""Pictures inside other files: WebDataset tars, parquet columns, and Hugging Face ``datasets``."""
+"""Pictures inside tars, as WebDataset and img2dataset write them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -11,12 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 
-from retrodiff.databases.images import UnreadableImage, from_pil, read_image
+from retrodiff.databases.images import UnreadableImage, read_image
 from retrodiff.databases.sources import Item, Source
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+
+Members = dict[str, tuple[int, int]]
+"""File ending -> where the bytes begin, and how many there are."""
 
 
 class Tars(Source):
@@ -33,194 +36,110 @@ class Tars(Source):
     def __init__(self, files: Sequence[str | Path], columns: Mapping[str, Any] | None = None):
         self.files = [Path(file) for file in files]
         self.columns = dict(columns or {})
-        self.samples: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
+        self.names = _names(self.files)
+        digest, counts = hashlib.sha256(), [0]
         for number, file in enumerate(self.files):
-            self._scan(number, file)
-        if not self.samples:
+            samples = _scan(file)
+            counts.append(len(samples))
+            for key, _ in samples:  # the same as the hash of all names joined by zeros
+                digest.update(b"\0" * (sum(counts[:-1]) > 0 or key != samples[0][0]))
+                digest.update(f"{self.names[number]}:{key}".encode())
+        self._starts = np.cumsum(counts)
+        self._digest = digest.hexdigest()[:32]
+        self._marks = [file.stat().st_mtime_ns for file in self.files]
+        if not len(self):
             raise ValueError(f"no pictures in {', '.join(map(str, files)) or 'no tars'}")
 
-    def _scan(self, number: int, file: Path) -> None:
-        try:
-            with tarfile.open(file, "r:") as tar:
-                members = [m for m in tar if m.isfile()]
-        except tarfile.TarError as error:
-            raise ValueError(f"{file} is not a whole, uncompressed tar: {error}") from None
-        groups: dict[str, dict[str, tuple[int, int]]] = {}
-        for member in members:
-            path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{file}: member {member.name!r} points outside the archive")
-            stem, _, ending = path.name.partition(".")
-            group = groups.setdefault(str(path.with_name(stem)), {})
-            if ending.lower() in group:
-                raise ValueError(f"{file}: member {member.name!r} is there twice")
-            group[ending.lower()] = (member.offset_data, member.size)
-        for key, group in groups.items():
-            if any(ending in _PICTURES for ending in group):
-                self.samples.append((number, key, group))
-
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self._starts[-1])
+
+    def _sample(self, i: int) -> tuple[int, str, Members]:
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        samples = _scanned(self.files[number], self._marks[number])
+        return number, *samples[i - int(self._starts[number])]
 
     def name(self, i: int) -> str:
         """Tar and key."""
-        number, key, _ = self.samples[i]
-        return f"{self.files[number].name}:{key}"
+        number, key, _ = self._sample(i)
+        return f"{self.names[number]}:{key}"
 
     def read(self, i: int) -> list[Item]:
         """The picture of sample ``i``."""
-        number, _, group = self.samples[i]
-        record: dict[str, Any] = {"key": self.name(i)}
+        number, key, members = self._sample(i)
+        record: dict[str, Any] = {"key": f"{self.names[number]}:{key}"}
         with self.files[number].open("rb") as file:
 
             def member(ending: str) -> bytes:
-                file.seek(group[ending][0])
-                return file.read(group[ending][1])
+                file.seek(members[ending][0])
+                return file.read(members[ending][1])
 
-            picture = member(next(e for e in _PICTURES if e in group))
-            if "json" in group:
+            picture = member(next(e for e in PICTURES if e in members))
+            if "json" in members:
                 try:
                     known = json.loads(member("json"))
                 except ValueError as error:
                     raise UnreadableImage(f"broken json: {error}") from None
-                record |= {k: v for k, v in known.items() if not isinstance(v, dict | list)}
-            if "txt" in group:
+                if isinstance(known, dict):
+                    record |= {k: v for k, v in known.items() if not isinstance(v, dict | list)}
+            if "txt" in members:
                 record["caption"] = member("txt").decode("utf-8", "replace").strip()
-            if "cls" in group:
+            if "cls" in members:
                 record["label"] = member("cls").decode("utf-8", "replace").strip()
         return [Item(read_image(picture), record | self.columns)]
 
     def describe(self) -> dict[str, Any]:
         """The tars' names, and hash of the keys."""
-        keys = "\0".join(self.name(i) for i in range(len(self)))
         return {
             "kind": "tars",
-            "files": [file.name for file in self.files],
+            "files": self.names,
             "count": len(self),
-            "names": hashlib.sha256(keys.encode()).hexdigest()[:32],
+            "names": self._digest,
             "columns": self.columns,
         }
 
 
-class ParquetImages(Source):
-    """Pictures in a column of parquet files; the other plain columns become the records.
-
-    Args:
-        files: in the order they shall have.
-        column: of bytes, or of structs with ``bytes`` as Hugging Face writes them.
-        columns: the same for every row.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str | Path],
-        column: str = "image",
-        columns: Mapping[str, Any] | None = None,
-    ):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.files, self.column = [Path(file) for file in files], column
-        self.columns = dict(columns or {})
-        self.groups: list[tuple[int, int]] = []
-        sizes = [0]
-        for number, file in enumerate(self.files):
-            opened = pq.ParquetFile(file)
-            names = opened.schema_arrow.names
-            if column not in names:
-                raise ValueError(f"{file} has no column {column!r}; columns: {', '.join(names)}")
-            for group in range(opened.num_row_groups):
-                self.groups.append((number, group))
-                sizes.append(opened.metadata.row_group(group).num_rows)
-        self._starts = np.cumsum(sizes)
-        self._nested = pa.types.is_nested
-        self._group = lru_cache(2)(self._read_group)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_group", "_nested")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        import pyarrow as pa
-
-        self.__dict__.update(state)
-        self._nested = pa.types.is_nested
-        self._group = lru_cache(2)(self._read_group)
-
-    def _read_group(self, number: int) -> Any:
-        import pyarrow.parquet as pq
-
-        file, group = self.groups[number]
-        return pq.ParquetFile(self.files[file]).read_row_group(group)
-
-    def name(self, i: int) -> str:
-        """Row number."""
-        return f"row {i}"
-
-    def read(self, i: int) -> list[Item]:
-        """The picture of row ``i``."""
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        table = self._group(number).slice(i - int(self._starts[number]), 1)
-        image = table[self.column][0].as_py()
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(data, bytes):
-            raise UnreadableImage(f"column {self.column!r} holds no bytes")
-        record = {
-            field.name: table[field.name][0].as_py()
-            for field in table.schema
-            if field.name != self.column and not self._nested(field.type)
-        }
-        return [Item(read_image(data), record | self.columns)]
-
-    def describe(self) -> dict[str, Any]:
-        """The files' names and the number of rows."""
-        names = [file.name for file in self.files]
-        return {"kind": "parquet", "files": names, "column": self.column, "count": len(self)}
+def _scan(file: Path) -> list[tuple[str, Members]]:
+    """Keys and members of the samples of a tar that hold a picture, in its order."""
+    groups: dict[str, Members] = {}
+    end = 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512 * member.isreg()
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"{file}: member {member.name!r} points outside the archive")
+                if not member.isfile():
+                    continue
+                stem, _, ending = path.name.partition(".")
+                group = groups.setdefault(str(path.with_name(stem)), {})
+                if ending.lower() in group:
+                    raise ValueError(f"{file}: member {member.name!r} is there twice")
+                group[ending.lower()] = (member.offset_data, member.size)
+        with file.open("rb") as opened:
+            opened.seek(end)
+            if opened.read(512) != bytes(512):  # Python reads on to the end and says nothing
+                raise tarfile.ReadError("its end is missing")
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is not a whole, uncompressed tar: {error}") from None
+    return [(k, members) for k, members in groups.items() if any(e in PICTURES for e in members)]
 
 
-class DatasetImages(Source):
-    """Pictures of a Hugging Face ``datasets.Dataset``, or of any sequence of dicts.
+@lru_cache(2)
+def _scanned(file: Path, mark: int) -> list[tuple[str, Members]]:
+    """The samples of a tar that is being read; those of all tars would not fit into memory."""
+    del mark  # tells apart what had one name at different times
+    return _scan(file)
 
-    Args:
-        dataset: has a length; ``dataset[i]`` is a dict.
-        column: of PIL images, arrays (h, w, 3), encoded bytes, or dicts with ``bytes``.
-        keep: columns that become the records; None: all that are text, numbers or None.
-    """
 
-    def __init__(self, dataset: Any, column: str = "image", keep: Sequence[str] | None = None):
-        if len(dataset) and column not in dataset[0]:
-            names = ", ".join(dataset[0])
-            raise ValueError(f"the dataset has no column {column!r}; columns: {names}")
-        self.dataset, self.column, self.keep = dataset, column, keep
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, i: int) -> str:
-        """Row number."""
-        return f"row {i}"
-
-    def read(self, i: int) -> list[Item]:
-        """The picture of row ``i``."""
-        row = self.dataset[i]
-        image = row[self.column]
-        if isinstance(image, dict):
-            image = image.get("bytes")
-        if isinstance(image, np.ndarray):
-            pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        elif isinstance(image, bytes):
-            pixels = read_image(image)
-        elif image is None:
-            raise UnreadableImage(f"column {self.column!r} is empty")
-        else:
-            pixels = from_pil(image)
-        plain = (str, int, float, bool, type(None))
-        names = self.keep or [n for n, v in row.items() if isinstance(v, plain)]
-        return [Item(pixels, {"number": i, **{n: row[n] for n in names if n != self.column}})]
-
-    def describe(self) -> dict[str, Any]:
-        """The dataset's own fingerprint, if it has one, and the number of rows."""
-        mark = getattr(self.dataset, "_fingerprint", "")
-        return {"kind": "dataset", "mark": mark, "column": self.column, "count": len(self)}
+def _names(files: Sequence[Path]) -> list[str]:
+    """What each tar is called in keys: its file name, or its path where two have the same one."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        paths = [file.resolve() for file in files]
+        if len(set(paths)) < len(paths):
+            twice = next(file for file in paths if paths.count(file) > 1)
+            raise ValueError(f"{twice} is given twice: its keys would not be of one picture each")
+        above = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(above).as_posix() for path in paths]
+    return names

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrodiff.databases.ingest import Build, SkippedPictures, skipped_message
+from retrodiff.databases.ingest import Build, Engine, warn_of
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
-from retrodiff.databases.shards import about_file, reached, save_tensors
-from retrodiff.databases.sources import Source
+from retrodiff.databases.shards import reached, save_tensors
+from retrodiff.databases.sources import Source, check_ids
 from retrodiff.databases.store import EmbeddingDatabase, open_database
+from retrodiff.databases.work import Work
 from retrodiff.files import make_folder, writing
 from retrodiff.interfaces import Encoder
 
@@ -32,6 +32,7 @@ def append_to_database(
     encoder: Encoder,
     *,
     workers: int = 0,
+    engine: Engine = "local",
     resume: bool = False,
     progress: bool = True,
 ) -> EmbeddingDatabase:
@@ -42,6 +43,7 @@ def append_to_database(
         source: the pictures to add.
         encoder: the one that the database was built with.
         workers: processes that decode ahead.
+        engine: ``local`` or ``ray``, as in `build_database`.
         resume: continue an append that was killed.
         progress: show a bar.
     """
@@ -49,6 +51,8 @@ def append_to_database(
     database = open_database(path)
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
         raise ValueError(f"encoder and {path} disagree: {what}: append with the encoder it has")
+    if "id" in database.columns:
+        check_ids(source, database.table(["id"])["id"])
     partial = path / "append.partial"
     with writing(path):
         manifest = Manifest.read(path / MANIFEST)
@@ -57,12 +61,19 @@ def append_to_database(
                 f"{partial} is an unfinished append: continue it (--resume) or delete that folder"
             )
         make_folder(partial)
-        plan = replace(manifest, shards=(), skipped=(), deleted=None, sources=(source.describe(),))
+        plan = replace(
+            manifest,
+            shards=(),
+            skipped=(),
+            deleted=None,
+            settings={"batch_size": 64, "thumbnails": None, **manifest.settings},
+            sources=(source.describe(),),
+        )
         first = (len(manifest.shards), manifest.rows, len(manifest.sources))
         build = Build(
-            partial, plan, source, encoder, workers=workers, progress=progress, first=first
+            source, encoder, workers=workers, engine=engine, progress=progress, first=first
         )
-        added = build.run(resume)
+        added = Work(partial, plan).run(resume, build.fill)
         for shard in added.shards:
             for name in shard.files:
                 # Linked, not moved: a kill here leaves the append complete, to be resumed.
@@ -77,8 +88,7 @@ def append_to_database(
         ).write(path / MANIFEST)
         reached("append recorded")
         shutil.rmtree(partial)
-    if added.skipped:
-        warnings.warn(skipped_message(added.skipped), SkippedPictures, stacklevel=2)
+    warn_of(added.skipped)
     return open_database(path)
 
 
@@ -92,6 +102,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
     path = Path(path)
     with writing(path):
         database = open_database(path)
+        make_folder(path)  # says in one line if nothing can be written
         chosen = torch.as_tensor(rows, dtype=torch.int64).unique()
         hidden = database.stored(database._checked(chosen))
         if database.hidden is not None:
@@ -101,8 +112,8 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         if not len(chosen):
             return database
         name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
-        save_tensors({"rows": hidden}, path / name)
+        about = save_tensors({"rows": hidden}, path / name)
         reached("deletion written")
-        deleted = {"file": name, "rows": len(hidden), **about_file(path / name)}
+        deleted = {"file": name, "rows": len(hidden), **about}
         replace(database.manifest, deleted=deleted).write(path / MANIFEST)
     return open_database(path)

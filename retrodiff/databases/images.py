@@ -74,7 +74,9 @@ def _rgb(image: Any) -> Any:
 
 def to_float(image: Tensor) -> Tensor:
     """An image of uint8 in [0, 255], or of floats in [-1, 1] -> float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
+    if image.dtype == torch.uint8:
+        return image.float().div_(127.5).sub_(1)  # in place: large batches are bound by memory
+    return image.float()
 
 
 def to_bytes(image: Tensor) -> Tensor:

@@ -1,38 +1,61 @@
-"""Makes databases from embeddings that exist already: arrays, npy files, and published layouts.
+"""Makes databases from embeddings that exist already, without loading them.
 
-Known are the folders of clip-retrieval (``img_emb`` and ``metadata``) and of the databases released
-with Blattmann et al. 2022 (``{rows}x{dim}-part_{i}.npz``). Parts are joined in the order of the
-numbers in their names.
+Shards are hashed and written beside the filling of the next one.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from retrodiff.databases.fingerprint import SHARD_ROWS
-from retrodiff.databases.ingest import check_place, clear, move
-from retrodiff.databases.manifest import MANIFEST, Manifest, Shard
+from retrodiff.databases.manifest import Manifest, Shard
 from retrodiff.databases.shards import ShardBuffer
-from retrodiff.databases.sources import natural
-from retrodiff.databases.store import EmbeddingDatabase, open_database
+from retrodiff.databases.sources import first_duplicate, plain_id
+from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
-from retrodiff.files import make_folder, writing
+from retrodiff.databases.work import Work, make_database
 from retrodiff.interfaces import Fingerprint
 from retrodiff.progress import progress_bar
 
+PIECE = 8_192
+"""Rows that are converted at a time."""
+
+AHEAD = 2
+"""Shards that are being written while the next one is filled."""
+
+
+class Rows(Protocol):
+    """Embeddings (n, d) that give an array for a slice of rows; asked for in ascending order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
 
 class Part(NamedTuple):
-    """Some rows: embeddings (n, d), and n records or a pyarrow table of n rows; None: numbers."""
+    """Some rows.
 
-    embeddings: np.ndarray
-    records: Sequence[Mapping[str, Any]] | Any | None = None
+    Args:
+        embeddings: (n, d), an array or something that reads a slice of rows when it is asked.
+        records: n mappings, a pyarrow table of n rows, or ``(first, end) -> table``; None: the
+            records are the numbers of the rows.
+        name: what errors call it.
+    """
+
+    embeddings: np.ndarray | Rows
+    records: Sequence[Mapping[str, Any]] | Callable[[int, int], Any] | Any | None = None
     name: str = "part"
 
 
@@ -43,6 +66,7 @@ def import_embeddings(
     *,
     root: str | Path | None = None,
     shard_rows: int = SHARD_ROWS,
+    resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbeddingDatabase:
@@ -51,108 +75,115 @@ def import_embeddings(
     Args:
         path: folder to be made.
         parts: as given by `npy_parts`, `clip_retrieval_parts`, `rdm_parts`, or a list of `Part`.
-        fingerprint: of the encoder that made them; only the user can know it.
+        fingerprint: of the encoder that made them; only the user can know it. ``scale="unit"`` is
+            checked against the rows.
         root: folder that the records' files are relative to.
-        shard_rows: rows per file.
+        shard_rows: rows per file; a killed import loses at most the shards it was writing.
+        resume: continue an import of the same parts that was killed; a finished one is opened.
         overwrite: replace what is there, once the new one is done.
         progress: show a bar.
+
+    Raises:
+        ValueError: a part is of another width than the fingerprint, its records are too many or too
+            few, it holds what float16 cannot, or two rows share an ``id``.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    check_place(path, overwrite=overwrite)
-    make_folder(partial)
     source: dict[str, Any] = {"kind": "embeddings"}
+    total = None
+    if isinstance(parts, Sequence):
+        total = sum(part.embeddings.shape[0] for part in parts)
+        names = [Path(part.name).name for part in parts]
+        source |= {"parts": len(parts), "rows": total, "first": names[:1], "last": names[-1:]}
     if root is not None:
         source["root"] = str(Path(root).resolve())
-    bar = progress_bar(None, "import", progress, iterable=parts, unit="part")
-    with writing(partial):
-        clear(partial)
-        try:
-            shards = tuple(_shards(partial, bar, fingerprint, shard_rows))
-        except ValueError:
-            shutil.rmtree(partial)
-            raise
-        settings = {"shard_rows": shard_rows}
-        plan = Manifest(replace(fingerprint, rows=""), shards, settings, (source,))
-        plan.write(partial / MANIFEST)
-        move(partial, path)
-    return open_database(path)
+    settings = {"shard_rows": shard_rows}
+    plan = Manifest(replace(fingerprint, rows=""), settings=settings, sources=(source,))
+
+    def fill(work: Work) -> None:
+        done = work.manifest.rows
+        bar = progress_bar(total, "import", progress, initial=done, unit="row", unit_scale=True)
+        with bar, ThreadPoolExecutor(AHEAD) as beside:
+            writer = _Writer(work, fingerprint.dim, beside)
+            for piece in _pieces(parts, fingerprint, work.next, done, lambda: writer.buffer.room):
+                writer.add(*piece)
+                bar.update(len(piece[0]))
+            writer.finish()
+        if not work.manifest.shards:
+            raise ValueError("no embeddings: give at least one row")
+        _check_ids(work)
+
+    return make_database(Path(path), plan, fill, resume=resume, overwrite=overwrite)
 
 
-def _shards(
-    folder: Path, parts: Iterable[Part], fingerprint: Fingerprint, shard_rows: int
-) -> Iterator[Shard]:
-    buffer, number, row = ShardBuffer(shard_rows, fingerprint.dim), 0, 0
-    for part in parts:
+class _Writer:
+    """Hashes and writes full shards beside the filling of the next one; records them in order."""
+
+    def __init__(self, work: Work, dim: int, beside: Executor):
+        rows = work.manifest.settings["shard_rows"]
+        self.work, self.beside = work, beside
+        self.free = [ShardBuffer(rows, dim) for _ in range(AHEAD + 1)]
+        self.buffer = self.free.pop()
+        self.number = len(work.manifest.shards)
+        self.waiting: deque[tuple[Future[Shard], ShardBuffer]] = deque()
+        self.at = work.next
+
+    def add(self, stored: Tensor, norms: Tensor, records: Any, at: tuple[int, int]) -> None:
+        """Takes rows that fit, and where the parts go on behind them."""
+        self.buffer.add(stored, norms, records)
+        self.at = at
+        if self.buffer.room == 0:
+            self._write()
+
+    def finish(self) -> None:
+        """Writes what is left and waits for all."""
+        if self.buffer.count:
+            self._write()
+        while self.waiting:
+            self._record()
+
+    def _write(self) -> None:
+        job = self.beside.submit(self.buffer.write, self.work.folder, self.number, self.at)
+        self.waiting.append((job, self.buffer))
+        self.number += 1
+        if not self.free:
+            self._record()
+        self.buffer = self.free.pop()
+
+    def _record(self) -> None:
+        job, buffer = self.waiting.popleft()
+        self.work.record(job.result())
+        self.free.append(buffer)
+
+
+def _pieces(
+    parts: Iterable[Part],
+    fingerprint: Fingerprint,
+    start: tuple[int, int],
+    row: int,
+    room: Callable[[], int],
+) -> Iterator[tuple[Tensor, Tensor, Any, tuple[int, int]]]:
+    """Stored rows, norms, records and what comes next, never more rows than there is room for."""
+    for number, part in enumerate(parts):
+        if number < start[0]:
+            continue
         _check_part(part, fingerprint)
-        for start, end in _pieces(len(part.embeddings), buffer):
-            piece = part.embeddings[start:end]
-            # A copy of one's own: mapped files are read-only, and may be of the other byte order.
-            embeddings = torch.from_numpy(piece.astype(piece.dtype.newbyteorder("=")))
+        rows = part.embeddings.shape[0]
+        first = start[1] if number == start[0] else 0
+        while first < rows:
+            last = min(first + min(PIECE, room()), rows)
+            piece = part.embeddings[first:last]
+            if not piece.dtype.isnative or not piece.flags.writeable:
+                piece = piece.astype(piece.dtype.newbyteorder("="))
 
-            def name(i: int, part: Part = part, start: int = start) -> str:
-                return f"{part.name}, row {start + i}"
+            def name(i: int, part: Part = part, first: int = first) -> str:
+                return f"{part.name}, row {first + i}"
 
-            stored, norms = storable(embeddings, fingerprint.encoder, name)
-            buffer.add(stored, norms, _records(part, start, end, row))
-            row += end - start
-            if buffer.room == 0:
-                yield buffer.write(folder, number, (0, 0))
-                number += 1
-    if buffer.count:
-        yield buffer.write(folder, number, (0, 0))
-    elif not row:
-        raise ValueError("no embeddings: give at least one row")
-
-
-def npy_parts(
-    files: Sequence[str | Path], metadata: Sequence[str | Path] | None = None
-) -> Iterator[Part]:
-    """Embeddings (n, d) of npy files, memory-mapped, with a parquet file for each if there is."""
-    import pyarrow.parquet as pq
-
-    if metadata is not None and len(metadata) != len(files):
-        raise ValueError(f"{len(files)} npy files, but {len(metadata)} of metadata: give one each")
-    for i, file in enumerate(files):
-        records = None if metadata is None else pq.read_table(metadata[i])
-        yield Part(np.load(file, mmap_mode="r", allow_pickle=False), records, str(file))
-
-
-def clip_retrieval_parts(folder: str | Path) -> Iterator[Part]:
-    """What clip-retrieval wrote; its vectors are of unit norm, the raw norms are lost.
-
-    Give `import_embeddings` a fingerprint with ``scale="unit"``. The column ``image_path`` becomes
-    ``file``.
-    """
-    folder = Path(folder)
-    arrays = _numbered(folder / "img_emb", ".npy")
-    tables = _numbered(folder / "metadata", ".parquet")
-    for part in npy_parts(arrays, tables or None):
-        if part.records is not None and not isinstance(part.records, Sequence):
-            names = ["file" if n == "image_path" else n for n in part.records.column_names]
-            part = part._replace(records=part.records.rename_columns(names))
-        yield part
-
-
-def rdm_parts(folder: str | Path) -> Iterator[Part]:
-    """The parts of a database released with Blattmann et al. 2022: ids and boxes become columns."""
-    import pyarrow as pa
-
-    for file in _numbered(Path(folder), ".npz"):
-        with np.load(file, allow_pickle=False) as arrays:
-            columns = {}
-            if "img_id" in arrays:
-                columns["image_id"] = pa.array(arrays["img_id"].tolist())
-            if "patch_coords" in arrays:
-                columns["box"] = pa.array(arrays["patch_coords"].tolist())
-            yield Part(arrays["embedding"], pa.table(columns) if columns else None, str(file))
-
-
-def _numbered(folder: Path, ending: str) -> list[Path]:
-    files = sorted(folder.glob(f"*{ending}"), key=lambda file: natural(file.name))
-    if not files and ending != ".parquet":
-        raise FileNotFoundError(f"{folder} holds no {ending} files")
-    return files
+            stored, norms = storable(torch.from_numpy(piece), fingerprint.encoder, name)
+            if fingerprint.scale == "unit":
+                _check_unit(norms, name)
+            at = (number, last) if last < rows else (number + 1, 0)
+            yield stored, norms, _records(part, first, last, row), at
+            row += last - first
+            first = last
 
 
 def _check_part(part: Part, fingerprint: Fingerprint) -> None:
@@ -162,24 +193,48 @@ def _check_part(part: Part, fingerprint: Fingerprint) -> None:
             f"{part.name} holds embeddings of shape {shape}, fingerprint.dim={fingerprint.dim}: "
             "give the fingerprint of the encoder that made them"
         )
-    if part.records is not None and len(part.records) != shape[0]:
-        raise ValueError(f"{part.name}: {shape[0]} embeddings, but {len(part.records)} records")
+    records: Any = part.records
+    if hasattr(records, "__len__") and len(records) != shape[0]:
+        raise ValueError(f"{part.name}: {shape[0]} embeddings, but {len(records)} records")
 
 
-def _pieces(rows: int, buffer: ShardBuffer) -> Iterator[tuple[int, int]]:
-    """Start and end of pieces that fit into the buffer; the caller empties it when it is full."""
-    start = 0
-    while start < rows:
-        end = min(start + buffer.room, rows)
-        yield start, end
-        start = end
+def _check_unit(norms: Tensor, name: Callable[[int], str]) -> None:
+    off = (norms - 1).abs() > 0.02  # float16 and most normalizations stay within a hundredth
+    if bool(off.any()):
+        row = int(off.nonzero()[0, 0])
+        raise ValueError(
+            f"{name(row)} has norm {float(norms[row]):.4g}, but the fingerprint says scale='unit': "
+            "say scale='raw', or divide the embeddings by their norms"
+        )
 
 
 def _records(part: Part, start: int, end: int, row: int) -> Any:
-    if part.records is None:
-        import pyarrow as pa
+    import pyarrow as pa
 
+    records: Any = part.records
+    if records is None:
         return pa.table({"number": pa.array(np.arange(row, row + end - start))})
-    if isinstance(part.records, Sequence):
-        return part.records[start:end]
-    return part.records.slice(start, end - start)
+    if isinstance(records, pa.Table):
+        return records.slice(start, end - start)
+    return records(start, end) if callable(records) else records[start:end]
+
+
+def _check_ids(work: Work) -> None:
+    """Refuses rows that share an ``id``, reading nothing but that column."""
+    import pyarrow.parquet as pq
+
+    files = [work.folder / str(shard.file("records")) for shard in work.manifest.shards]
+
+    def ids() -> Iterator[Any]:
+        for file in files:
+            if "id" in pq.read_schema(file).names:
+                yield from map(plain_id, pq.read_table(file, columns=["id"])["id"].to_pylist())
+            else:
+                yield from [None] * pq.read_metadata(file).num_rows
+
+    if (found := first_duplicate(ids)) is not None:
+        value, first, second = found
+        raise ValueError(
+            f"rows {first} and {second} both have id {value!r}: give every row an id of its own, "
+            "or rename the column, and start anew (--overwrite)"
+        )

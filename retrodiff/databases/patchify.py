@@ -6,7 +6,7 @@ Blattmann et al. 2022 resize the short side to 1200 and take 2-3 random crops of
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,6 +127,9 @@ class _Patches(Source):
                 where = {"box": list(box), "resized": [width, height]}
                 items.append(Item(patch, {**record, **where}))
         return items
+
+    def ids(self) -> Iterable[Any] | None:
+        return self.source.ids()
 
     def describe(self) -> dict[str, Any]:
         return {"patchify": asdict(self.patchify), **self.source.describe()}

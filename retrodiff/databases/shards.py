@@ -7,9 +7,11 @@ safetensors).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -68,35 +70,44 @@ class ShardBuffer:
         """Writes the shard's files and empties the buffer."""
         import pyarrow.parquet as pq
 
+        files: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to write
             embeddings = self.embeddings[: self.count]
             digest = beside.submit(rows_digest, embeddings)
             tensors = {"embeddings": embeddings, "norms": self.norms[: self.count]}
-            names = [f"vectors-{number:06d}.safetensors", f"records-{number:06d}.parquet"]
-            save_tensors(tensors, folder / names[0])
+            name = f"vectors-{number:06d}.safetensors"
+            files[name] = save_tensors(tensors, folder / name)
             reached("vectors written")
-            with replacing(folder / names[1]) as partial:
+            name = f"records-{number:06d}.parquet"
+            with replacing(folder / name) as partial:
                 pq.write_table(_table(self.records), partial, compression="zstd")
+            files[name] = about_file(folder / name)
             reached("records written")
             if self.thumbnails:
-                names.append(f"thumbnails-{number:06d}.safetensors")
+                name = f"thumbnails-{number:06d}.safetensors"
                 sizes = torch.tensor([0, *map(len, self.thumbnails)], dtype=torch.int64)
                 data = np.frombuffer(bytearray(b"".join(self.thumbnails)), np.uint8)
                 packed = {"offsets": sizes.cumsum(0), "bytes": torch.from_numpy(data)}
-                save_tensors(packed, folder / names[2])
+                files[name] = save_tensors(packed, folder / name)
                 reached("thumbnails written")
-            files = {name: about_file(folder / name) for name in names}
             shard = Shard(self.count, digest.result(), files, next_at, source)
         self.records, self.thumbnails, self.count = [], [], 0
         return shard
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file, all at once."""
-    from safetensors.torch import save_file
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Writes a safetensors file, all at once; its size and hash, as the manifest keeps them.
 
-    with replacing(path) as partial:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    The bytes are those of ``safetensors.torch.save_file``, hashed while they are written: reading
+    them again would cost as much as writing them.
+    """
+    pieces = _safetensors(tensors)
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(_sha256, pieces)
+        with replacing(path) as partial, partial.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        return {"bytes": sum(map(len, pieces)), "sha256": digest.result()}
 
 
 def about_file(path: Path) -> dict[str, Any]:
@@ -105,6 +116,32 @@ def about_file(path: Path) -> dict[str, Any]:
 
 
 _TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
+_NAMES = {
+    torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8",
+}  # fmt: skip
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """The bytes of a safetensors file: header, then tensors, the widest types first."""
+    header: dict[str, Any] = {}
+    pieces, end = [memoryview(b"")], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name].contiguous()
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        pieces.append(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces[0] = memoryview(len(text).to_bytes(8, "little") + text)
+    return pieces
+
+
+def _sha256(pieces: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -124,11 +161,19 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _table(records: list[Any]) -> Any:
-    """A pyarrow table from records, or from tables."""
+    """A pyarrow table from records, or tables, or both."""
     import pyarrow as pa
 
-    if records and isinstance(records[0], pa.Table):
-        return pa.concat_tables(records, promote_options="permissive").combine_chunks()
+    tables = []
+    for plain, group in groupby(records, lambda one: isinstance(one, Mapping)):
+        of_one_kind = list(group)
+        tables += [_table_of(of_one_kind)] if plain else of_one_kind
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+def _table_of(records: list[Mapping[str, Any]]) -> Any:
+    import pyarrow as pa
+
     names = list(dict.fromkeys(name for record in records for name in record))
     try:
         columns = {name: pa.array([r.get(name) for r in records]) for name in names}

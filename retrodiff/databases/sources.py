@@ -10,10 +10,12 @@ import hashlib
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from retrodiff.databases.images import read_image
@@ -47,6 +49,10 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """What must be the same when a build is resumed, as JSON-able values."""
         ...
+
+    def ids(self) -> Iterable[Any] | None:
+        """The ``id`` of every picture, None where it has none; None: the pictures have no ids."""
+        return None
 
 
 class ImageFolder(Source):
@@ -126,6 +132,11 @@ class Images(Source):
         record = dict(self.records[i]) if self.records else {"number": i}
         return [Item(self.images[i], record | self.columns)]
 
+    def ids(self) -> Iterable[Any] | None:
+        """The records' ``id``."""
+        has = self.records and any("id" in record for record in self.records)
+        return [record.get("id") for record in self.records] if self.records and has else None
+
     def describe(self) -> dict[str, Any]:
         """Hash of all pixels."""
         digest = hashlib.sha256()
@@ -133,6 +144,57 @@ class Images(Source):
             digest.update(f"{image.dtype}{tuple(image.shape)}".encode())
             digest.update(image.contiguous().cpu().numpy().tobytes())
         return {"kind": "images", "count": len(self), "pixels": digest.hexdigest()[:32]}
+
+
+def check_ids(source: Source, before: Iterable[Any] = ()) -> None:
+    """Refuses pictures that share an ``id``, or have one that is in the database already.
+
+    Args:
+        source: the pictures.
+        before: ids of the rows that are there; the rows of one picture follow each other.
+    """
+    get = getattr(source, "ids", None)  # a foreign source need not know of ids
+    if get is None or get() is None:
+        return
+    known = [one for one, _ in groupby(map(plain_id, before))]
+
+    def ids() -> Iterator[Any]:
+        yield from known
+        yield from map(plain_id, get() or ())
+
+    if (found := first_duplicate(ids)) is not None:
+        value, first, second = found
+        n = len(known)
+        there = "a row of the database" if first < n else source.name(first - n)
+        raise ValueError(
+            f"{source.name(second - n)} has id {value!r}, which {there} has too: give every "
+            "picture an id of its own, or rename the column"
+        )
+
+
+def plain_id(value: Any) -> Any:
+    """An id as a plain hashable value, whether Python, numpy or pyarrow holds it."""
+    for unpack in ("as_py", "item"):
+        if hasattr(value, unpack):
+            value = getattr(value, unpack)()
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def first_duplicate(ids: Callable[[], Iterable[Any]]) -> tuple[Any, int, int] | None:
+    """The first id that is there twice, and both its places; None: all differ, Nones aside.
+
+    Takes eight bytes per id: hashes are sorted, and only if two agree the ids are asked for again.
+    """
+    hashes = np.fromiter((hash(value) for value in ids() if value is not None), np.int64)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    seen: dict[Any, int] = {}
+    for place, value in enumerate(ids() if twice else ()):
+        if value is not None and hash(value) in twice:
+            if value in seen:
+                return value, seen[value], place
+            seen[value] = place
+    return None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,101 @@
+"""Tells from a path what it holds: pictures to build from, or embeddings to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retrodiff.databases.archives import PICTURES, Tars
+from retrodiff.databases.imports import Part
+from retrodiff.databases.published import clip_retrieval_parts, npy_parts, rdm_parts
+from retrodiff.databases.sources import ImageFolder, Source, natural
+from retrodiff.databases.tables import ParquetImages, SavedDataset
+from retrodiff.interfaces import Scale
+
+
+def open_source(
+    path: str | Path, *, image_column: str = "image", columns: Mapping[str, Any] | None = None
+) -> Source:
+    """The pictures at a path, whatever holds them.
+
+    A folder with ``state.json`` is a dataset of ``save_to_disk``; one with tars and no pictures
+    beside them is a WebDataset; one with nothing but parquet files is a table; any other is a
+    folder of pictures. Single tars and parquet files work too, and patterns such as
+    ``"shards/0*.tar"``.
+
+    Args:
+        path: folder, file, or pattern.
+        image_column: of a table.
+        columns: the same for every row, such as ``{"licence": "CC0"}``.
+    """
+    path = Path(path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return SavedDataset(path, image_column, columns)
+    if (path / "img_emb").is_dir():
+        raise ValueError(
+            f"{path} holds embeddings of clip-retrieval, not pictures: import it "
+            "(retrodiff database import)"
+        )
+    files = _files(path)
+    endings = {file.suffix.lower() for file in files}
+    pictures = {f".{ending}" for ending in PICTURES}
+    inside = path.is_dir()
+    if ".tar" in endings and not endings & pictures:
+        return Tars([f for f in files if f.suffix.lower() == ".tar"], columns)
+    folders = inside and any(f.is_dir() and not f.name.startswith(".") for f in path.iterdir())
+    if ".parquet" in endings and not endings & pictures and not folders:
+        tables = [f for f in files if f.suffix.lower() == ".parquet"]
+        return ParquetImages(tables, image_column, columns)
+    if not inside and files:
+        raise ValueError(
+            f"{path} is no source of pictures: give a folder, tars, parquet files, or a dataset "
+            "that save_to_disk wrote"
+        )
+    return ImageFolder(path, columns)
+
+
+def open_parts(path: str | Path) -> tuple[list[Part], Scale | None]:
+    """The embeddings at a path, and their scale where the format says it.
+
+    Known are a folder of clip-retrieval (``img_emb``), a folder of numbered npz files as released
+    with Blattmann et al. 2022, and npy files: one, a pattern, or a folder. A parquet file of the
+    same name beside an npy file holds its records.
+    """
+    path = Path(path)
+    if (path / "img_emb").is_dir():
+        return clip_retrieval_parts(path), "unit"
+    files = _files(path)
+    arrays = [file for file in files if file.suffix == ".npy"]
+    if arrays:
+        tables = [file.with_suffix(".parquet") for file in arrays]
+        has = [table.is_file() for table in tables]
+        if any(has) and not all(has):
+            raise ValueError(
+                f"{tables[has.index(False)]} is missing, though other npy files have their parquet "
+                "file: give one for each, or none"
+            )
+        return npy_parts(arrays, tables if all(has) else None), None
+    if path.is_dir() and any(file.suffix == ".npz" for file in files):
+        return rdm_parts(path), None
+    raise ValueError(
+        f"{path} holds no embeddings: give npy files, a folder of clip-retrieval, or a folder of "
+        "npz parts"
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder or a pattern, or the file itself, in the order people count."""
+    if path.is_dir():
+        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    elif set("*?[") & set(path.name):
+        found = list(path.parent.glob(path.name))
+        if not found:
+            raise FileNotFoundError(f"nothing fits {path}: check the pattern")
+    elif path.exists():
+        found = []
+    else:
+        raise FileNotFoundError(f"{path} does not exist: give a folder or a file")
+    return sorted((f for f in found if f.is_file()), key=lambda f: natural(f.name))

@@ -1,0 +1,164 @@
+"""Reads large files of embeddings and metadata piece by piece, in the order of their rows."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrodiff.pickled import read_plain_pickle
+
+
+class NpzArray:
+    """One array of an npz file; a piece of rows is read when it is asked for.
+
+    Compressed or not, the file is read once from its beginning to its end, and its checksum is
+    compared. An array of objects or in Fortran's order has to be read whole.
+
+    Args:
+        file: the npz file.
+        name: of the array.
+    """
+
+    def __init__(self, file: Path, name: str):
+        self.file, self.name = file, name
+        self._zip: zipfile.ZipFile | None = None
+        self._stream: Any = None
+        self._whole: np.ndarray | None = None
+        self._at = 0
+        self._open()
+        self._close()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Rows as an array of their own."""
+        start, end, _ = rows.indices(len(self))
+        try:
+            if self._fortran or self.dtype.hasobject:
+                return self._read_whole()[start:end]
+            return self._read(start, end)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"{self.file} is damaged ({error}): fetch it again") from None
+
+    def _read(self, start: int, end: int) -> np.ndarray:
+        row = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        if self._stream is None or start < self._at:
+            self._stream, self._at = self._open(), 0
+        self._stream.seek((start - self._at) * row, 1)
+        data = bytearray((end - start) * row)  # writable, so that torch may take it as it is
+        view, filled = memoryview(data), 0
+        while filled < len(data) and (n := self._stream.readinto(view[filled:])):
+            filled += n
+        if filled < len(data):
+            raise EOFError(f"{self.name} ends at row {start + filled // max(row, 1)}")
+        self._at = end
+        if end == len(self):
+            self._stream.read(1)  # reaching the end is what compares the checksum
+            self._close()
+        return np.frombuffer(data, self.dtype).reshape(end - start, *self.shape[1:])
+
+    def _read_whole(self) -> np.ndarray:
+        if self._whole is None:
+            stream = self._open()
+            if self.dtype.hasobject:
+                name = f"{self.name} of {self.file}"
+                self._whole = np.asarray(read_plain_pickle(stream, name)).reshape(self.shape)
+            else:
+                flat = np.frombuffer(bytearray(stream.read()), self.dtype)
+                self._whole = flat.reshape(self.shape, order="F")
+            self._close()
+        return self._whole
+
+    def _open(self) -> Any:
+        """The member behind its header, which is read into shape and type."""
+        self._close()
+        try:
+            self._zip = zipfile.ZipFile(self.file)
+            stream: Any = self._zip.open(f"{self.name}.npy")
+            version = np.lib.format.read_magic(stream)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            self.shape, self._fortran, self.dtype = read(stream)
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            self._close()
+            raise ValueError(
+                f"{self.file} is truncated, or no npz file with an array {self.name!r} ({error}): "
+                "fetch it again and compare its size"
+            ) from None
+        self._fortran = self._fortran and len(self.shape) > 1
+        return stream
+
+    def _close(self) -> None:
+        if self._zip is not None:
+            self._zip.close()
+        self._stream = self._zip = None
+
+
+def npz_names(file: Path) -> list[str]:
+    """Names of the arrays in an npz file."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            return [name.removesuffix(".npy") for name in opened.namelist()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{file} is truncated, or no npz file ({error}): fetch it again and compare its size"
+        ) from None
+
+
+class ParquetRows:
+    """The rows of a parquet file, as tables; called with first and last row in ascending order.
+
+    Args:
+        file: the parquet file.
+        names: new names of columns.
+    """
+
+    def __init__(self, file: Path, names: Mapping[str, str] | None = None):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.file, self.names = file, dict(names or {})
+        try:
+            self.rows: int = pq.read_metadata(file).num_rows
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
+        self._batches: Any = None
+        self._held: list[Any] = []
+        self._at = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __call__(self, start: int, end: int) -> Any:
+        """Rows ``start`` to ``end`` as a pyarrow table."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._batches is None or start < self._at:
+            opened = pq.ParquetFile(self.file, memory_map=True, pre_buffer=False)
+            self._batches = opened.iter_batches(batch_size=8192)
+            self._held, self._at = [], 0
+        while self._at + sum(map(len, self._held)) < end:
+            self._held.append(next(self._batches))
+            self._forget(start)
+        table = pa.Table.from_batches(self._held).slice(start - self._at, end - start)
+        self._forget(end)
+        return table.rename_columns([self.names.get(n, n) for n in table.column_names])
+
+    def _forget(self, row: int) -> None:
+        """Lets go of what lies wholly before a row."""
+        while self._held and self._at + len(self._held[0]) <= row:
+            self._at += len(self._held.pop(0))
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
