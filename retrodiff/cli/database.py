@@ -32,7 +32,7 @@ from retrodiff.databases.images import to_float
 from retrodiff.databases.ingest import ENGINES, SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
-from retrodiff.indexes import automatic, recipe_from_string
+from retrodiff.indexes import Recipe, build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
 
 
@@ -288,11 +288,16 @@ def _delete(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     database = open_database(options.database, "exact")
-    recipe = (
-        automatic(len(database)) if options.recipe == "auto" else recipe_from_string(options.recipe)
-    )
-    indexed = database.build_index(recipe, k=options.k)
-    print(f"{options.database}: {recipe}: {indexed.recall}")
+
+    def build(recipe: Recipe) -> EmbeddingDatabase:
+        return database.build_index(recipe, k=options.k)
+
+    if options.recipe == "auto":
+        _, chosen = build_automatic(len(database), build)
+    else:
+        recipe = recipe_from_string(options.recipe)
+        chosen = f"{recipe}: {build(recipe).recall}"
+    print(f"{options.database}: {chosen}")
     return 0
 
 

@@ -15,7 +15,7 @@ from retrodiff.databases.shards import about_file
 from retrodiff.databases.store import EmbeddingDatabase
 
 INDEX_FILES = {".json", ".safetensors", ".ann", ".faiss", ".usearch", ".cagra"}
-"""What a saved index may consist of to be shared: never a pickle."""
+"""What a saved index may consist of to be shared: nothing whose loader would unpickle."""
 
 _OURS = re.compile(r"(vectors|records|thumbnails|deleted)-\w+\.(safetensors|parquet)|indexes/.+")
 _LICENCES = ("licence", "license")

@@ -19,6 +19,7 @@ from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import map_tensors
 from retrodiff.files import make_folder, writing
 from retrodiff.indexes import (
+    TARGET,
     Exact,
     Recall,
     Recipe,
@@ -30,9 +31,6 @@ from retrodiff.indexes import (
 )
 from retrodiff.indexes.recipe import EXACT_ROWS
 from retrodiff.interfaces import Index, Record
-
-TARGET = 0.95
-"""Recall that an index must have been measured at to be chosen automatically."""
 
 
 class EmbeddingDatabase(Searchable):

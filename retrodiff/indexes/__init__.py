@@ -1,33 +1,40 @@
 """How do we find neighbors fast? Exact search by default, approximate indexes for many rows."""
 
 from retrodiff.indexes.annoy import Annoy
+from retrodiff.indexes.choice import TARGET, automatic, build_automatic, suitable
+from retrodiff.indexes.cuvs import CuVS
 from retrodiff.indexes.exact import Exact
 from retrodiff.indexes.faiss import Faiss
 from retrodiff.indexes.recipe import (
     Recall,
     Recipe,
-    automatic,
     load_index,
     recall_of,
     recipe_from_string,
     save_index,
     saved_index,
 )
+from retrodiff.indexes.scann import ScaNN
 from retrodiff.indexes.usearch import USearch
 from retrodiff.indexes.vectors import Vectors
 
 __all__ = [
+    "TARGET",
     "Annoy",
+    "CuVS",
     "Exact",
     "Faiss",
     "Recall",
     "Recipe",
+    "ScaNN",
     "USearch",
     "Vectors",
     "automatic",
+    "build_automatic",
     "load_index",
     "recall_of",
     "recipe_from_string",
     "save_index",
     "saved_index",
+    "suitable",
 ]

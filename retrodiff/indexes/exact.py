@@ -2,22 +2,39 @@
 
 Rows stream through in blocks. A first pass in float32 looks only at the maximum of each tile of
 scores; what may still be among the k best is scored again in float64. So the result is exact,
-independent of block size and batch, and no matrix of queries x rows is ever in memory.
+independent of block size and batch, and no matrix of queries x rows is ever in memory. For many
+queries at once the first pass looks at upper bounds from a few principal axes instead, where they
+rule out enough (see `projection.py`).
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.candidates import Candidates, float_margin
+from retrodiff.indexes.copies import STORAGE, Narrow
+from retrodiff.indexes.principal import leading_axes, unit_rows
+from retrodiff.indexes.projection import PAIR, Projection
 from retrodiff.indexes.vectors import Vectors, check_search
 from retrodiff.interfaces import Index
 
+if TYPE_CHECKING:
+    from retrodiff.indexes.resident import ResidentIndex
+
 _TILE = 64
-_MARGIN = 1e-5  # float32 dot products of unit vectors stray by less than this
+_QUERIES = 1024  # searched at a time
+_ROWS = 1024  # multiplied at a time, so that they stay in the cache
+_SCORES = 2**22  # held at a time, likewise
+_SAMPLE = 4096  # rows that show where the axes lie
+_PROJECTED = (256, 65_536)  # from so many queries and rows on, bounds are worth a try
 
 
 @dataclass(frozen=True)
@@ -25,18 +42,35 @@ class Exact:
     """Recipe of the exact index.
 
     Args:
-        block: rows scored at a time.
+        block: rows scored at a time, at most.
+        storage: ``float16``, ``bfloat16`` or ``int8``: the first pass reads a copy of the rows in
+            this form, held in memory or on the device; the result is exact all the same. None: no
+            copy on a CPU, float16 on a GPU.
+        device: where the first pass runs, such as ``cuda``; None: on the CPU.
     """
 
-    block: int = 8192
+    block: int = 32_768
+    storage: str | None = None
+    device: str | None = None
     name = "exact"
 
-    def build(self, vectors: Vectors, progress: bool = False) -> ExactIndex:
-        """The index over these vectors; nothing is computed or copied."""
-        del progress
-        return ExactIndex(vectors, self.block)
+    def build(self, vectors: Vectors, progress: bool = False) -> ExactIndex | ResidentIndex:
+        """The index over these vectors; nothing is copied unless storage or device is given."""
+        if self.storage is not None and self.storage not in STORAGE:
+            raise ValueError(f"unknown storage {self.storage!r}; known: {', '.join(STORAGE)}")
+        device = torch.device(self.device or "cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"exact search runs on cpu or cuda, not on {self.device!r}")
+        if device.type != "cpu":
+            from retrodiff.indexes.resident import ResidentIndex
 
-    def load(self, folder: Path, vectors: Vectors) -> ExactIndex:
+            return ResidentIndex.on(vectors, self.storage or "float16", device, progress)
+        copy = None
+        if self.storage is not None:
+            copy = Narrow.copy_of(vectors, self.storage, device, progress)
+        return ExactIndex(vectors, self.block, copy)
+
+    def load(self, folder: Path, vectors: Vectors) -> ExactIndex | ResidentIndex:
         """The same as `build`: there is nothing to load."""
         del folder
         return self.build(vectors)
@@ -45,8 +79,9 @@ class Exact:
 class ExactIndex(Index):
     """Cosine against every stored row; ties go to the lowest row number."""
 
-    def __init__(self, vectors: Vectors, block: int):
-        self.vectors, self.block = vectors, block
+    def __init__(self, vectors: Vectors, block: int, copy: Narrow | None = None):
+        self.vectors, self.block, self.copy = vectors, block, copy
+        self._sampled: tuple[Tensor, Tensor] | None = None
 
     def save(self, folder: Path) -> None:
         """Writes nothing: the vectors are the index."""
@@ -66,109 +101,193 @@ class ExactIndex(Index):
         """
         visible = len(self.vectors) - (0 if hidden is None else len(hidden))
         check_search(queries, k, visible, self.vectors.dim)
-        parts = [self._search(part, k, hidden) for part in queries.split(1024)]
-        if not parts:
-            return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+        if not len(queries):
+            none = torch.empty(0, k, device=queries.device)
+            return none, none.long()
+        parts = [self._search(part, k, hidden) for part in queries.split(_QUERIES)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        device, queries = queries.device, queries.detach().cpu()
-        b, wide = len(queries), self.block + -self.block % _TILE
-        exact = queries.double()
+        exact = queries.detach().cpu().double()
         exact = exact / exact.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        transposed = exact.float().T.contiguous()
-        best = _Best(self.vectors, exact, k)
-        block = torch.empty(self.block, self.vectors.dim)
-        scores = torch.full((wide, b), -torch.inf)
-        for start, rows, norms in self.vectors.blocks(self.block):
-            n = len(rows)
-            tiles = -(-n // _TILE)
-            scale = norms.clamp_min(1e-12).reciprocal().unsqueeze(1)
-            block[:n].copy_(rows)
-            if b > self.vectors.dim:  # scale what is smaller
-                block[:n] *= scale
-            torch.mm(block[:n], transposed, out=scores[:n])
-            if b <= self.vectors.dim:
-                scores[:n] *= scale
-            scores[n : tiles * _TILE] = -torch.inf
-            if hidden is not None:
-                inside = hidden[(hidden >= start) & (hidden < start + n)]
-                scores[inside - start] = -torch.inf
-            best.add(scores[: tiles * _TILE].view(tiles, _TILE, b), start)
+        margin, turned = float_margin(self.vectors.dim), exact
+        if self.copy is not None:
+            margin, turned = margin + self.copy.stray, self.copy.turned(exact)
+        best = Candidates(exact, k, margin, self.vectors.rows)
+        few, small = _PROJECTED
+        sampled = None
+        if len(queries) >= few and len(self.vectors) >= small and hidden is None:
+            if self.copy is None or self.copy.lossless:
+                sampled = self._sample()
+        block = min(self.block, max(_TILE, _SCORES // len(queries)))
+        first_pass = _Pass(turned.float(), best, block, hidden, sampled)
+        for start, rows, scale in self._blocks(block):
+            first_pass.block(start, rows, scale)
         similarity, indices = best.result()
-        return similarity.to(device), indices.to(device)
+        return similarity.to(queries.device), indices.to(queries.device)
+
+    def _blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, values (n, d), and the scale (n,) that makes unit rows of them."""
+        if self.copy is not None:
+            yield from self.copy.blocks(size)
+            return
+        for start, rows, norms in self.vectors.blocks(size):
+            yield start, rows, norms.clamp_min(1e-12).reciprocal()
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Some of the unit rows, and the leading half of their principal axes."""
+        if self._sampled is None:
+            rows = torch.linspace(0, len(self.vectors) - 1, _SAMPLE, dtype=torch.float64).long()
+            values = self.vectors.rows(rows.unique())
+            sample = unit_rows(values, values.norm(dim=1))
+            self._sampled = sample, leading_axes(sample.T @ sample, self.vectors.dim // 2)
+        return self._sampled
 
 
-class _Best:
-    """The candidates for the k best rows of each query, among the rows seen so far."""
+class _Pass:
+    """Scores blocks of rows in float32, and hands in what may be among the best."""
 
-    def __init__(self, vectors: Vectors, queries: Tensor, k: int):
-        self.vectors, self.queries, self.k = vectors, queries, k
-        self.floor = queries.new_full((len(queries),), -torch.inf, dtype=torch.float32)
-        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.count = 0
-
-    def add(
+    def __init__(
         self,
-        scores: Tensor,  # (tiles, tile, b), in the order of the rows
-        start: int,
-    ) -> None:
-        """Keeps the rows that may be among the best."""
-        maxima = scores.amax(1)
-        if len(maxima) >= self.k:
+        queries: Tensor,  # (b, d) unit norm
+        best: Candidates,
+        block: int,
+        hidden: Tensor | None,
+        sampled: tuple[Tensor, Tensor] | None,
+    ):
+        self.best, self.hidden, self.sampled = best, hidden, sampled
+        self.queries, self.transposed = queries, queries.T
+        wide = block + -block % _TILE
+        held = block if sampled is not None else min(block, _ROWS)
+        self.unit = torch.empty(held, queries.shape[1])
+        self.scores = torch.empty(wide, len(queries))
+        self.projection: Projection | None = None
+        self.planned, self.pause, self.pauses = 0, 0, 1
+        if sampled is not None and best.k <= len(sampled[0]):
+            cosine = queries @ sampled[0].T
+            best.reached(cosine.topk(best.k, dim=1).values[:, -1] - best.margin)
+
+    def block(self, start: int, rows: Tensor, scale: Tensor) -> None:
+        """The next rows (n, d), and the scale (n,) that makes unit rows of them."""
+        scale = scale.unsqueeze(1)
+        if self.sampled is not None:
+            unit = self.unit[: len(rows)].copy_(rows).mul_(scale)
+            if start >= self.planned:
+                self._plan(*self.sampled)
+                self.planned = 2 * (start + len(rows))  # the more is seen, the more is ruled out
+            if self.projection is None or not self._bounded(start, unit, self.projection):
+                torch.mm(unit, self.transposed, out=self.scores[: len(unit)])
+                self._scored(start, len(rows))
+            return
+        for i in range(0, len(rows), _ROWS):
+            some, factor = rows[i : i + _ROWS], scale[i : i + _ROWS]
+            part, score = self.unit[: len(some)].copy_(some), self.scores[i : i + len(some)]
+            if len(self.queries) > rows.shape[1]:  # scale what is smaller
+                torch.mm(part.mul_(factor), self.transposed, out=score)
+            else:
+                torch.mm(part, self.transposed, out=score).mul_(factor)
+        self._scored(start, len(rows))
+
+    def _scored(self, start: int, n: int) -> None:
+        """Hands in what of the scores of n rows may be among the best."""
+        tiles, best = self._tiles(start, n), self.best
+        maxima = tiles.amax(1)
+        if len(maxima) >= best.k and not bool(best.least.isfinite().all()):
             # k tiles reach this value, so k rows do.
-            bound = maxima.topk(self.k, dim=0).values[-1] - 2 * _MARGIN
-            self.floor = torch.maximum(self.floor, bound)
-        tile, query = (maxima >= self.floor).nonzero(as_tuple=True)
-        chosen = scores[tile, :, query]
-        keep = (chosen >= self.floor[query, None]) & (chosen > -torch.inf)
-        i, j = keep.nonzero(as_tuple=True)
-        self.found.append((query[i], start + tile[i] * scores.shape[1] + j, chosen[i, j]))
-        self.count += len(i)
-        if self.count > 32 * self.k * len(self.queries) + 100_000:
-            self._settle()
+            best.reached(maxima.topk(best.k, dim=0).values[-1] - best.margin)
+        tile, query = (maxima >= best.floor).nonzero(as_tuple=True)
+        row, query, score = self._among(tiles, tile, query, best.floor)
+        best.add(query, start + row, score)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Similarity (b, k) and indices (b, k)."""
-        self._settle()
-        _, row, score = self.found[0]
-        return score.view(-1, self.k), row.view(-1, self.k)
+    def _plan(self, sample: Tensor, axes: Tensor) -> None:
+        """Takes the projection that promises the least work by now, if any does."""
+        some = slice(None, None, -(-len(self.queries) // 128))
+        self.projection = Projection.best(
+            axes, sample, self.queries[some], self.best.least[some], len(self.queries)
+        )
+        if self.projection is not None:
+            self.bounding = self.projection.coordinates(self.queries).T
+            self.coordinates = torch.empty(len(self.unit), len(self.bounding))
 
-    def _settle(self) -> None:
-        """Scores the candidates in float64 and keeps the k best of each query."""
-        query, row, score = (torch.cat(part) for part in zip(*self.found, strict=True))
-        query, row, score = _prune(query, row, score, self.floor, self.k, len(self.queries))
-        exact = torch.empty(len(row))
-        for at in torch.arange(len(row)).split(16_384):
-            values = self.vectors.rows(row[at]).double()
-            dots = (values * self.queries[query[at]]).sum(1)
-            exact[at] = (dots / values.norm(dim=1).clamp_min(1e-12)).float()
-        keep = _order(query, row, exact, self.k, len(self.queries))
-        self.found = [(query[keep], row[keep], exact[keep])]
-        self.count = len(keep)
-        full = torch.bincount(query[keep], minlength=len(self.queries)) == self.k
-        if bool(full.all()):
-            kth = exact[keep].view(-1, self.k)[:, -1]
-            self.floor = torch.maximum(self.floor, kth - 2 * _MARGIN)
+    def _bounded(self, start: int, unit: Tensor, projection: Projection) -> bool:
+        """Looks at bounds first; False, and nothing is done, where they leave too much."""
+        if self.pause:
+            self.pause -= 1
+            return False
+        n, b = len(unit), len(self.queries)
+        torch.mm(
+            projection.coordinates(unit, self.coordinates[:n]), self.bounding, out=self.scores[:n]
+        )
+        tiles = self._tiles(start, n)
+        least = self.best.least - projection.slack
+        tile, query = (tiles.amax(1) >= least).nonzero(as_tuple=True)
+        if 8 * _TILE * len(tile) <= n * b:
+            row, query, _ = self._among(tiles, tile, query, least)
+        else:
+            row, query = (self.scores[:n] >= least).nonzero(as_tuple=True)
+        if 2 * PAIR * len(row) > n * b:  # full products for a while, longer each time
+            self.pauses = min(2 * self.pauses, 32)
+            self.pause = self.pauses
+            return False
+        self.pauses = 1
+        order = query.argsort(stable=True)
+        row, query = row[order], query[order]
+        score = pair_products(unit, row, self.queries, query)
+        keep = score >= self.best.floor[query]
+        self.best.add(query[keep], start + row[keep], score[keep])
+        return True
+
+    def _tiles(self, start: int, n: int) -> Tensor:
+        """The scores of n rows as (tiles, tile, b), -inf where there is no row to be found."""
+        wide = n + -n % _TILE
+        self.scores[n:wide] = -torch.inf
+        if self.hidden is not None:
+            inside = self.hidden[(self.hidden >= start) & (self.hidden < start + n)]
+            self.scores[inside - start] = -torch.inf
+        return self.scores[:wide].view(-1, _TILE, len(self.queries))
+
+    @staticmethod
+    def _among(
+        tiles: Tensor, tile: Tensor, query: Tensor, floor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the block, queries and scores of what reaches the floor in chosen tiles."""
+        chosen = tiles[tile, :, query]
+        i, j = ((chosen >= floor[query, None]) & (chosen > -torch.inf)).nonzero(as_tuple=True)
+        return tile[i] * _TILE + j, query[i], chosen[i, j]
 
 
-def _prune(
-    query: Tensor, row: Tensor, score: Tensor, floor: Tensor, k: int, b: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops what lies below the k-th best approximate score of its query, less the margin."""
-    keep = _order(query, row, score, k, b)
-    kth = torch.full((b,), torch.inf).scatter_reduce(0, query[keep], score[keep], "amin")
-    short = torch.bincount(query[keep], minlength=b) < k
-    bound = torch.where(short, -torch.inf, kth - 2 * _MARGIN)
-    left = score >= torch.maximum(bound, floor)[query]
-    return query[left], row[left], score[left]
+def pair_products(
+    rows: Tensor,  # (m, d)
+    row: Tensor,  # (n,)
+    queries: Tensor,  # (b, d)
+    query: Tensor,  # (n,) rising
+) -> Tensor:
+    """The products of chosen pairs (n,), float32."""
+    if _samples_products():
+        starts = torch.zeros(len(queries) + 1, dtype=torch.int64)
+        starts[1:] = torch.bincount(query, minlength=len(queries)).cumsum(0)
+        return _sampled(starts, row, queries, rows)
+    out = torch.empty(len(row))
+    for at in torch.arange(len(row)).split(1024):
+        out[at] = (rows[row[at]] * queries[query[at]]).sum(1)
+    return out
 
 
-def _order(query: Tensor, row: Tensor, score: Tensor, k: int, b: int) -> Tensor:
-    """Positions of the k best of each query: by query, falling score, rising row."""
-    order = row.argsort(stable=True)
-    order = order[score[order].argsort(descending=True, stable=True)]
-    order = order[query[order].argsort(stable=True)]
-    counts = torch.bincount(query, minlength=b)
-    first = (counts.cumsum(0) - counts)[query[order]]
-    return order[torch.arange(len(order)) - first < k]
+def _sampled(starts: Tensor, column: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        size = (len(left), len(right))
+        pairs = torch.sparse_csr_tensor(
+            starts, column, torch.zeros(len(column)), size, check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(pairs, left, right.T, beta=0.0).values()
+
+
+@functools.cache
+def _samples_products() -> bool:
+    """Whether this build of torch has sampled products; without, pairs cost several times more."""
+    try:
+        found = _sampled(torch.tensor([0, 1, 1]), torch.tensor([1]), torch.eye(2), torch.ones(2, 2))
+    except RuntimeError:
+        return False
+    return found.tolist() == [1.0]

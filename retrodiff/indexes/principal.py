@@ -30,7 +30,13 @@ def principal_axes(vectors: Vectors, components: int, progress: bool = False) ->
             unit = unit_rows(rows, norms)
             moment += unit.T @ unit
             bar.update(len(rows))
-    return torch.linalg.eigh(moment).eigenvectors[:, -components:].flip(1).float().contiguous()
+    return leading_axes(moment, components)
+
+
+def leading_axes(moment: Tensor, components: int) -> Tensor:
+    """The axes (d, components) of the largest second moments, largest first, float32."""
+    vectors = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors[:, -components:].flip(1).float().contiguous()
 
 
 def rank_again(

@@ -10,15 +10,16 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from retrodiff.indexes.annoy import Annoy
+from retrodiff.indexes.cuvs import CuVS
 from retrodiff.indexes.exact import Exact
 from retrodiff.indexes.faiss import Faiss
+from retrodiff.indexes.scann import ScaNN
 from retrodiff.indexes.usearch import USearch
 from retrodiff.indexes.vectors import Vectors
 from retrodiff.interfaces import Index
@@ -26,7 +27,7 @@ from retrodiff.interfaces import Index
 FORMAT = 1
 EXACT_ROWS = 1_000_000
 """Up to here exact search is the automatic choice on a CPU."""
-RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss)}
+RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss, ScaNN, CuVS)}
 
 
 class SavableIndex(Index, Protocol):
@@ -142,17 +143,6 @@ def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
     return recipe, Recall(**about["recall"]), about["rows"]
 
 
-def automatic(rows: int) -> Recipe:
-    """What suits so many rows on a CPU: exact to a million, else a graph, else trees.
-
-    A recall that misses the target is no matter of the recipe: `open_database` does not choose an
-    index that was measured below it.
-    """
-    if rows <= EXACT_ROWS:
-        return Exact()
-    return USearch() if find_spec("usearch") else Annoy()
-
-
 def recipe_from_string(text: str) -> Recipe:
     """The recipe that a command line names: ``annoy``, ``annoy:trees=20,rerank=200``."""
     name, _, options = text.partition(":")
@@ -169,6 +159,6 @@ def recipe_from_string(text: str) -> Recipe:
             continue
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}; it has: {', '.join(known)}")
-        values[key] = value if known[key].type == "str" else int(value)
+        values[key] = value if "str" in str(known[key].type) else int(value)
         last = key
     return recipe(**values)
