@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from parts import SHARED, needs_shared
 from torch import Tensor, nn
 
-from retrodiff.attention import NeighborAttention, reference_attention
+from retrodiff.attention import NeighborAttention, reference_attention, use_path
 from retrodiff.attention.absorbed import absorb
 from retrodiff.attention.fused import INTERPRETED, fused_attention, launch
 from retrodiff.attention.reference import keys_values, standard_attention
@@ -204,6 +205,22 @@ def test_too_many_neighbors_and_float64_go_to_the_next_path() -> None:
     torch.testing.assert_close(
         out, reference_attention(x.double(), values[:, :4].double(), wide.weights)
     )
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["rdm_vq_tiny", "rdm_kl_tiny"])
+def test_published_miniatures_on_the_fused_path(name: str) -> None:
+    from safetensors.torch import load_file
+
+    from retrodiff.checkpoints.compvis import load_compvis
+
+    stem = SHARED / "parity" / name
+    unet = load_compvis(stem.with_suffix(".ckpt"), stem.with_suffix(".yaml")).unet
+    io = load_file(f"{stem}.io.safetensors")
+    use_path(unet, "fused")
+    with torch.no_grad():
+        eps = unet(io["x"], io["timesteps"], io["context"])
+    assert (eps - io["eps"]).norm() <= 1e-4 * io["eps"].norm()
 
 
 def test_launch_sizes_cover_every_head_and_neighbor() -> None:

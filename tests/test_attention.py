@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import SHARED, needs_shared
 from torch import Tensor, nn
 
 from retrodiff.attention import (
@@ -17,13 +20,18 @@ from retrodiff.attention import (
     KeysValues,
     NeighborAttention,
     OneNeighbor,
+    absorbed,
     reference_attention,
     use_path,
 )
 from retrodiff.attention.absorbed import absorb, absorbed_attention
 from retrodiff.attention.dispatch import Problem, choose
 from retrodiff.attention.reference import keys_values, reference_weights, standard_attention
-from retrodiff.interfaces import Tokens
+from retrodiff.builder import Builder
+from retrodiff.diffusion import EpsDenoiser
+from retrodiff.interfaces import Context, Query, Tokens
+from retrodiff.model import Model
+from retrodiff.networks import DiT, UNet
 
 PATHS = ("absorbed", "standard")
 
@@ -228,6 +236,28 @@ def test_error_is_at_most_twice_that_of_the_plain_block(dtype: torch.dtype, mean
     assert (ours - exact).norm() <= 2 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("tile", [1, 1000, 6000, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tiles_of_a_cpu_change_nothing(
+    tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One position at a time, some, some samples, all: with null rows, a mask, x of its dtype."""
+    monkeypatch.setattr(absorbed, "TILE", tile // torch.get_num_threads())
+    module = block().to(dtype)
+    module.path = "absorbed"
+    x, values = torch.randn(5, 7, 32), torch.randn(5, 3, 12).to(dtype)
+    x, kept = x.to(torch.promote_types(dtype, torch.float32)).mT.contiguous().mT, x.clone()
+    tokens = Tokens(values, torch.rand(5, 3) > 0.3, 2)
+    tables = module.prepare(tokens)
+    expected = module(x, tables)  # recorded, so in one piece
+    with torch.no_grad():
+        found = module(x, tables)
+    assert torch.equal(x, kept.to(x.dtype))
+    assert found.dtype == expected.dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=tolerance)
+
+
 def test_non_contiguous_input() -> None:
     module = block()
     x = torch.randn(2, 32, 6).double().mT
@@ -289,6 +319,102 @@ def test_each_preparation_sees_the_weights_as_they_are(path: Any) -> None:
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow, module(x, values), rtol=0, atol=0.2)
     fresh()
+
+
+@contextmanager
+def swapped(model: Model) -> Iterator[None]:
+    """The averaged weights instead of the trained ones, as torch-ema swaps them."""
+    from torch_ema import ExponentialMovingAverage
+
+    parameters = list(model.denoiser.parameters())  # type: ignore[attr-defined]
+    average = ExponentialMovingAverage(parameters, 0.5)
+    average.shadow_params = [p + 0.1 * torch.randn_like(p) for p in average.shadow_params]
+    with average.average_parameters():
+        yield
+
+
+@contextmanager
+def stepped(model: Model) -> Iterator[None]:
+    """After a step of training."""
+    query = Query(torch.randn(2, 8))
+    optimizer = torch.optim.AdamW(model.denoiser.parameters(), 1e-2)  # type: ignore[attr-defined]
+    model.loss(torch.randn(2, 1, 8, 8), query, model.database.search(query, 4)).mean().backward()  # type: ignore[union-attr]
+    optimizer.step()
+    yield
+
+
+@contextmanager
+def moved(model: Model) -> Iterator[None]:
+    """In another dtype."""
+    model.denoiser.to(torch.bfloat16)  # type: ignore[attr-defined]
+    yield
+    model.denoiser.to(torch.float32)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def narrowed(model: Model) -> Iterator[None]:
+    """Under autocast."""
+    del model
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("change", [swapped, stepped, moved, narrowed])
+def test_two_samples_have_tables_of_their_own(recipe: Builder, change: Any, path: Any) -> None:
+    """What changed between two calls of `sample` is seen, as by a model that never sampled."""
+
+    def built() -> Model:
+        network = UNet(
+            in_channels=1, out_channels=1, size=8, channels=32, multipliers=(1, 2),
+            blocks_per_level=1, attention_factors=(2,), context_width=8,
+        )  # fmt: skip
+        use_path(network, path)
+        return recipe.denoiser(EpsDenoiser(network)).build()
+
+    def sample(model: Model) -> Tensor:
+        return model.sample(prompts=["a", "b"], k=4, steps=2, progress=False).latents
+
+    torch.manual_seed(0)
+    model = built()
+    for parameter in model.denoiser.parameters():  # type: ignore[attr-defined]
+        nn.init.normal_(parameter, std=0.1)
+    before = sample(model)
+    with change(model):
+        found = sample(model)
+        fresh = built()
+        kept = next(model.denoiser.parameters()).dtype  # type: ignore[attr-defined]
+        fresh.denoiser.to(kept).load_state_dict(model.denoiser.state_dict())  # type: ignore[attr-defined]
+        assert torch.equal(found, sample(fresh))
+        assert not torch.equal(found, before)
+    if change in (swapped, narrowed):
+        assert torch.equal(sample(model), before)
+
+
+@needs_shared
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["rdm_vq_tiny", "rdm_kl_tiny"])
+def test_published_miniatures_on_every_path(name: str, path: Any) -> None:
+    from safetensors.torch import load_file
+
+    from retrodiff.checkpoints.compvis import load_compvis
+    from retrodiff.presets import from_published
+
+    stem = SHARED / "parity" / name
+    published = load_compvis(stem.with_suffix(".ckpt"), stem.with_suffix(".yaml"))
+    io = load_file(f"{stem}.io.safetensors")
+    use_path(published.unet, path)
+    with torch.no_grad():
+        eps = published.unet(io["x"], io["timesteps"], io["context"])
+    latents = (
+        from_published(published, scale="raw")
+        .build()
+        .sample_latents(
+            context=io["context"], noise=io["x"], sampler="ddim", steps=10, guidance=3.0
+        )
+    )
+    for mine, theirs in ((eps, io["eps"]), (latents, io["ddim_cfg"])):
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_parameter_names_are_those_of_published_layouts() -> None:
@@ -378,6 +504,29 @@ def test_compiles_without_graph_breaks(path: Any) -> None:
     step = torch.compile(lambda x, prepared: module(x, prepared), backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(step(x, module.prepare(tokens)), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_whole_network_compiles_without_graph_breaks(path: Any) -> None:
+    """A training step from tokens, and a sampling step from what was prepared."""
+    torch.manual_seed(0)
+    net = DiT(shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8})
+    nn.init.normal_(net.out.weight, std=0.1)
+    use_path(net, path)
+    x, t, values = torch.randn(4, 1, 8, 8), torch.full((4,), 500.0), torch.randn(2, 3, 8)
+    context = Context.cat([Context.of(values), Context.of(values).zeros()])
+    torch._dynamo.reset()
+    step = torch.compile(net, backend="eager", fullgraph=True)
+    expected = net(x, t, context)
+    found = step(x, t, context)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+    grads = torch.autograd.grad(found.square().sum(), list(net.parameters()))
+    for mine, theirs in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(step(x, t, net.prepare(context)), expected.detach())
     torch._dynamo.reset()
 
 

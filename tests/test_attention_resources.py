@@ -48,6 +48,7 @@ def check(kernel: Any, n: int, c: int, k: int, dtype: torch.dtype, capability: i
         (1024, 384, 4, torch.bfloat16),
         (144, 1344, 4, torch.bfloat16),
         (256, 576, 20, torch.bfloat16),
+        (256, 672, 10, torch.float16),
         (64, 960, 4, torch.float32),
     ],
 )

@@ -12,7 +12,7 @@ because the softmax of one score is 1 (`OneNeighbor`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -27,6 +27,10 @@ from retrodiff.attention.reference import (
     split_regions,
 )
 from retrodiff.interfaces import Tokens
+
+TILE = 8 << 20
+"""Bytes of x per thread that a CPU takes at a time: a tile gets the memory of the one before it,
+which costs less than fresh pages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,8 @@ def absorb(tokens: Tokens | Tensor, weights: Weights) -> AttentionTables:
     query = (weights.query.to(exact) * (weights.gain.to(exact) * scale)).to(weights.query.dtype)
     m = keys @ rearrange(query, "(h e) c -> h e c", h=h)
     u = values @ rearrange(weights.out, "c (h e) -> h e c", h=h)
-    shift = (weights.query.to(exact) * weights.shift.to(exact)).sum(-1) * scale
+    with torch.autocast(near.values.device.type, enabled=False):  # which would narrow the product
+        shift = torch.mv(weights.query.to(exact), weights.shift.to(exact)) * scale
     shift = rearrange(shift, "(h e) -> h 1 e", h=h)
     offset = rearrange((keys.to(exact) * shift).sum(-1), "h (b r k) -> b r h k", b=b, r=r, k=k)
     if near.mask is not None:
@@ -157,6 +162,8 @@ def absorbed_attention(
         (b, n, c).
     """
     live = tables.m.shape[0]
+    if live and tables.regions == 1 and _inference(x):
+        return _in_tiles(x, tables, bias.to(x.dtype), eps)
     out = x + bias.to(x.dtype)
     if live == 0:
         return out + nothing(tables.m, tables.offset, tables.u).to(x.dtype)
@@ -191,6 +198,34 @@ def absorbed_weights(
     return F.pad(weights, (0, 0, 0, 0, 0, 0, 0, tables.null_rows))
 
 
+def _inference(x: Tensor) -> bool:
+    """Whether a CPU computes here and now: no gradient is recorded and no graph is traced."""
+    recording = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not recording
+
+
+def _in_tiles(x: Tensor, tables: AttentionTables, bias: Tensor, eps: float) -> Tensor:
+    """`absorbed_attention` of one region on a CPU, a tile of positions after the other."""
+    live, n = tables.m.shape[0], x.shape[1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.add(x[live:], bias, out=out[live:])
+    positions = max(1, TILE * torch.get_num_threads() // (x.shape[2] * x.element_size()))
+    for start in range(0, live, max(1, positions // n)):
+        some = slice(start, min(start + max(1, positions // n), live))
+        mine = replace(tables, m=tables.m[some], offset=tables.offset[some], u=tables.u[some])
+        u = mine.u[:, 0]
+        tiles = zip(x[some].split(positions, 1), out[some].split(positions, 1), strict=True)
+        for tile, result in tiles:
+            attention = _attention(tile, mine, eps, None)
+            attention = rearrange(attention, "b 1 h k n -> b n (h k)")
+            torch.add(tile, bias, out=result)
+            if u.dtype == result.dtype:
+                result.baddbmm_(attention, u)
+            else:
+                result.add_(torch.bmm(attention, u))
+    return out
+
+
 def _attention(
     x: Tensor, tables: AttentionTables, eps: float, shape: tuple[int, int] | None
 ) -> Tensor:
@@ -204,4 +239,7 @@ def _attention(
     else:
         scores = torch.bmm(m, y) + offset
     scores = rearrange(scores, "(b r) (h k) n -> b r h k n", r=tables.regions, h=tables.heads)
+    if _inference(x) and scores.dtype.itemsize >= 4:
+        torch.softmax(scores, 3, out=scores)
+        return scores.to(m.dtype)
     return scores.softmax(3).to(m.dtype)

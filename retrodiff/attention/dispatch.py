@@ -3,6 +3,7 @@
 The decision counts what each path computes and moves, per evaluation, with what is computed once
 spread over the evaluations that share it, and takes the path of least time = max(operations / peak,
 bytes / bandwidth) + launches. Peaks are rough per kind of device: only their ratios matter.
+A backward pass costs every path about twice more, so it changes no comparison.
 """
 
 from __future__ import annotations
@@ -125,16 +126,18 @@ def estimates(p: Problem) -> dict[Path, float]:
 
     projected = 4 * sets * p.k * c * p.context_width
     keys = seconds(projected, 2 * c * p.context_width + 2 * sets * p.k * c, 2)
+    # The tables' products are a head wide, which halves their speed; gain and shift look at c x c
+    # weights again. Both by measurement (benchmarks/attention_dispatch.py).
     tables = seconds(
-        projected + 4 * sets * p.k * c * c,
-        2 * c * (p.context_width + c) + 6 * sets * j * c,
+        projected + 2 * 4 * sets * p.k * c * c,
+        2 * c * p.context_width + 5 * c * c + 6 * sets * j * c,
         8,
     )
     plan = launch(size=p.positions // p.regions or 1, heads=p.heads, k=p.k, dtype=p.dtype)
     once = {"fused": tables, "absorbed": tables, "standard": keys}
     every = {
         "fused": seconds(2 * rows * c * (plan.columns + j), 2 * rows * c + 2 * sets * j * c, 1),
-        "absorbed": seconds(4 * rows * c * j, 6 * rows * c + 5 * rows * j + 2 * sets * j * c, 6),
+        "absorbed": seconds(4 * rows * c * j, 6 * rows * c + 5 * rows * j + 2 * sets * j * c, 10),
         "standard": seconds(
             4 * rows * c * c + 4 * rows * p.k * c, 9 * rows * c + 2 * c * c + 2 * sets * p.k * c, 5
         ),
