@@ -186,7 +186,13 @@ class Model:
         elif mode == "text+neighbors":
             found = itself
             if k > 1:
-                found = Neighbors.cat([itself, self._retrieve(query, mode, k - 1)])
+                rest = self._retrieve(query, mode, k - 1)
+                if rest.indices.ndim != itself.indices.ndim:
+                    raise ValueError(
+                        f"{type(self.retriever).__name__} merges the several queries of an image, "
+                        "so they cannot be tokens beside its neighbors: use mode='neighbors'"
+                    )
+                found = Neighbors.cat([itself, rest])
         elif k == 0:
             found = itself.take(torch.zeros(0, dtype=torch.int64))
         else:

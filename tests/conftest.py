@@ -18,6 +18,18 @@ from retrodiff.model import Model
 from retrodiff.testing import small_database
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take many minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: pytest --slow"))
+
+
 @pytest.fixture
 def encoder() -> HashingEncoder:
     return HashingEncoder()

@@ -21,7 +21,7 @@ from retrodiff.databases.work import Work
 ray = pytest.importorskip("ray", reason="the extra retrodiff[ray] is not installed")
 # Starting Ray takes a dozen seconds; it warns of its own deprecations and leaves sockets to be
 # collected.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 OPTIONS = {"batch_size": 4, "shard_rows": 16, "thumbnails": 8, "progress": False}
 
@@ -55,6 +55,7 @@ class Spied(Source):
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # which would ask the network
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     for module in (sys.modules[__name__], sys.modules["test_databases"]):
         ray.cloudpickle.register_pickle_by_value(module)  # the workers have no tests to import

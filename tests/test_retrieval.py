@@ -1,8 +1,13 @@
 """Retrievers, proposals and neighbor tables: contracts, brute-force oracles, statistics, errors."""
 
+import subprocess
+import sys
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from parts import HashingEncoder
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
 from retrodiff.retrieval import (
@@ -10,12 +15,16 @@ from retrodiff.retrieval import (
     ExcludeDuplicates,
     ExcludeGroup,
     ExcludeSelf,
+    MaxSimilarity,
+    MultiQuery,
     NearestNeighbors,
     NeighborCounts,
     RandomOfTop,
+    ReciprocalRankFusion,
     TopM,
     Uniform,
     neighbor_table,
+    open_neighbor_table,
 )
 from retrodiff.testing import check_proposal, check_retriever, small_database
 
@@ -26,6 +35,9 @@ RETRIEVERS = [
     ExcludeSelf(NearestNeighbors()),
     ExcludeGroup(NearestNeighbors(), "label"),
     ExcludeDuplicates(NearestNeighbors(), 0.99),
+    ReciprocalRankFusion(NearestNeighbors(), 8),
+    MaxSimilarity(NearestNeighbors(), 8),
+    MultiQuery(ReciprocalRankFusion(NearestNeighbors(), 8), HashingEncoder(), ["{} again"]),
 ]
 
 
@@ -125,11 +137,345 @@ def test_random_of_top_draws_all_top_rows_alike():
         RandomOfTop(NearestNeighbors(), 3).retrieve(query, database, 4)
 
 
+def test_exclude_duplicates_leaves_out_what_is_too_near():
+    database = small_database()
+    query = Query(database.embeddings(torch.tensor([3, 9])))
+    plain = NearestNeighbors().retrieve(query, database, 6)
+    threshold = float(plain.similarity[:, 1].max()) + 1e-3  # between copies and other rows
+    found = ExcludeDuplicates(NearestNeighbors(), threshold).retrieve(query, database, 5)
+    assert torch.equal(found.indices, plain.indices[:, 1:])
+
+
+# --- regions, and several queries for one image ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [
+        NearestNeighbors(),
+        Diverse(NearestNeighbors(), 0.5, 10),
+        ExcludeSelf(NearestNeighbors()),
+        ExcludeGroup(NearestNeighbors(), "label"),
+        ExcludeDuplicates(NearestNeighbors(), 0.6),
+        Diverse(ExcludeSelf(NearestNeighbors()), 0.5, 10),
+    ],
+    ids=repr,
+)
+def test_each_region_gets_the_neighbors_of_its_own_query(retriever):
+    database = small_database()
+    regions = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([5, -1, 9])
+    found = retriever.retrieve(Query(regions, ids=ids), database, 3)
+    assert found.indices.shape == found.similarity.shape == (3, 4, 3)
+    assert torch.equal(found.embeddings, database.embeddings(found.indices))
+    for r in range(4):
+        alone = retriever.retrieve(Query(regions[:, r], ids=ids), database, 3)
+        assert torch.equal(found.indices[:, r], alone.indices)
+
+
+def test_random_of_top_draws_for_each_region():
+    database = small_database()
+    regions = torch.randn(1, 1, 8).expand(50, 4, -1)
+    query = Query(regions, generator=torch.Generator().manual_seed(0))
+    found = RandomOfTop(NearestNeighbors(), 8).retrieve(query, database, 3)
+    top = set(database.search(Query(regions[:1, 0]), 8).indices[0].tolist())
+    assert set(found.indices.flatten().tolist()) == top
+    assert any(len({tuple(row) for row in image}) > 1 for image in found.indices.tolist())
+
+
+def test_regions_end_to_end(model):
+    """Query (b, r, d) -> neighbors (b, r, k) -> tokens (b, r, k, d) -> blocks of the latent."""
+    regions = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    ask = {"mode": "neighbors", "k": 2, "progress": False}
+    out = model.sample(query=Query(regions), **ask)
+    found = model.database.search(Query(regions), 2)
+    assert torch.equal(out.neighbors.indices, found.indices)
+    assert [len(records) for records in out.neighbors.records] == [8, 8]
+    for records, rows in zip(out.neighbors.records, found.indices, strict=True):
+        assert [r["file"] for r in records] == [f"{row}.png" for row in rows.flatten().tolist()]
+    noise = torch.randn(2, *model.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    by_hand = model.sample_latents(context=found.embeddings, noise=noise)
+    torch.testing.assert_close(out.latents, by_hand)
+    everywhere = model.sample(query=Query(regions[:, :1].expand(-1, 4, -1)), **ask)
+    plain = model.sample(query=Query(regions[:, 0]), **ask)
+    torch.testing.assert_close(everywhere.latents, plain.latents)  # the same in every region
+    assert not torch.allclose(out.latents, plain.latents)
+    # A prompt for every region: each is its own first token.
+    words = model.sample(query=Query(regions), mode="text+neighbors", k=3, progress=False)
+    assert words.neighbors.indices.shape == (2, 4, 3)
+    assert bool((words.neighbors.indices[..., 0] == -1).all())
+    assert torch.equal(words.neighbors.indices[..., 1:], found.indices)
+    single = model.sample(query=Query(regions), mode="text", progress=False)
+    assert torch.equal(single.neighbors.embeddings, regions.unsqueeze(2))
+
+
+def test_several_queries_end_to_end(model):
+    encoder, database = model.encoder, model.database
+    merge = ReciprocalRankFusion(NearestNeighbors(), 10)
+    several = torch.stack([encoder.encode_text(["a", "b", "c"]), encoder.encode_text(["d"] * 3)])
+    ask = {"mode": "neighbors", "progress": False}
+    out = model.replace(retriever=merge).sample(query=Query(several), **ask)
+    assert torch.equal(out.neighbors.indices, merge.retrieve(Query(several), database, 4).indices)
+    wide = MultiQuery(merge, encoder, ["a drawing of {}", "{} in the snow"])
+    for mode, own in (("text+neighbors", 1), ("neighbors", 0), ("class", 0)):
+        asked = {"classes" if mode == "class" else "prompts": ["dog", "cat"]}
+        out = model.replace(retriever=wide).sample(**asked, mode=mode, progress=False)
+        assert out.neighbors.indices.shape == (2, 4)
+        if own:
+            assert torch.equal(out.neighbors.embeddings[:, 0], encoder.encode_text(["dog", "cat"]))
+        if mode != "class":
+            text = [
+                ["dog", "a drawing of dog", "dog in the snow"],
+                ["cat", "a drawing of cat", "cat in the snow"],
+            ]
+            queries = torch.stack([encoder.encode_text(some) for some in text])
+            expected = merge.retrieve(Query(queries), database, 4 - own)
+            assert torch.equal(out.neighbors.indices[:, own:], expected.indices)
+
+
+def fused_by_hand(lists, top, constant):
+    """Cormack et al. 2009: the sum over lists of 1 / (constant + rank)."""
+    scores = Counter()
+    for rows in lists:
+        for rank, row in enumerate(rows[:top], 1):
+            scores[row] += 1 / (constant + rank)
+    return scores
+
+
+def test_reciprocal_rank_fusion_is_the_papers_sum():
+    database = small_database(rows=60)
+    queries = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(4))
+    found = ReciprocalRankFusion(NearestNeighbors(), 12).retrieve(Query(queries), database, 6)
+    lists = database.search(Query(queries), 12).indices.tolist()
+    assert found.indices.shape == (5, 6)
+    for i, rows in enumerate(found.indices.tolist()):
+        scores = fused_by_hand(lists[i], 12, 60)
+        mine = [scores[row] for row in rows]
+        assert len(set(rows)) == 6
+        assert mine == pytest.approx(sorted(scores.values(), reverse=True)[:6])
+        assert max(scores[row] for row in set(scores) - set(rows)) <= min(mine) + 1e-12
+    cosine = unit(queries) @ unit(found.embeddings).mT
+    torch.testing.assert_close(found.similarity, cosine.amax(1), rtol=0, atol=5e-3)
+    assert torch.equal(found.embeddings, database.embeddings(found.indices))
+
+
+def test_max_similarity_is_the_nearest_to_any_query():
+    database = small_database(rows=60)
+    queries = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(4))
+    found = MaxSimilarity(NearestNeighbors(), 6).retrieve(Query(queries), database, 6)
+    rows = unit(database.embeddings(torch.arange(60)))
+    expected = (unit(queries) @ rows.T).amax(1).topk(6)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.similarity, expected.values, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("merge", [ReciprocalRankFusion, MaxSimilarity])
+def test_merging_one_list_or_the_same_twice_changes_nothing(merge):
+    database = small_database()
+    query = Query(torch.randn(4, 8, generator=torch.Generator().manual_seed(2)))
+    plain = NearestNeighbors().retrieve(query, database, 5)
+    for several in (query.embedding, query.embedding[:, None].expand(-1, 3, -1)):
+        found = merge(NearestNeighbors(), 9).retrieve(Query(several), database, 5)
+        assert torch.equal(found.indices, plain.indices)
+    for top in (2, 1000):  # fewer than k, and more than there are
+        found = merge(NearestNeighbors(), top).retrieve(Query(several), database, 5)
+        assert torch.equal(found.indices, plain.indices)
+    with pytest.raises(ValueError, match=r"expected \(b, q, d\)"):
+        merge(NearestNeighbors(), 9).retrieve(Query(several[:, None]), database, 5)
+
+
+def test_several_queries_are_no_tokens_beside_their_neighbors(model):
+    model = model.replace(retriever=ReciprocalRankFusion(NearestNeighbors(), 10))
+    query = Query(torch.randn(2, 3, 8))
+    options = {"query": query, "k": 4, "steps": 1, "progress": False}
+    assert model.sample(mode="neighbors", **options).neighbors.indices.shape == (2, 4)
+    with pytest.raises(ValueError, match=r"merges the several queries.*mode='neighbors'"):
+        model.sample(mode="text+neighbors", **options)
+
+
+def test_multi_query_asks_with_every_phrasing_and_leaves_other_queries_alone():
+    database, encoder = small_database(), HashingEncoder()
+    merge = ReciprocalRankFusion(NearestNeighbors(), 10)
+    image = torch.randn(8, generator=torch.Generator().manual_seed(7))
+    prompts = ("a dog", "image 1", "a cat", "a dog")
+    embedding = encoder.encode_text(prompts)
+    embedding[1] = image  # as in mode "image": the source is a name, not a text
+    templates = ["a painting of {}", "{}, at night"]
+    found = MultiQuery(merge, encoder, templates).retrieve(Query(embedding, prompts), database, 4)
+    for i in (0, 2, 3):
+        texts = [prompts[i], f"a painting of {prompts[i]}", f"{prompts[i]}, at night"]
+        expected = merge.retrieve(Query(encoder.encode_text(texts)[None]), database, 4)
+        assert torch.equal(found.indices[i], expected.indices[0])
+    assert torch.equal(found.indices[1], database.search(Query(image[None]), 4).indices[0])
+    by_function = MultiQuery(merge, encoder, lambda prompt: [f"a painting of {prompt}"])
+    assert by_function.expand(Query(embedding, prompts)).embedding.shape == (4, 2, 8)
+
+
+def test_multi_query_says_what_it_cannot_use():
+    encoder, merge = HashingEncoder(), ReciprocalRankFusion(NearestNeighbors(), 10)
+    for bad in ("a {}", ["a photo"]):
+        with pytest.raises(ValueError, match=r"templates is taken, each with \{\}"):
+            MultiQuery(merge, encoder, bad)
+    ragged = MultiQuery(merge, encoder, lambda prompt: [prompt] * len(prompt))
+    with pytest.raises(ValueError, match=r"1 texts for one prompt and 2 for another"):
+        ragged.expand(Query(encoder.encode_text(["a", "bb"]), ("a", "bb")))
+
+
+# --- neighbor tables ---------------------------------------------------------------------------
+
+
 def test_table_is_the_neighbors_whatever_the_batch():
     database = small_database()
     queries = Query(torch.randn(23, 8), source=tuple(map(str, range(23))))
     table = neighbor_table(queries, database, 3, NearestNeighbors(), batch_size=5)
-    assert torch.equal(table, database.search(queries, 3).indices)
+    assert table.dtype == torch.int32
+    assert torch.equal(table.long(), database.search(queries, 3).indices)
+    regions = Query(torch.randn(7, 4, 8))
+    table = neighbor_table(regions, database, 3, NearestNeighbors(), batch_size=5)
+    assert torch.equal(table.long(), database.search(regions, 3).indices)
+
+
+DRAWN = RandomOfTop(NearestNeighbors(), 8)
+ASKED = Query(torch.randn(23, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def table_in(path, database=None, queries=ASKED, k=3, retriever=DRAWN, **options):
+    database = database or small_database()
+    return neighbor_table(queries, database, k, retriever, path=path, batch_size=5, **options)
+
+
+def test_a_table_in_a_file_is_the_one_in_memory(tmp_path):
+    path, database = tmp_path / "folder" / "n.safetensors", small_database()
+    table = table_in(path)
+    assert torch.equal(table, table_in(None))
+    assert table.dtype == torch.int32
+    assert [p.name for p in path.parent.iterdir()] == ["n.safetensors"]
+    assert path.stat().st_size < 23 * 3 * 4 + 1500
+    assert torch.equal(open_neighbor_table(path, database), table)
+    assert torch.equal(open_neighbor_table(path, database, 2), table[:, :2])
+    assert not torch.equal(table, table_in(None, seed=1))
+
+
+def test_rows_beyond_31_bits_are_kept_whole(tmp_path):
+    class Huge:
+        fingerprint = small_database().fingerprint
+
+        def __len__(self):
+            return 2**31 + 1
+
+        def search(self, query, k):
+            rows = torch.full((len(query), k), 2**31)
+            return Neighbors(rows, torch.ones(rows.shape), torch.zeros(*rows.shape, 8))
+
+    table = table_in(tmp_path / "n", Huge(), retriever=NearestNeighbors())
+    assert table.dtype == torch.int64
+    assert bool((table == 2**31).all())
+
+
+def test_a_table_killed_at_any_moment_is_finished_to_the_same_bytes(tmp_path):
+    """What a killed process leaves is a prefix of the file: every one of them is tried."""
+    table_in(tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    asked = []
+
+    class Asked(Retriever):
+        def retrieve(self, query, database, k):
+            asked.append(len(query))
+            return DRAWN.retrieve(query, database, k)
+
+        def __repr__(self):
+            return repr(DRAWN)
+
+    data = range(header, len(whole) + 1)
+    for length in [0, 4, 8, header - 1, *data[::7], len(whole)]:
+        path = tmp_path / "killed"
+        (tmp_path / "killed.partial").write_bytes(whole[:length])
+        asked.clear()
+        table_in(path, retriever=Asked(), resume=True)
+        assert path.read_bytes() == whole
+        batches = max(0, length - header) // (5 * 3 * 4)
+        assert sum(asked) == (0 if length == len(whole) else 23 - 5 * batches)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+        path.unlink()
+
+
+def test_a_table_after_kill_9_is_finished_to_the_same_bytes(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+from test_retrieval import DRAWN, Retriever, table_in
+class Killed(Retriever):
+    count = 0
+    def retrieve(self, query, database, k):
+        Killed.count += 1
+        if Killed.count == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return DRAWN.retrieve(query, database, k)
+    def __repr__(self):
+        return repr(DRAWN)
+table_in(__import__("pathlib").Path({str(tmp_path / "killed")!r}), retriever=Killed())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["killed.partial"]
+    table_in(tmp_path / "killed", resume=True)
+    table_in(tmp_path / "whole")
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_table_of_something_else_is_refused(tmp_path):
+    path, other = tmp_path / "n", small_database(seed=1)
+    with pytest.raises(FileNotFoundError):
+        open_neighbor_table(path, small_database())
+    table_in(path)
+    kept = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another database, database\.\w+="):
+        open_neighbor_table(path, other)
+    with pytest.raises(ValueError, match=r"k=4 neighbors are wanted.*k=3"):
+        open_neighbor_table(path, small_database(), 4)
+    changes = {
+        "k='3', now k='4'": {"k": 4},
+        "database": {"database": other},
+        "queries": {"queries": Query(ASKED.embedding + 1)},
+        "retriever": {"retriever": NearestNeighbors()},
+        "seed": {"seed": 1},
+    }
+    for what, change in changes.items():
+        with pytest.raises(ValueError, match=what):
+            table_in(path, resume=True, **change)
+    (tmp_path / "m.partial").write_bytes(kept[:-20])
+    with pytest.raises(ValueError, match=r"m\.partial was made with seed='0', now seed='1'"):
+        table_in(tmp_path / "m", resume=True, seed=1)
+    with pytest.raises(FileExistsError, match=r"unfinished.*resume=True"):
+        table_in(tmp_path / "m")
+    with pytest.raises(FileExistsError, match=r"exists.*resume=True.*overwrite=True"):
+        table_in(path)
+    assert path.read_bytes() == kept
+    table_in(path, overwrite=True, seed=1)
+    assert path.read_bytes() != kept
+    path.write_bytes(kept[:-1])
+    with pytest.raises(ValueError, match=r"no whole table"):
+        open_neighbor_table(path, small_database())
+
+
+def test_a_table_is_written_by_one_process_at_a_time(tmp_path):
+    class Second(Retriever):
+        def retrieve(self, query, database, k):
+            with pytest.raises(BlockingIOError, match=r"being written by another process"):
+                table_in(tmp_path / "n", resume=True)
+            return DRAWN.retrieve(query, database, k)
+
+    table_in(tmp_path / "n", retriever=Second())
+
+
+def test_a_retriever_of_the_wrong_shape_is_named(tmp_path):
+    class Few(Retriever):
+        def retrieve(self, query, database, k):
+            return database.search(query, k - 1)
+
+    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \(5, 3\)"):
+        table_in(tmp_path / "n", retriever=Few())
 
 
 # --- proposals ---------------------------------------------------------------------------------
@@ -208,21 +554,67 @@ def test_a_saved_proposal_is_the_same(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_more_rows_than_torch_multinomial_takes():
+class Wide:
+    """A database of more rows than torch.multinomial takes, all alike."""
+
+    fingerprint = small_database().fingerprint
     rows = 2**24 + 3
 
-    class Wide:
-        fingerprint = small_database().fingerprint
+    def __len__(self):
+        return self.rows
 
-        def __len__(self):
-            return rows
+    def embeddings(self, indices):
+        return torch.zeros(*indices.shape, 8)
 
-        def embeddings(self, indices):
-            return torch.zeros(*indices.shape, 8)
 
-    drawn = Uniform().propose(Wide(), 1000, torch.Generator().manual_seed(0)).ids
+def test_more_rows_than_torch_multinomial_takes():
+    database, generator = Wide(), torch.Generator().manual_seed(0)
+    rows = len(database)
+    drawn = Uniform().propose(database, 1000, generator).ids
     assert int(drawn.max()) < rows
     assert abs(float(drawn.double().mean()) / rows - 0.5) < 0.06
+    # Every row once, the last ones twice more: a support of more than 2^24 rows.
+    last = torch.arange(rows - 5, rows, dtype=torch.int32)
+    table = torch.cat([torch.arange(rows, dtype=torch.int32), last, last, last[:1]]).view(-1, 2)
+    counts = NeighborCounts.of_table(table, database)
+    assert len(counts.rows) == rows
+    assert int(counts.counts.sum()) == table.numel()
+    drawn = counts.propose(database, 1000, generator).ids
+    assert abs(float(drawn.double().mean()) / rows - 0.5) < 0.06
+    kept, weights = TopM(counts, rows=6, weighted=True).support(database)
+    assert kept.tolist() == [rows - 5, rows - 4, rows - 3, rows - 2, rows - 1, 0]
+    assert weights.tolist() == [4, 3, 3, 3, 3, 1]
+    kept, weights = TopM(counts, fraction=0.5).support(database)
+    assert len(kept) == round(rows / 2)
+    assert int(kept[5:].max()) == len(kept) - 6  # ties go to the lower rows
+    assert bool((weights == 1).all())
+
+
+def test_counts_beyond_float32_are_exact():
+    """2^24 + 1 is no float32: as one, the heavier row would tie with the lighter."""
+    database = small_database()
+    heavy = torch.tensor([2**24, 2**24 + 1, 2**40, 2**40 + 1])
+    proposal = NeighborCounts(torch.tensor([2, 5, 7, 11]), heavy, database.fingerprint)
+    _, weights = proposal.support(database)
+    assert weights.long().tolist() == heavy.tolist()
+    kept, weights = TopM(proposal, rows=3, weighted=True).support(database)
+    assert kept.tolist() == [11, 7, 5]
+    assert weights.long().tolist() == [2**40 + 1, 2**40, 2**24 + 1]
+
+
+def test_top_m_has_the_order_of_a_stable_sort():
+    database = small_database()
+    generator = torch.Generator().manual_seed(0)
+    for m in range(1, 33):
+        counts = torch.randint(1, 6, (32,), generator=generator)
+        proposal = NeighborCounts(torch.arange(32), counts, database.fingerprint)
+        kept, _ = TopM(proposal, rows=m).support(database)
+        assert kept.tolist() == sorted(range(32), key=lambda row: (-int(counts[row]), row))[:m]
+
+
+def test_a_table_with_rows_that_do_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"row 32 of a database of 32 rows"):
+        NeighborCounts.of_table(torch.tensor([[0, 32]]), small_database())
 
 
 # --- values ------------------------------------------------------------------------------------

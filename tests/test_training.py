@@ -8,7 +8,8 @@ from parts import HashingEncoder, small_network
 from torch import nn
 
 from retrodiff.interfaces import Query
-from retrodiff.retrieval import ExcludeSelf, NearestNeighbors
+from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, neighbor_table
+from retrodiff.testing import small_database
 from retrodiff.training import NamedEMA, Objective, TrainingSet, constant, cosine, fit, optimize
 from retrodiff.training.contrastive import fit_clip
 from retrodiff.training.optimize import at_step
@@ -157,6 +158,81 @@ def test_training_images_in_the_database_can_leave_themselves_out(encoder, datab
         images, encoder, database, ExcludeSelf(NearestNeighbors()), 4, ids=ids, progress=False
     )
     assert not bool((data.table == ids[:, None]).any())
+
+
+class CountingImages:
+    """Images that count how many were read."""
+
+    def __init__(self, images):
+        self.images, self.read = images, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        self.read += len(rows)
+        return self.images[rows]
+
+
+def test_a_training_set_with_a_cache_is_mapped_and_made_once(encoder, database, tmp_path):
+    images = CountingImages(torch.rand(20, 1, 8, 8) * 2 - 1)
+
+    def made(encoder=encoder, database=database, k=4, images=images):
+        return TrainingSet.of(
+            images,
+            encoder,
+            database,
+            NearestNeighbors(),
+            k,
+            cache=tmp_path / "cache",
+            batch_size=8,
+            progress=False,
+        )
+
+    first = made()
+    plain = TrainingSet.of(
+        images.images, encoder, database, NearestNeighbors(), 4, progress=False, batch_size=8
+    )
+    assert torch.equal(first.embeddings, plain.embeddings)
+    assert torch.equal(first.table, plain.table)
+    files = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert files == ["embeddings.safetensors", "neighbors.safetensors"]
+    kept = [(tmp_path / "cache" / name).read_bytes() for name in files]
+    images.read = 0
+    again = made()
+    assert images.read == 16  # some are looked at, to see that they are the same; none is encoded
+    rows = torch.tensor([3, 7])
+    assert torch.equal(first.batch(rows)[1].embedding, again.batch(rows)[1].embedding)
+    assert torch.equal(first.batch(rows)[2].indices, again.batch(rows)[2].indices)
+    for change, message in (
+        ({"encoder": HashingEncoder(seed=1)}, "encoder.weights"),
+        ({"images": CountingImages(images.images + 1)}, "images"),
+        ({"database": small_database(rows=40, dim=8, seed=1)}, "database"),
+        ({"k": 5}, "k='4', now k='5'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(**change)
+    assert [(tmp_path / "cache" / name).read_bytes() for name in files] == kept
+    whole = kept[0]
+    (tmp_path / "cache" / files[0]).unlink()
+    (tmp_path / "cache" / f"{files[0]}.partial").write_bytes(whole[:-100])
+    made()  # continues where it was killed
+    assert (tmp_path / "cache" / files[0]).read_bytes() == whole
+
+
+def test_training_on_neighbors_of_regions(model, database):
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    embeddings = torch.randn(6, 4, 8)
+    table = neighbor_table(Query(embeddings), database, 4, NearestNeighbors())
+    data = TrainingSet(images, embeddings, table, database)
+    batch, query, neighbors = data.batch(torch.tensor([1, 4]), 3)
+    expected = database.search(query, 3)
+    assert neighbors.indices.shape == (2, 4, 3)
+    assert torch.equal(neighbors.indices, expected.indices)
+    torch.testing.assert_close(neighbors.similarity, expected.similarity, rtol=0, atol=1e-3)
+    losses = Objective(model)(batch, query, neighbors, torch.Generator().manual_seed(0))
+    losses.sum().backward()
+    assert all(p.grad is not None for p in model.denoiser.parameters())
 
 
 def test_misfit_data_is_refused(database):

@@ -80,10 +80,15 @@ class VectorsView(Vectors):
         return self.vectors.rows(self.chosen[indices])
 
 
-def row_norms(rows: Tensor, block: int = 1024) -> Tensor:
+def row_norms(rows: Tensor, block: int = 512) -> Tensor:
     """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all."""
-    norms = [part.float().norm(dim=1) for part in rows.split(block)]
-    return torch.cat(norms) if norms else torch.empty(0)
+    norms = torch.empty(len(rows))
+    wide = torch.empty(min(block, len(rows)), rows.shape[1])  # one for all: fresh memory costs more
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        wide[: len(part)].copy_(part)
+        torch.linalg.vector_norm(wide[: len(part)], dim=1, out=norms[start : start + len(part)])
+    return norms
 
 
 def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:

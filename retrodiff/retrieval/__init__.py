@@ -3,7 +3,8 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 
-from retrodiff.retrieval.neighbors import neighbor_table
+from retrodiff.retrieval.fusion import MaxSimilarity, MultiQuery, ReciprocalRankFusion
+from retrodiff.retrieval.neighbors import neighbor_table, open_neighbor_table
 from retrodiff.retrieval.proposal import NeighborCounts, TopM, Uniform
 from retrodiff.retrieval.retriever import (
     Diverse,
@@ -19,10 +20,14 @@ __all__ = [
     "ExcludeDuplicates",
     "ExcludeGroup",
     "ExcludeSelf",
+    "MaxSimilarity",
+    "MultiQuery",
     "NearestNeighbors",
     "NeighborCounts",
     "RandomOfTop",
+    "ReciprocalRankFusion",
     "TopM",
     "Uniform",
     "neighbor_table",
+    "open_neighbor_table",
 ]

@@ -20,6 +20,9 @@ from retrodiff.retrieval.retriever import NearestNeighbors
 
 FORMAT = 1
 
+COUNTED = 1 << 23
+"""Row numbers counted at a time, so that a mapped table stays where it is."""
+
 
 class _Drawing(ProposalDistribution, Protocol):
     """Draws from `support` in proportion to the weights."""
@@ -78,8 +81,16 @@ class NeighborCounts(_Drawing):
 
     @classmethod
     def of_table(cls, table: Tensor, database: Database) -> NeighborCounts:
-        """Counts the rows in a neighbor table (n, k) that training already has."""
-        counts = torch.bincount(table.reshape(-1), minlength=1)
+        """Counts the rows in a neighbor table (n, k) that training already has, mapped or not."""
+        counts = torch.zeros(len(database), dtype=torch.int64)
+        for part in table.split(max(1, COUNTED // max(1, table[:1].numel()))):
+            found = torch.bincount(part.reshape(-1), minlength=len(database))
+            if len(found) > len(database):
+                raise ValueError(
+                    f"the table names row {len(found) - 1} of a database of {len(database)} rows: "
+                    "it was made for another one"
+                )
+            counts += found
         rows = counts.nonzero().flatten()
         return cls(rows, counts[rows], database.fingerprint)
 
@@ -153,6 +164,18 @@ class TopM(_Drawing):
             m = max(1, round(self.fraction * len(rows)))
         else:
             m = min(self.rows or 1, len(rows))
-        kept = weights.argsort(descending=True, stable=True)[:m]
+        kept = _heaviest(weights, m)
         weights = weights[kept] if self.weighted else torch.ones(m, dtype=torch.float64)
         return rows[kept], weights
+
+
+def _heaviest(weights: Tensor, m: int) -> Tensor:
+    """Positions (m,) of the largest weights, by falling weight, then by position.
+
+    The order of a stable sort, without sorting the millions that are not kept.
+    """
+    least = weights.kthvalue(len(weights) - m + 1).values
+    above = (weights > least).nonzero().flatten()
+    ties = (weights == least).nonzero().flatten()[: m - len(above)]
+    kept = torch.cat([above, ties])
+    return kept[weights[kept].argsort(descending=True, stable=True)]

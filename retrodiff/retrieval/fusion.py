@@ -1,0 +1,173 @@
+"""Several queries for one image: each is looked up by itself, then the lists become one.
+
+The several embeddings of an image are a `Query` of (b, q, d), from prompts of your own, or made
+from one prompt by `MultiQuery`; `ReciprocalRankFusion` and `MaxSimilarity` merge what they find.
+"""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrodiff.interfaces import Database, Neighbors, Query, Retriever, TextEncoder
+
+
+@dataclass(frozen=True)
+class ReciprocalRankFusion(Retriever):
+    """The rows that stand high in many lists: a row's score is the sum of 1 / (constant + rank).
+
+    Cormack, Clarke & Büttcher 2009. Only ranks count, so no query outweighs another by the scale of
+    its similarities. The ``similarity`` of a row is its cosine to the nearest of the queries. A
+    query of (b, d) has nothing to merge and gets the retriever's own rows.
+
+    Args:
+        retriever: what ranks the rows for each of the q queries of an image.
+        top: how many rows of each list take part; k, if that is more.
+        constant: 60 in the paper; the smaller, the more the first ranks count.
+    """
+
+    retriever: Retriever
+    top: int
+    constant: float = 60.0
+
+    def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
+        """Queries (b, q, d) -> k rows (b, k), highest score first."""
+        if query.embedding.ndim == 2:
+            return self.retriever.retrieve(query, database, k)
+        found = _lists(self.retriever, query, database, self.top, k)
+        rank = torch.arange(1, found.k + 1, device=found.indices.device)
+        score = (1 / (self.constant + rank)).double().expand(found.indices.shape)
+        return _merged(found, score, k)
+
+
+@dataclass(frozen=True)
+class MaxSimilarity(Retriever):
+    """The rows nearest to any of the queries (CombMAX: Fox & Shaw 1994).
+
+    A query of (b, d) has nothing to merge and gets the retriever's own rows.
+
+    Args:
+        retriever: what ranks the rows for each of the q queries of an image.
+        top: how many rows of each list take part; k, if that is more.
+    """
+
+    retriever: Retriever
+    top: int
+
+    def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
+        """Queries (b, q, d) -> k rows (b, k), highest cosine to any of the q first."""
+        if query.embedding.ndim == 2:
+            return self.retriever.retrieve(query, database, k)
+        return _merged(_lists(self.retriever, query, database, self.top, k), None, k)
+
+
+class MultiQuery(Retriever):
+    """Asks for each prompt in several phrasings, the prompt itself among them.
+
+    What conditions the network as text stays the prompt as it was given; only the search is wider.
+    Queries that are no text (images, rows drawn from a proposal) are looked up as they are.
+
+    A saved model does not keep it, because it holds the encoder: hand it in again when you load.
+
+    Args:
+        retriever: what merges the phrasings, such as `ReciprocalRankFusion`.
+        encoder: the model's own; must place text.
+        phrasings: templates such as ``"a painting of {}"``, or a function from a prompt to other
+            texts, as many for each prompt.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        encoder: TextEncoder,
+        phrasings: Sequence[str] | Callable[[str], Sequence[str]],
+    ) -> None:
+        if not callable(phrasings):
+            if isinstance(phrasings, str) or not all("{}" in text for text in phrasings):
+                raise ValueError(
+                    f"phrasings={phrasings!r}, but a list of templates is taken, each with {{}} "
+                    "where the prompt goes"
+                )
+            phrasings = tuple(phrasings)
+        self.retriever, self.encoder, self.phrasings = retriever, encoder, phrasings
+
+    def __repr__(self) -> str:
+        return f"MultiQuery({self.retriever!r}, phrasings={self.phrasings!r})"
+
+    def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
+        """Some k rows (b, k) for all phrasings of each prompt."""
+        several = self.expand(query)
+        return self.retriever.retrieve(several, database, k)
+
+    def expand(self, query: Query) -> Query:
+        """Queries (b, d) -> the same with all their phrasings (b, q, d)."""
+        if query.embedding.ndim != 2 or len(query.source) != len(query):
+            return query
+        distinct = list(dict.fromkeys(query.source))
+        texts = [(prompt, *self._others(prompt)) for prompt in distinct]
+        counts = {len(some) for some in texts}
+        if len(counts) > 1:
+            raise ValueError(
+                f"phrasings gave {min(counts) - 1} texts for one prompt and {max(counts) - 1} for "
+                "another: give as many for each"
+            )
+        (q,) = counts
+        with torch.no_grad():
+            flat = self.encoder.encode_text([text for some in texts for text in some])
+        encoded = flat.view(len(distinct), q, -1).to(query.embedding)
+        own = encoded[[distinct.index(prompt) for prompt in query.source]]
+        # Whether a source is a prompt is not for its wording to tell: its embedding does.
+        is_text = torch.cosine_similarity(own[:, 0], query.embedding, dim=-1) > 0.999
+        same = query.embedding.unsqueeze(1).expand_as(own)
+        return dataclasses.replace(query, embedding=torch.where(is_text[:, None, None], own, same))
+
+    def _others(self, prompt: str) -> Sequence[str]:
+        if callable(self.phrasings):
+            return self.phrasings(prompt)
+        return [template.replace("{}", prompt) for template in self.phrasings]
+
+
+def _lists(retriever: Retriever, query: Query, database: Database, top: int, k: int) -> Neighbors:
+    """The top rows (b, q, l) of each query."""
+    if query.embedding.ndim != 3:
+        raise ValueError(
+            f"queries of shape {tuple(query.embedding.shape)} cannot be merged: expected "
+            "(b, q, d), q queries for each image"
+        )
+    return retriever.retrieve(query, database, max(k, min(top, len(database))))
+
+
+def _merged(found: Neighbors, score: Tensor | None, k: int) -> Neighbors:
+    """Lists (b, q, l) -> the k rows of highest total score (b, k), each once.
+
+    Args:
+        found: the lists.
+        score: (b, q, l), added up over the lists; None: the highest similarity.
+        k: rows to keep; ties go to the higher similarity, then to the earlier query.
+    """
+    every = Neighbors(
+        found.indices.flatten(1), found.similarity.flatten(1), found.embeddings.flatten(1, 2)
+    )
+    nearest_first = every.similarity.argsort(dim=-1, descending=True, stable=True)
+    # Stable, so the first of equal rows is the most similar one, and keeps its similarity.
+    rows, order = every.indices.gather(1, nearest_first).sort(dim=-1, stable=True)
+    column = nearest_first.gather(1, order)
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    if score is None:
+        total = every.similarity.gather(1, column)
+    else:
+        group = first.cumsum(-1) - 1
+        each = score.flatten(1).gather(1, column)
+        total = torch.zeros_like(each).scatter_add_(1, group, each).gather(1, group)
+    total = total.masked_fill(~first, -torch.inf)
+    by_similarity = torch.full_like(total, -torch.inf).scatter_(1, order, total)
+    best = by_similarity.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    return every.take(nearest_first.gather(1, best))
