@@ -16,21 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from memory import Peak, anonymous_mb
+
 LAYOUTS = ("npy", "npz", "clip-retrieval")
 PART = 131_072
-
-
-def anonymous_mb() -> float:
-    """Anonymous memory of this process, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1e3
-    return float("nan")
 
 
 def make_parts(layout: str, folder: Path, rows: int, dim: int) -> None:
@@ -93,22 +86,15 @@ def measure(layout: str, folder: Path, dim: int) -> dict[str, Any]:
     mark = Fingerprint(
         encoder="synthetic", weights="-", preprocessing="-", dim=dim, scale=scale or "raw"
     )
-    peak, done = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            peak[0] = max(peak[0], anonymous_mb())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     began = time.perf_counter()
-    database = import_embeddings(folder / "d.rdb", parts, mark, progress=False)
+    with Peak() as peak:
+        database = import_embeddings(folder / "d.rdb", parts, mark, progress=False)
     seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
     disk = (before + disk_mb_per_s(folder, size)) / 2
-    files = [f for f in (folder / "d.rdb").iterdir() if f.name.startswith("vectors")]
-    speed = sum(f.stat().st_size for f in files) / seconds / 1e6
+    files = {n: a["bytes"] for s in database.manifest.shards for n, a in s.files.items()}
+    vectors = sum(n for name, n in files.items() if name.startswith("vectors"))
+    records = sum(n for name, n in files.items() if name.startswith("records"))
+    speed = vectors / seconds / 1e6
     return {
         "layout": layout,
         "rows": len(database),
@@ -116,7 +102,9 @@ def measure(layout: str, folder: Path, dim: int) -> dict[str, Any]:
         "mb_per_s": speed,
         "disk_mb_per_s": disk,
         "share_of_disk": speed / disk,
-        "peak_anon_mb": peak[0] - start,
+        "peak_anon_mb": peak.mb - start,
+        "vectors_gb_per_million": vectors / len(database) / 1e3,
+        "records_gb_per_million": records / len(database) / 1e3,
         "torch": torch.__version__,
     }
 

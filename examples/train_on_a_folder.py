@@ -1,7 +1,8 @@
 """Trains a small retrieval-augmented model on one folder of pictures, with another as database.
 
 The two folders should hold different pictures: where an image is its own nearest neighbor, the
-network learns to copy. What `retrodiff train` does, in Python, to be changed.
+network learns to copy. Nearly what `retrodiff train` does, in Python, to be changed; that one adds
+a first stage (`PrincipalPatches`) and draws from all of p_D.
 
     python examples/train_on_a_folder.py TRAINING LIBRARY --out runs/folder
 """

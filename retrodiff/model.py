@@ -273,7 +273,7 @@ class Model:
                 "trained: use one of retrodiff.diffusion's denoisers, or add the two methods"
             )
         with torch.no_grad():
-            x0 = self.autoencoder.encode(images)
+            x0 = self.autoencoder.encode(images.to(getattr(denoiser, "device", images.device)))
         if tuple(x0.shape[1:]) != tuple(denoiser.shape):
             raise ValueError(
                 f"images {tuple(images.shape[1:])} have latents {tuple(x0.shape[1:])}, which do "

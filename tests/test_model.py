@@ -1,10 +1,11 @@
 """Sampling in every mode: what conditions, what is searched, what is refused."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from parts import HashingEncoder
+from parts import HashingEncoder, small_network
 from PIL import Image
 
 from retrodiff.diffusion import (
@@ -257,6 +258,24 @@ def test_bad_requests_are_answered_in_one_line(model, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         model.sample(**arguments, **QUIET)
     assert "\n" not in str(error.value)
+
+
+def test_training_data_goes_to_where_the_network_is(model):
+    class Elsewhere(EDMDenoiser):
+        """On the device ``meta``, which computes nothing."""
+
+        device = torch.device("meta")
+
+        def loss(self, x0, sigma, noise, context):
+            places = {x0.device, sigma.device, noise.device}
+            places |= {tokens.values.device for tokens in context.streams.values()}
+            assert places == {self.device}
+            return x0.mean((1, 2, 3))
+
+    model = dataclasses.replace(model, denoiser=Elsewhere(small_network()))
+    query = Query(torch.randn(3, 8))
+    neighbors = model.database.search(query, 4)
+    assert model.loss(torch.randn(3, 1, 8, 8), query, neighbors).device.type == "meta"
 
 
 def test_missing_parts_are_named(recipe, model):

@@ -1,4 +1,4 @@
-"""The command line: ``retrodiff demo | database | train | sample | info``.
+"""The command line: ``retrodiff demo | database | train | sample | info | convert``.
 
 Thin over the public functions. What the user can mend ends with one line on standard error and exit
 code 2; an interrupted command with 130.

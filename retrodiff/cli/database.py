@@ -91,7 +91,9 @@ def add_parser(subparsers: Any) -> None:
 
     index = commands.add_parser("index", help="build an index and measure its recall")
     index.add_argument("database")
-    index.add_argument("recipe", help="auto, annoy, usearch, faiss; annoy:trees=20,rerank=200")
+    index.add_argument(
+        "recipe", help="auto, annoy, usearch, faiss, scann, cuvs; annoy:trees=20,rerank=200"
+    )
     index.add_argument("-k", type=int, default=20, help="neighbors that recall is measured at")
     index.set_defaults(run=_index)
 
@@ -100,7 +102,7 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument("--text", action="append", default=[], help="a prompt; may be repeated")
     search.add_argument("--image", action="append", default=[], help="a file; may be repeated")
     search.add_argument("-k", type=int, default=8, help="neighbors per query")
-    search.add_argument("--index", help="a saved index; exact if not given")
+    search.add_argument("--index", help="a saved index, or exact; chosen by the rows if not given")
     search.add_argument("--where", help="condition on the columns")
     search.add_argument("--out", default="neighbors.png", help="the contact sheet")
     _encoder_options(search)

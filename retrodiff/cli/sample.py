@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--database", help="another database than the model's own")
     parser.add_argument("--batch-size", type=int, default=64, help="images per network call")
+    parser.add_argument("--device", default="cpu", help="of the network: cpu, cuda, cuda:1, mps")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
     parser.set_defaults(run=run)
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if options.database is not None:
         parts["database"] = open_database(options.database)
         parts["proposal"] = Uniform()
-    model = Model.load(options.model, **parts)
+    model = Model.load(options.model, **parts).to(options.device)
     out = model.sample(
         **_asked(options, tuple(model.denoiser.shape)),
         mode=options.mode,

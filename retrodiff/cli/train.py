@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the weights' average")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--device", default="cpu", help="of encoder and network: cpu, cuda, mps")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -56,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
             "(--overwrite)"
         )
     database = open_database(options.database)
-    encoder = encoder_from_string(options.encoder, pretrained=not options.no_pretrained)
+    encoder = encoder_from_string(
+        options.encoder, pretrained=not options.no_pretrained, device=options.device
+    )
     images = FolderImages(options.images, options.size)
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 2000)).long()]
     torch.manual_seed(options.seed)
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         size=options.size,
         channels=options.channels,
         k=options.k,
-    )
+    ).to(options.device)
     data = TrainingSet.of(images, encoder, database, NearestNeighbors(), options.k)
     fitted = fit(
         model,

@@ -322,8 +322,8 @@ def open_database(
         path: the folder, or ``hf://datasets/OWNER/NAME`` or ``hf://datasets/OWNER/NAME@REVISION``
             of a database on the Hugging Face Hub, whose files are fetched when they are needed.
         index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
-            saved there, else built and saved). None: exact, except that above a million rows on a
-            CPU the saved index of the highest measured recall is taken, if that is 0.95 or more.
+            saved there, else built and saved). None: exact, except that above a million rows
+            the saved index of the highest measured recall is taken, if that is 0.95 or more.
         root: folder that the records' files are relative to, if it has moved since the build.
         token: for a private shared database; None: the one of ``hf auth login``.
     """
