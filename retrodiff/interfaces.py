@@ -74,7 +74,8 @@ class Query:
     """What is asked of a database.
 
     Args:
-        embedding: (b, d), or (b, r, d) when every region of the latent asks for itself; raw scale.
+        embedding: (b, d); (b, r, d) when every region of the latent asks for itself; (b, q, d),
+            q queries for one image, for a retriever that merges what they find; raw scale.
         source: for each of the b queries, what it came from (a prompt, a file name, ...).
         ids: (b,) rows of the database that the queries themselves are (-1: none of them), so that
             `ExcludeSelf` can leave them out.

@@ -312,7 +312,11 @@ class Model:
         return model
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """A folder of safetensors and JSON; see `retrodiff.checkpoints.native`."""
+        """A folder of safetensors and JSON; see `retrodiff.checkpoints.native`.
+
+        Of the database, the place and the fingerprint are kept. One that has no folder and is not
+        on the Hub has to be handed in again: ``Model.load(folder, database=...)``.
+        """
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         save_components(parts, Path(folder), overwrite=overwrite)
         return Path(folder)
@@ -320,9 +324,7 @@ class Model:
     @classmethod
     def load(cls, folder: str | Path, **components: Any) -> Model:
         """What `save` wrote; components given here take the place of the saved ones."""
-        parts = load_components(Path(folder), components)
-        check_components(parts)
-        return cls(**parts)
+        return cls._of(load_components(Path(folder), components))
 
     @classmethod
     def from_pretrained(
@@ -340,14 +342,14 @@ class Model:
             repo_or_folder: ``owner/name`` on the Hugging Face Hub, or a folder.
             revision: branch, tag or commit.
             cache: folder of the cache; None: the usual one.
-            token: for private repositories; None: the one of ``hf auth login``.
+            token: for private repositories, the database's too; None: the one of ``hf auth login``.
             components: take the place of the saved ones; a database is among those only if it is
                 on the Hub itself.
         """
         folder = fetch(
             str(repo_or_folder), revision=revision, cache=cache, token=token, patterns=SAVED
         )
-        return cls.load(folder, **components)
+        return cls._of(load_components(folder, components, token=token))
 
     def push_to_hub(
         self,
@@ -360,11 +362,12 @@ class Model:
         """Uploads the model with a card that says what it is; returns the commit's address.
 
         A database that is on the Hub itself comes with the model by its address. Any other stays
-        here: the card names its fingerprint, not its path.
+        here: the card names its fingerprint, not its path. Weights of an earlier upload are
+        replaced; a card that is there already stays.
 
         Args:
             repo: ``owner/name``; made where it does not exist.
-            private: whether a new repository is hidden from others.
+            private: hide a new repository from others, and refuse one that everyone can see.
             token: None: the one of ``hf auth login``.
             message: of the commit.
         """
@@ -382,6 +385,11 @@ class Model:
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
+
+    @classmethod
+    def _of(cls, parts: dict[str, Any]) -> Model:
+        check_components(parts)
+        return cls(**parts)
 
     # --- how sample does it --------------------------------------------------------------------
 

@@ -9,11 +9,19 @@ from __future__ import annotations
 import pickle
 import re
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 
-PLAIN = {
+
+def _encoded(text: str, encoding: str) -> bytes:
+    del encoding  # always latin1: how old pickle protocols spell bytes
+    return text.encode("latin1")
+
+
+PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("_codecs", "encode"): _encoded,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
     ("collections", "Counter"): Counter,
@@ -23,7 +31,7 @@ PLAIN = {
         for kind in (bool, int, float, complex, str, list, tuple, dict, set, frozenset)
     },
 }
-"""Classes that are rebuilt as they are."""
+"""Classes that are rebuilt as they are, and bytes."""
 
 READING = (
     pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
@@ -62,8 +70,6 @@ class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PLAIN:
             return PLAIN[module, name]
-        if module == "_codecs" and name == "encode":
-            return _encoded
         if (module, name) in (("numpy", "dtype"), ("numpy", "ndarray")):
             return {"dtype": _Kind, "ndarray": _Array}[name]
         if re.fullmatch(r"numpy\._?core\.(multiarray|numeric)", module) and name in _NUMPY:
@@ -119,11 +125,6 @@ def _reconstruct(*_: Any) -> _Array:
 
 def _scalar(kind: _Kind, data: bytes) -> Any:
     return np.frombuffer(data, kind.dtype)[0].item()
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    del encoding  # always latin1: how old pickle protocols spell bytes
-    return text.encode("latin1")
 
 
 _NUMPY = {"_reconstruct": _reconstruct, "scalar": _scalar, "_frombuffer": _array}

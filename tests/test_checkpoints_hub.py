@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from parts import HashingEncoder
+from parts import HashingEncoder, small_network
 
 from retrodiff import presets
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
@@ -20,7 +22,7 @@ from retrodiff.checkpoints.names import diffusers_autoencoder, diffusers_unet
 from retrodiff.checkpoints.published import PUBLISHED
 from retrodiff.checkpoints.shards import save_sharded
 from retrodiff.checkpoints.transfer import their_names
-from retrodiff.diffusion import NeighborEmbeddings
+from retrodiff.diffusion import EDMDenoiser, NeighborEmbeddings
 from retrodiff.interfaces import Database
 from retrodiff.model import Model
 from retrodiff.retrieval import NeighborCounts, Uniform
@@ -35,6 +37,7 @@ class Hub:
         self.root = root
         self.fetched: list[str] = []
         self.uploads: list[dict[str, Any]] = []
+        self.private: dict[str, bool] = {}
 
     def _taken(self, folder: Path, patterns: list[str]) -> list[Path]:
         files = [f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file()]
@@ -58,7 +61,14 @@ class Hub:
         class Api:
             def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
                 (hub.root / repo).mkdir(parents=True, exist_ok=exist_ok)
+                hub.private.setdefault(repo, private)
                 hub.uploads.append({"repo": repo, "private": private, "token": token})
+
+            def repo_info(self, repo: str) -> Any:
+                return SimpleNamespace(private=hub.private[repo])
+
+            def file_exists(self, repo: str, name: str) -> bool:
+                return (hub.root / repo / name).is_file()
 
             def upload_folder(
                 self,
@@ -67,8 +77,15 @@ class Hub:
                 folder_path: Path,
                 commit_message: str,
                 allow_patterns: list[str],
+                ignore_patterns: list[str] | None,
+                delete_patterns: list[str],
             ) -> Any:
+                for file in hub._taken(hub.root / repo_id, delete_patterns):
+                    (hub.root / repo_id / file).unlink()
+                ignored = hub._taken(Path(folder_path), ignore_patterns or [])
                 for file in hub._taken(Path(folder_path), allow_patterns):
+                    if file in ignored:
+                        continue
                     target = hub.root / repo_id / file
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(Path(folder_path) / file, target)
@@ -122,6 +139,82 @@ def test_the_database_stays_at_home(recipe: Any, hub: Hub, tmp_path: Path) -> No
     assert again.sample(prompts=["a"], mode="text", **QUIET).images.shape[0] == 1
     with pytest.raises(ValueError, match=r"has no database.*open_database"):
         again.sample(prompts=["a"], **QUIET)
+
+
+def test_a_second_upload_leaves_no_weights_of_the_first(
+    model: Model, recipe: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading prefers the index of an earlier, larger model."""
+    import retrodiff.checkpoints.native as native
+
+    sharded = partial(save_sharded, max_bytes=4096)
+    with monkeypatch.context() as small:
+        small.setattr(native, "save_sharded", sharded)
+        model.push_to_hub("me/model")
+    there = hub.root / "me/model"
+    assert (there / "weights.safetensors.index.json").is_file()
+    (there / "encoder").mkdir()
+    (there / "encoder/encoder.json").write_text("{}")
+    (there / "README.md").write_text("written by hand")
+    (there / "licence.txt").write_text("theirs")
+    torch.manual_seed(5)
+    other = recipe.denoiser(EDMDenoiser(small_network())).build()
+    other.push_to_hub("me/model")
+    assert {str(f.relative_to(there)) for f in there.rglob("*") if f.is_file()} == {
+        "README.md", "licence.txt", "model.json", "weights.safetensors",
+    }  # fmt: skip
+    assert (there / "README.md").read_text() == "written by hand"
+    again = Model.from_pretrained("me/model", encoder=model.encoder)
+    mine, theirs = (m.denoiser.network.state_dict() for m in (other, again))
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in mine.items())
+
+
+def test_a_private_upload_is_not_put_where_everyone_sees_it(model: Model, hub: Hub) -> None:
+    model.push_to_hub("me/open", private=False)
+    before = (hub.root / "me/open/model.json").stat().st_mtime_ns
+    with pytest.raises(PermissionError, match=r"me/open exists and everyone.*private=False"):
+        model.push_to_hub("me/open")
+    assert (hub.root / "me/open/model.json").stat().st_mtime_ns == before
+    model.push_to_hub("me/open", private=False)
+    model.push_to_hub("me/closed")
+    model.push_to_hub("me/closed", private=False)  # stays private: nothing is given away
+
+
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+def test_what_the_hub_says_is_one_line(
+    step: str, model: Model, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise HFValidationError("Repo id must be\n\nin the form name")
+
+    api = hub.api()
+    monkeypatch.setattr(type(api), step, refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token=None: api)
+    said = r"cannot upload a model as me/m: HFValidationError: Repo id must be in"
+    with pytest.raises(OSError, match=said) as error:
+        model.push_to_hub("me/m")
+    assert "\n" not in str(error.value)
+
+
+def test_the_token_opens_the_models_private_database(
+    model: Model, database: Database, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "hf://datasets/me/private@" + "0" * 40
+    object.__setattr__(database, "path", Path("cache"))
+    object.__setattr__(database, "address", address)
+    model.push_to_hub("me/model")
+    asked: list[tuple[str, str | None]] = []
+
+    def opened(path: str, *, token: str | None = None) -> Database:
+        asked.append((path, token))
+        return database
+
+    monkeypatch.setattr("retrodiff.databases.open_database", opened)
+    again = Model.from_pretrained("me/model", token="secret", encoder=model.encoder)
+    assert asked == [(address, "secret")]
+    assert again.database is database
 
 
 def test_the_card_says_what_the_model_is(model: Model, hub: Hub) -> None:
@@ -321,6 +414,12 @@ def test_publish_uploads_safe_files_only(tmp_path: Path, monkeypatch: pytest.Mon
 
         def create_repo(self, repo: str, **options: Any) -> None:
             calls.append((repo, options))
+
+        def repo_info(self, repo: str) -> Any:
+            return SimpleNamespace(private=True)
+
+        def file_exists(self, repo: str, name: str) -> bool:
+            return False
 
         def upload_folder(self, **options: Any) -> Any:
             calls.append(("upload", options))

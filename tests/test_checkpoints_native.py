@@ -1,16 +1,24 @@
 """A model as a folder: it comes back the same, or the damage is named."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from parts import HashingEncoder
 from safetensors.torch import load_file, save_file
 
+from retrodiff.databases import Subset, Union
 from retrodiff.diffusion import EDMDenoiser, NeighborEmbeddings
 from retrodiff.model import Model
 from retrodiff.networks.dit import DiT
-from retrodiff.retrieval import NeighborCounts
+from retrodiff.retrieval import (
+    ExcludeSelf,
+    MultiQuery,
+    NearestNeighbors,
+    NeighborCounts,
+    ReciprocalRankFusion,
+)
 
 QUIET = {"progress": False}
 
@@ -31,6 +39,32 @@ def test_a_component_of_ones_own_must_be_handed_in_again(model, tmp_path):
     model.save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"HashingEncoder.*never imported.*encoder=\.\.\."):
         Model.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["Union", "Subset"])
+def test_a_database_that_is_not_kept_is_said_once(kind, model, database, tmp_path, recwarn):
+    model.save(tmp_path / "in_memory")  # evidently nowhere to be opened again from
+    assert not recwarn.list
+    some = Union(database) if kind == "Union" else Subset(database, torch.arange(20))
+    mine = model.replace(database=some)
+    with pytest.warns(UserWarning, match=rf"a {kind} has no folder.*database=\.\.\.") as said:
+        mine.save(tmp_path / "model")
+    assert [Path(w.filename).name for w in said] == [Path(__file__).name]
+    assert "\n" not in str(said[0].message)
+    assert Model.load(tmp_path / "model", encoder=model.encoder).database is None
+    assert Model.load(tmp_path / "model", encoder=model.encoder, database=some).database is some
+
+
+def test_multi_query_has_to_be_handed_in_again(model, database, tmp_path):
+    merge = ReciprocalRankFusion(NearestNeighbors(), 10)
+    wide = MultiQuery(merge, model.encoder, ["a painting of {}"])
+    for retriever in (wide, ExcludeSelf(wide)):
+        folder = model.replace(retriever=retriever).save(tmp_path / "model", overwrite=True)
+        parts = {"encoder": model.encoder, "database": database}
+        with pytest.raises(ValueError, match=r"MultiQuery.*cannot describe.*retriever=") as error:
+            Model.load(folder, **parts)
+        assert "not part of retrodiff" not in str(error.value)
+        assert Model.load(folder, retriever=retriever, **parts).retriever is retriever
 
 
 def test_damaged_models_are_refused(model, tmp_path):

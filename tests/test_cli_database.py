@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from retrodiff.cli.database import add_parser
-from retrodiff.databases import open_database
+from retrodiff.databases import open_database, store
 from retrodiff.encoders import CLIPEncoder, save_encoder
+from retrodiff.indexes import Annoy
 
 skimage_data = pytest.importorskip("skimage.data")
 
@@ -89,6 +90,27 @@ def test_index(built, capsys):
     assert "recall@20" in capsys.readouterr().out
     assert run("info", built) == 0
     assert "index annoy" in capsys.readouterr().out
+
+
+def test_commands_that_do_not_search_need_no_index(photos, encoder, tmp_path, monkeypatch):
+    out = tmp_path / "d.rdb"
+    assert run("build", photos, out, "--encoder", encoder) == 0
+    assert run("index", out, "annoy:trees=10,components=16") == 0
+    monkeypatch.setattr(store, "EXACT_ROWS", 1)
+    monkeypatch.setattr(store, "TARGET", 0.0)
+    assert open_database(out).recipe.name == "annoy"
+
+    def missing(*_):
+        raise ValueError("annoy is not installed")
+
+    monkeypatch.setattr(Annoy, "load", missing)  # a warning would be an error
+    for words in (
+        ("info", out),
+        ("verify", out),
+        ("delete", out, "label == 'people'"),
+        ("append", photos / "people", out, "--encoder", encoder),
+    ):
+        assert run(*words) == 0
 
 
 def test_append_and_delete(photos, encoder, tmp_path, capsys):

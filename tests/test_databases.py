@@ -561,6 +561,62 @@ def test_large_databases_take_a_saved_index_only_with_enough_recall(database, mo
     assert open_database(database.path).recipe == Exact()
 
 
+def test_a_large_database_opens_without_the_library_of_its_index(database, monkeypatch):
+    from retrodiff.databases import store
+
+    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    database.build_index(Annoy(trees=10, components=48), progress=False)
+
+    def missing(*_):
+        raise ValueError("annoy is not installed: pip install annoy")
+
+    monkeypatch.setattr(Annoy, "load", missing)
+    with pytest.warns(UserWarning, match=r"searched exactly, .*: annoy is not installed") as caught:
+        opened = open_database(database.path)
+    assert caught[0].filename == __file__
+    assert opened.recipe == Exact()
+    assert opened.search(Query(torch.randn(2, 48)), 3).indices.shape == (2, 3)
+    with pytest.raises(ValueError, match="annoy is not installed"):
+        open_database(database.path, "annoy")
+    # Nothing below searches, so that nothing below warns.
+    append_to_database(database.path, Images(pictures(2)), Pooled(), progress=False)
+    delete_rows(database.path, [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: "{", "is no description of an index"),
+        (lambda v: [], "is no description of an index"),
+        (lambda v: v | {"format": 99}, "newer format than 1: upgrade"),
+        (lambda v: v | {"recipe": {"name": "future"}}, "unknown index 'future': upgrade"),
+        (lambda v: v | {"recipe": 3}, "is damaged"),
+        (lambda v: v | {"recipe": v["recipe"] | {"leaves": 3}}, "does not fit annoy .*leaves"),
+        (lambda v: v | {"recall": {"value": "much"}}, "is damaged"),
+        (lambda v: {k: v[k] for k in v if k != "rows"}, "is damaged"),
+    ],
+)
+def test_a_broken_index_is_one_line(database, change, message, monkeypatch):
+    from retrodiff.databases import store
+
+    database.build_index(Annoy(trees=5, components=8), progress=False)
+    about = database.path / "indexes/annoy/index.json"
+    value = change(json.loads(about.read_text()))
+    about.write_text(value if isinstance(value, str) else json.dumps(value))
+    for ask in (
+        lambda: open_database(database.path, "annoy"),
+        lambda: open_database(database.path).saved_indexes(),
+    ):
+        with pytest.raises(ValueError, match=message) as one:
+            ask()
+        assert "\n" not in str(one.value)
+    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    with pytest.warns(UserWarning, match=message):
+        assert open_database(database.path).recipe == Exact()
+    database.build_index(Annoy(trees=5, components=8), progress=False)
+    assert open_database(database.path, "annoy").recipe == Annoy(trees=5, components=8)
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

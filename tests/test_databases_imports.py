@@ -1,10 +1,13 @@
 """Databases from embeddings that exist: arrays, published layouts, interruption; unions of them."""
 
 import collections
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -243,6 +246,76 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows 1 and 4 both have id 'b'"):
         import_embeddings(tmp_path / "d", parts, MARK, shard_rows=2, progress=False)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("shard_rows", [3, 100])
+def test_columns_of_two_types_are_refused(shard_rows, tmp_path):
+    parts = [
+        Part(vectors(3), pa.table({"n": [1, 2, 3], "s": ["a", "b", "c"]})),
+        Part(vectors(2), pa.table({"n": ["1", "2"], "s": ["d", "e"]})),
+    ]
+    with pytest.raises(ValueError, match=r"column 'n' is int64 in .* and string in .*one type"):
+        import_embeddings(tmp_path / "d", parts, MARK, shard_rows=shard_rows, progress=False)
+    assert not (tmp_path / "d").exists()
+    # What an earlier version let pass is named when it is read.
+    for name, ns in (("a", [1, 2, 3]), ("b", ["1", "2", "3"])):
+        part = Part(vectors(3), pa.table({"n": ns}))
+        import_embeddings(tmp_path / name, [part] * 2, MARK, shard_rows=3, progress=False)
+    shutil.copy(tmp_path / "b/records-000001.parquet", tmp_path / "a/records-000001.parquet")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    other = json.loads((tmp_path / "b/manifest.json").read_text())
+    manifest["shards"][1]["files"] = other["shards"][1]["files"]
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    found = open_database(tmp_path / "a")
+    for ask in (lambda: found.columns, lambda: found.table(), lambda: found.where("n == 1")):
+        with pytest.raises(ValueError, match=r"int64 in records-000000.*string in records-000001"):
+            ask()
+
+
+FEW_FILES = """
+import resource, sys
+import numpy as np, pyarrow.dataset, torch
+from pathlib import Path
+from retrodiff.databases import import_embeddings, npy_parts, open_database
+from retrodiff.interfaces import Fingerprint, Query
+import retrodiff.indexes.exact
+folder, count = Path(sys.argv[1]), 150
+used = len(list(Path("/proc/self/fd").iterdir()))
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+names = [folder / f"{i}" for i in range(count)]
+parts = npy_parts([f"{n}.npy" for n in names], [f"{n}.parquet" for n in names])
+mark = Fingerprint(encoder="e", weights="w", preprocessing="p", dim=6)
+import_embeddings(folder / "d", parts, mark, shard_rows=2, progress=False)
+database = open_database(folder / "d")
+assert len(database.vectors.parts) == count
+assert database.search(Query(torch.randn(2, 6)), 3).indices.shape == (2, 3)
+assert database.column("n").tolist() == [i for i in range(count) for _ in range(2)]
+assert database.verify() == []
+"""
+
+
+def test_more_parts_and_shards_than_files_may_be_open(tmp_path):
+    for i in range(150):
+        np.save(tmp_path / f"{i}.npy", vectors(2, i))
+        pq.write_table(pa.table({"n": [i, i]}), tmp_path / f"{i}.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_npz_arrays_that_are_read_whole_are_let_go(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.asfortranarray(vectors(20)))
+    array = NpzArray(tmp_path / "a.npz", "x")
+    assert np.array_equal(array[0:12], vectors(20)[:12])
+    held = weakref.ref(array._whole)
+    assert np.array_equal(array[12:20], vectors(20)[12:])
+    assert held() is None
+    assert np.array_equal(array[3:5], vectors(20)[3:5])
 
 
 def test_pictures_can_be_appended_to_what_was_imported(tmp_path):

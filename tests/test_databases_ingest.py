@@ -28,6 +28,7 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
+    edit,
     import_embeddings,
     open_database,
     read_image,
@@ -449,7 +450,9 @@ def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path, mo
         jobs = [("build", p, n, str(out), str(folder), OPTIONS) for (p, n), out in builds.items()]
         build_database(tmp_path / "base", Images(pictures(20)), Pooled(), **OPTIONS)
         appended = {}
-        for point in ("records written", "shard recorded", "append linked", "append recorded"):
+        before = ("records written", "shard recorded", "append linked")
+        after = ("append recorded", "append half removed")
+        for point in before + after:
             appended[point] = tmp_path / f"append {point}"
             build_database(appended[point], Images(pictures(20)), Pooled(), **OPTIONS)
             jobs.append(
@@ -468,13 +471,103 @@ def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path, mo
 
         append_to_database(tmp_path / "base", source, Pooled(), progress=False)
         for point, out in appended.items():
-            if point == "append recorded":
-                assert len(open_database(out)) == 47
-                continue
-            assert len(open_database(out)) == 20
+            assert len(open_database(out)) == (20 if point in before else 47)
             assert open_database(out).verify() == []
-            append_to_database(out, source, Pooled(), resume=True, progress=False)
+            found = append_to_database(out, source, Pooled(), resume=True, progress=False)
+            assert len(found) == 47, point
             assert files_of(out) == files_of(tmp_path / "base"), point
+
+
+def recorded_append(path, source, monkeypatch):
+    """A database to which a source was appended, killed before it could tidy up."""
+
+    def killed(point: str) -> None:
+        if point == "append recorded":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edit, "reached", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append_to_database(path, source, Pooled(), progress=False)
+    assert (path / "append.partial" / "build.json").is_file()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_append_that_was_recorded_does_not_hinder_another(resume, tmp_path, monkeypatch):
+    first = Images(pictures(3), [{"id": i} for i in range(3)])
+    second = Images(pictures(2, seed=1), [{"id": i} for i in (3, 4)])
+    third = Images(pictures(4, seed=2), [{"id": i} for i in range(5, 9)])
+    build_database(tmp_path / "d", first, Pooled(), progress=False)
+    recorded_append(tmp_path / "d", second, monkeypatch)
+    if resume:  # its ids are there already, which is no reason to refuse it
+        again = append_to_database(tmp_path / "d", second, Pooled(), resume=True, progress=False)
+        assert again.column("id").tolist() == [0, 1, 2, 3, 4]
+        recorded_append(tmp_path / "d", third, monkeypatch)
+        third = Images(pictures(1, seed=3), [{"id": 9}])
+    longer = append_to_database(tmp_path / "d", third, Pooled(), resume=resume, progress=False)
+    assert longer.column("id").tolist() == list(range(10 if resume else 9))
+    assert not (tmp_path / "d" / "append.partial").exists()
+    assert longer.verify() == []
+
+
+def test_an_unfinished_append_is_not_taken_for_a_recorded_one(tmp_path, monkeypatch):
+    build_database(tmp_path / "d", Images(pictures(3)), Pooled(), progress=False)
+
+    def killed(point: str) -> None:
+        if point == "append linked":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edit, "reached", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append_to_database(tmp_path / "d", Images(pictures(2)), Pooled(), progress=False)
+    with pytest.raises(FileExistsError, match="unfinished append"):
+        append_to_database(tmp_path / "d", Images(pictures(2)), Pooled(), progress=False)
+
+
+@pytest.mark.parametrize("damage", ["shape", "dtype", "offsets"])
+def test_a_damaged_file_of_tensors_is_one_line(damage, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(4, 2)}, tmp_path / "x.safetensors")
+    old, new = {
+        "shape": (b"[4,2]", b"[4,3]"), "dtype": (b"F32", b"F99"), "offsets": (b"[0,32]", b"[0,31]")
+    }[damage]  # fmt: skip
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert old in data
+    (tmp_path / "x.safetensors").write_bytes(data.replace(old, new))
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged .*: restore it") as caught:
+        shards.map_tensors(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_is_copied_on_write(tmp_path):
+    shards.save_tensors({"x": torch.arange(5)}, tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    mapped = shards.map_tensors(tmp_path / "x.safetensors")["x"]
+    mapped += 1
+    assert mapped.tolist() == [1, 2, 3, 4, 5]
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert shards.map_tensors(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_column_of_another_type_is_refused(tmp_path):
+    build_database(
+        tmp_path / "d", Images(pictures(3), [{"n": i} for i in range(3)]), Pooled(), progress=False
+    )
+    words = Images(pictures(2), [{"n": "a"}, {"n": "b"}])
+    with pytest.raises(
+        ValueError, match=r"column 'n' is int64 in the rows before and string in records-000001"
+    ) as caught:
+        append_to_database(tmp_path / "d", words, Pooled(), progress=False)
+    assert "\n" not in str(caught.value)
+    found = open_database(tmp_path / "d")
+    assert found.column("n").tolist() == [0, 1, 2]
+    assert not (tmp_path / "d" / "append.partial").exists()
+    halves = Images(pictures(1), [{"n": 0.5}])  # a number is a number
+    assert append_to_database(tmp_path / "d", halves, Pooled(), progress=False).column(
+        "n"
+    ).tolist() == [0, 1, 2, 0.5]
 
 
 def test_ctrl_c_then_resume(folder, tmp_path, monkeypatch):

@@ -142,6 +142,29 @@ def test_a_table_of_someone_else(tmp_path, ours):
     check_database(theirs)
 
 
+def test_tables_of_someone_else_are_told_apart(tmp_path):
+    import pyarrow as pa
+
+    def opened(folder: str) -> str:
+        theirs = LanceDatabase.open(tmp_path / folder, "t", vector="clip", fingerprint=MARK)
+        return theirs.fingerprint.rows
+
+    for seed, folder in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        values = pa.array(torch.randn(5 * DIM, generator=generator).numpy())
+        clip = pa.FixedSizeListArray.from_arrays(values, DIM)
+        (tmp_path / folder).mkdir()
+        lancedb.connect(tmp_path / folder).create_table("t", pa.table({"clip": clip}))
+    before = opened("a")
+    assert before == opened("a") != opened("b")
+    table = lancedb.connect(tmp_path / "a").open_table("t")
+    table.add(table.to_arrow().slice(0, 1))
+    table.delete("true")
+    table.restore(1)
+    assert len(table) == 5
+    assert opened("a") != before  # another version, though the rows are the same
+
+
 def test_a_vector_index_is_used_and_ranked_again(tmp_path, ours, lance):
     table = lancedb.connect(tmp_path / "lance").open_table("photos")
     ivf = lancedb.index.IvfPq(distance_type="cosine", num_partitions=4, num_sub_vectors=4)

@@ -307,9 +307,66 @@ def test_indexes_travel(remote, local, monkeypatch):
     query = Query(torch.randn(3, 48))
     assert torch.equal(shared.search(query, 4).indices, built.search(query, 4).indices)
     assert open_database("hf://datasets/me/photos").recipe == Exact()
+
+
+def test_a_shared_index_is_read_only_when_it_is_named(remote, local, monkeypatch):
+    built = local.build_index(Annoy(trees=10, components=48), progress=False)
+    assert built.recall.value >= 0.95
+    local.push_to_hub("me/photos")
     monkeypatch.setattr(store, "EXACT_ROWS", 10)
-    chosen = open_database("hf://datasets/me/photos")
-    assert chosen.recipe.name == ("annoy" if built.recall.value >= 0.95 else "exact")
+    assert open_database(local.path).recipe.name == "annoy"
+    assert open_database("hf://datasets/me/photos").recipe == Exact()
+    assert not any(name.startswith("indexes") for name in remote.fetched)
+    assert open_database("hf://datasets/me/photos", "annoy").recipe == built.recipe
+
+
+def test_an_index_built_here_for_another_commit_does_not_hide_the_shared_one(remote, local):
+    first = local.push_to_hub("me/photos")
+    mine = open_database(first, Annoy(trees=5, components=8))
+    longer = append_to_database(local.path, Images(pictures(5, seed=9)), Pooled(), progress=False)
+    shared = longer.build_index(Annoy(trees=9, components=8), progress=False)
+    second = longer.push_to_hub("me/photos")
+    assert open_database(second, "annoy").recipe == shared.recipe
+    assert open_database(second).saved_indexes()["annoy"][0] == shared.recipe
+    assert open_database(first, "annoy").recipe == mine.recipe
+
+
+def test_fetch_refuses_what_it_does_not_know(remote, local):
+    local.push_to_hub("me/photos")
+    shared = open_database("hf://datasets/me/photos")
+    with pytest.raises(ValueError, match=r"'images'.*vectors, records, thumbnails, indexes") as one:
+        shared.fetch("vectors", "images", progress=False)
+    one_line(one)
+    assert remote.fetched == ["manifest.json"]
+
+
+def test_a_shared_database_is_not_changed_from_afar(remote, local):
+    address = local.push_to_hub("me/photos")
+    for change in (
+        lambda: append_to_database(address, Images(pictures(1)), Pooled(), progress=False),
+        lambda: delete_rows(address, [0]),
+    ):
+        with pytest.raises(ValueError, match=f"shared databases are read-only: {address}") as one:
+            change()
+        one_line(one)
+
+
+def test_a_card_that_is_there_is_left_alone(remote, local):
+    local.push_to_hub("me/photos")
+    (remote.commit("me/photos") / "README.md").write_text("# Mine")
+    delete_rows(local.path, [0]).push_to_hub("me/photos")
+    assert (remote.commit("me/photos") / "README.md").read_text() == "# Mine"
+    assert len(open_database("hf://datasets/me/photos")) == 49
+
+
+def test_the_card_lists_the_indexes_that_were_uploaded(remote, local):
+    local.build_index(Annoy(trees=5, components=8), progress=False)
+    (local.path / "indexes" / "annoy" / "more.pkl").write_bytes(b"x")
+    local.push_to_hub("me/photos")
+    names = remote.list_repo_files("me/photos", repo_type="dataset")
+    assert not any(name.startswith("indexes") for name in names)
+    card = (remote.commit("me/photos") / "README.md").read_text()
+    assert "| indexes | none; search is exact |" in card
 
 
 def test_an_index_built_over_a_shared_database_is_kept_here(remote, local, monkeypatch):
@@ -519,6 +576,13 @@ def test_bad_addresses(remote, address):
     assert remote.fetched == []
 
 
+SHA = "a" * 64
+
+
+def give_file(about: dict[str, Any], manifest: Any) -> None:
+    manifest["shared"]["indexes"]["annoy"] = {"x": about}
+
+
 def edit_manifest(remote: Hub, change: Any) -> None:
     file = remote.commit("me/photos") / "manifest.json"
     value = json.loads(file.read_text())
@@ -531,11 +595,25 @@ def edit_manifest(remote: Hub, change: Any) -> None:
     [
         (lambda v: v.update(format=99), "upgrade retrodiff"),
         (lambda v: v.pop("shards"), "damaged database manifest"),
-        (lambda v: v["shards"][0]["files"].update({"../x": {"bytes": 1, "sha256": "a"}}), "'../x'"),
+        (lambda v: v["shards"][0]["files"].update({"../x": {"bytes": 1, "sha256": SHA}}), "'../x'"),
         (lambda v: v["shards"][0]["files"].update({"x": {"bytes": 1}}), "'sha256'"),
         (
-            lambda v: v["shared"]["indexes"].update({"..": {"x": {"bytes": 1, "sha256": "a"}}}),
+            lambda v: v["shared"]["indexes"].update({"..": {"x": {"bytes": 1, "sha256": SHA}}}),
             "beside the rows",
+        ),
+        *(
+            (functools.partial(give_file, about), "no file of a database: 'x'")
+            for about in (
+                {"bytes": 1, "sha256": "../../x"},
+                {"bytes": 1, "sha256": "/etc/passwd"},
+                {"bytes": 1, "sha256": SHA[:-1]},
+                {"bytes": 1, "sha256": SHA.upper()},
+                {"bytes": 1, "sha256": SHA + "\n"},
+                {"bytes": 1, "sha256": [SHA]},
+                {"bytes": -1, "sha256": SHA},
+                {"bytes": True, "sha256": SHA},
+                {"bytes": "1", "sha256": SHA},
+            )
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Pictures in tars, parquet files and saved datasets; what a path holds; ids that repeat."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -73,6 +74,15 @@ def test_tars(tmp_path):
     }
     assert database.column("label").tolist() == [None, "7"]
     assert torch.equal(database.image(1), images[1] / 127.5 - 1)
+
+
+def test_the_names_of_tars_are_hashed_as_one_list(tmp_path):
+    keys = {"0.tar": [], "1.tar": ["a", "b"], "2.tar": [], "3.tar": ["c"]}
+    for name, samples in keys.items():
+        write_tar(tmp_path / name, [(f"{key}.png", png(pictures(1)[0])) for key in samples])
+    names = [f"{name}:{key}" for name, samples in keys.items() for key in samples]
+    expected = hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
+    assert Tars([tmp_path / name for name in keys]).describe()["names"] == expected
 
 
 def test_tars_refuse(tmp_path):
@@ -197,6 +207,22 @@ def test_saved_dataset(tmp_path):
         SavedDataset(tmp_path / "all/train")
     with pytest.raises(ValueError, match="is no dataset of save_to_disk"):
         SavedDataset(tmp_path)
+
+
+def test_what_is_written_into_every_row_belongs_to_the_source(tmp_path):
+    images = pictures(3)
+    pq.write_table(pa.table({"image": [png(i) for i in images]}), tmp_path / "a.parquet")
+    save_dataset(tmp_path / "saved", images, [0, 1, 1])
+    for make in (
+        lambda columns: ParquetImages([tmp_path / "a.parquet"], columns=columns),
+        lambda columns: SavedDataset(tmp_path / "saved", columns=columns),
+    ):
+        out = tmp_path / type(make({})).__name__
+        build_database(out, make({"licence": "CC0"}), Pooled(), progress=False)
+        again = build_database(out, make({"licence": "CC0"}), Pooled(), resume=True, progress=False)
+        assert again.column("licence").tolist() == ["CC0"] * 3
+        with pytest.raises(ValueError, match=r"begun with columns=\{'licence': 'CC0'\}, now"):
+            build_database(out, make({"licence": "CC-BY"}), Pooled(), resume=True, progress=False)
 
 
 # --- what a path holds ---------------------------------------------------------------------------

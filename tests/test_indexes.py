@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrodiff.databases import Part, import_embeddings
 from retrodiff.indexes import (
     Annoy,
     CuVS,
@@ -41,7 +43,7 @@ from retrodiff.indexes.principal import leading_axes
 from retrodiff.indexes.projection import Projection
 from retrodiff.indexes.resident import ResidentIndex
 from retrodiff.indexes.tile_maxima import TILE, launch_sizes, tile_maxima
-from retrodiff.interfaces import Index
+from retrodiff.interfaces import Fingerprint, Index
 
 APPROXIMATE = [
     Annoy(trees=20, components=16),
@@ -694,6 +696,21 @@ def test_automatic_on_real_indexes(monkeypatch):
     assert built.recipe == Exact()
     assert "usearch misses" in why
     assert "annoy misses" in why
+
+
+def test_automatic_writes_nothing_where_the_function_does_not(monkeypatch, tmp_path):
+    """As its documentation says to use it: recall is judged after an index would be saved."""
+    monkeypatch.setattr(choice_module, "EXACT_ROWS", 10)
+    mark = Fingerprint(encoder="random", weights="0", preprocessing="none", dim=16)
+    database = import_embeddings(
+        tmp_path / "d.rdb", [Part(clustered(200, 16).float().numpy())], mark, progress=False
+    )
+    build = partial(database.build_index, k=5, progress=False, save=False)
+    for target, name in ((0.9, "usearch"), (1.01, "exact")):
+        built, _ = build_automatic(len(database), build, target=target, gpu=False)
+        assert built.recipe.name == name
+        assert database.saved_indexes() == {}
+    assert not (tmp_path / "d.rdb" / "indexes").exists()
 
 
 def test_recipes_on_the_command_line():

@@ -311,6 +311,49 @@ def test_multi_query_asks_with_every_phrasing_and_leaves_other_queries_alone():
     assert by_function.expand(Query(embedding, prompts)).embedding.shape == (4, 2, 8)
 
 
+def test_multi_query_rephrases_prompts_only():
+    """The user's function is not shown what is no prompt, and may be unable to take it."""
+    encoder, shown = HashingEncoder(), []
+
+    def phrasings(prompt):
+        assert prompt.startswith("a "), "a name of an image or of a row"
+        shown.append(prompt)
+        return [f"{prompt} in the snow"]
+
+    wide = MultiQuery(ReciprocalRankFusion(NearestNeighbors(), 10), encoder, phrasings)
+    images = torch.randn(2, 8, generator=torch.Generator().manual_seed(7))
+    for sources in (("image 0", "image 1"), ("row 5", "row 6"), ("", "")):
+        query = Query(images, sources)
+        assert wide.expand(query) is query
+    assert shown == []
+    embedding = torch.cat([images[:1], encoder.encode_text(["a dog", "a cat", "a dog"])])
+    several = wide.expand(Query(embedding, ("image 0", "a dog", "a cat", "a dog"))).embedding
+    assert shown == ["a dog", "a cat"]
+    snow = encoder.encode_text([f"a {animal} in the snow" for animal in ("dog", "cat", "dog")])
+    expected = torch.stack([embedding, torch.cat([images[:1], snow])], 1)
+    torch.testing.assert_close(several, expected)
+    nothing = MultiQuery(wide.retriever, encoder, []).expand(Query(embedding, ("a",) * 4))
+    assert nothing.embedding.ndim == 2  # no source is a text here
+    empty = Query(torch.zeros(0, 8))
+    assert wide.expand(empty) is empty
+
+
+@pytest.mark.parametrize("merge", [ReciprocalRankFusion, MaxSimilarity])
+def test_a_top_that_exclusion_leaves_no_room_for_is_named(merge):
+    database = small_database(rows=40)
+    several = database.embeddings(torch.tensor([[0, 1], [2, 3]]))
+    query = Query(several, ids=torch.tensor([0, 2]))
+    assert merge(ExcludeSelf(NearestNeighbors()), 39).retrieve(query, database, 4).k == 4
+    with pytest.raises(ValueError, match=r"^top=100: 40 rows .*lower top, to k=4 or more") as error:
+        merge(ExcludeSelf(NearestNeighbors()), 100).retrieve(query, database, 4)
+    assert "\n" not in str(error.value)
+    # What is not about top is not put down to it.
+    with pytest.raises(ValueError, match=r"^k=40 neighbors were asked for"):
+        merge(ExcludeSelf(NearestNeighbors()), 10).retrieve(query, database, 40)
+    with pytest.raises(ValueError, match=r"^k=4 neighbors were asked for"):
+        merge(ExcludeDuplicates(NearestNeighbors(), -1.0), 10).retrieve(query, database, 4)
+
+
 def test_multi_query_says_what_it_cannot_use():
     encoder, merge = HashingEncoder(), ReciprocalRankFusion(NearestNeighbors(), 10)
     for bad in ("a {}", ["a photo"]):

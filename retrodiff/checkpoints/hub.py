@@ -17,6 +17,9 @@ SAVED = (
 )  # fmt: skip
 """What `Model.save` writes; the last one tells a diffusers pipeline, whose weights are not ours."""
 
+STALE = ("weights*.safetensors", "weights.safetensors.index.json", "encoder/*")
+"""What an earlier upload may have left: loading would prefer its index, or mix in its encoder."""
+
 _PARTS, _NAME = ("unet", "vae", "vqvae"), "diffusion_pytorch_model"
 DIFFUSERS = (
     "model_index.json", "scheduler/*.json", *(f"{part}/*.json" for part in _PARTS),
@@ -92,12 +95,15 @@ def publish(
     token: str | None = None,
     message: str = "Upload a retrodiff model",
 ) -> str:
-    """Uploads a saved model; other files in the folder stay at home.
+    """Uploads a saved model in one commit; other files in the folder stay at home.
+
+    Weights of an earlier upload that are not part of this one are deleted. A card that is there
+    already stays as its owner wrote it.
 
     Args:
         folder: of a saved model.
         repo: ``owner/name``; made where it does not exist.
-        private: whether a new repository is hidden from others.
+        private: hide a new repository from others, and refuse one that everyone can see.
         token: None: the one of ``hf auth login``.
         message: of the commit.
 
@@ -106,15 +112,32 @@ def publish(
 
     Raises:
         FileNotFoundError: the folder holds no saved model.
+        PermissionError: ``private``, but everyone can see the repository.
+        OSError: the Hub refuses, or cannot be reached.
     """
     folder = Path(folder)
     if not (folder.is_dir() and any(folder.rglob("*.safetensors")) and any(folder.glob("*.json"))):
         raise FileNotFoundError(f"{folder} holds no saved model: save one there first")
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    api.create_repo(repo, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(SAFE)
-    )
+    from retrodiff.databases.hub import hub_errors
+
+    api, what = HfApi(token=token), f"cannot upload a model as {repo}"
+    with hub_errors(what):
+        api.create_repo(repo, private=private, exist_ok=True)
+        public = not api.repo_info(repo).private
+    if private and public:
+        raise PermissionError(
+            f"{repo} exists and everyone can see it: say private=False, or choose another name"
+        )
+    with hub_errors(what):
+        card = "README.md"
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(SAFE),
+            ignore_patterns=[card] if api.file_exists(repo, card) else None,
+            delete_patterns=list(STALE),
+        )
     return str(commit.commit_url)

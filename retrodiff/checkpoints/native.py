@@ -5,7 +5,8 @@ wrappers and networks). Loading constructs classes of this package only; a compo
 named in the file but never imported from it: hand it to `load` in its slot. Weights are in
 ``weights.safetensors`` under ``slot.parameter``, an encoder in a folder of its own that
 `load_encoder` and the command line also read. The database is not copied: the file keeps its path
-and fingerprint, and loading refuses another one.
+and fingerprint, and loading refuses another one. One that has no path (in memory, a view, another
+program's table) has to be handed in again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -76,9 +78,15 @@ def construct(description: Any, weights: Mapping[str, Tensor], prefix: str) -> A
             raise ValueError(f"the saved weights lack {entries['tensor']}: copy the whole folder")
         return weights[entries["tensor"]]
     if "custom" in entries:
+        name = entries["custom"]
+        reason = (
+            "holds what a file cannot describe"
+            if name.split(".")[0] == _PACKAGE
+            else f"is not part of {_PACKAGE} and is never imported from a file"
+        )
         raise ValueError(
-            f"{prefix} was saved as {entries['custom']}, which is not part of {_PACKAGE} and is "
-            f"never imported from a file: pass it as load(..., {prefix.split('.')[0]}=...)"
+            f"{prefix} was saved as {name}, which {reason}: pass it as "
+            f"load(..., {prefix.split('.')[0]}=...)"
         )
     if "class" not in entries:
         return {key: construct(x, weights, f"{prefix}.{key}") for key, x in entries.items()}
@@ -203,11 +211,18 @@ def read_description(folder: Path) -> dict[str, Any]:
     return value
 
 
-def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load_components(
+    folder: Path, given: Mapping[str, Any] | None = None, *, token: str | None = None
+) -> dict[str, Any]:
     """Component by slot; those in ``given`` take the place of the saved ones.
 
     A given component in a slot that was saved with a class of the user's own inside it is what that
     class could not be imported for: it is filled with the saved weights.
+
+    Args:
+        folder: of a saved model.
+        given: component by slot.
+        token: for a database on the Hub; None: the one of ``hf auth login``.
     """
     from retrodiff.encoders import CLIPEncoder, load_encoder
 
@@ -232,7 +247,7 @@ def load_components(folder: Path, given: Mapping[str, Any] | None = None) -> dic
                 load_state(given[slot], state, slot)
             continue
         if slot == "database":
-            parts[slot] = _reopened(description, folder)
+            parts[slot] = _reopened(description, folder, token)
         elif isinstance(description, dict) and set(description) == {"folder"}:
             parts[slot] = load_encoder(folder / description["folder"])
         elif isinstance(description, dict) and set(description) == {"name"}:
@@ -304,9 +319,18 @@ def shared_address(database: Any) -> str | None:
 
 
 def _database(database: Any, folder: Path) -> Any:
+    from retrodiff.databases import ArrayDatabase
+
     path = getattr(database, "path", None)
     if path is None:
-        return {"custom": "a database in memory"}
+        kind = type(database)
+        if not isinstance(database, ArrayDatabase):  # that one cannot be expected to be anywhere
+            warnings.warn(
+                f"the model is saved without its database: a {kind.__name__} has no folder to be "
+                "opened again from, so hand it in when you load the model, load(..., database=...)",
+                stacklevel=4,
+            )
+        return {"custom": f"{kind.__module__}.{kind.__qualname__}"}
     mark = vars(database.fingerprint)
     if (address := shared_address(database)) is not None:
         return {"address": address, "fingerprint": mark}
@@ -317,7 +341,7 @@ def _database(database: Any, folder: Path) -> Any:
     }
 
 
-def _reopened(description: Any, folder: Path) -> Any:
+def _reopened(description: Any, folder: Path, token: str | None) -> Any:
     """The database where it was, or at the same place relative to the model."""
     if description is None or "custom" in description:
         return None
@@ -334,7 +358,7 @@ def _reopened(description: Any, folder: Path) -> Any:
             f"the model's database is neither at {description['path']} nor at "
             f"{description['relative']} beside the model: pass it as load(..., database=...)"
         )
-    database = open_database(place)
+    database = open_database(place, token=token)
     if database.fingerprint != saved:
         raise ValueError(
             f"the database at {place} is not the one the model was saved with "

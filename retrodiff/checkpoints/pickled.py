@@ -192,16 +192,10 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _encoded(text: str, encoding: str) -> bytes:
-    del encoding  # always latin1: how old pickle protocols spell bytes
-    return text.encode("latin1")
-
-
 CALLS = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("_codecs", "encode"): _encoded,
 }
 """Calls that are allowed, as functions of ours."""
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from retrodiff.databases.images import to_float
 from retrodiff.databases.ingest import ENGINES, SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
-from retrodiff.indexes import Recipe, build_automatic, recipe_from_string
+from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
 
 
@@ -241,7 +242,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    database = open_database(options.database)
+    database = open_database(options.database, "exact")
     for name, value in describe(database).items():
         print(f"{name:<14} {value}")
     return 0
@@ -273,7 +274,7 @@ def describe(database: EmbeddingDatabase) -> dict[str, str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    wrong = open_database(options.database).verify()
+    wrong = open_database(options.database, "exact").verify()
     for line in wrong:
         print(f"{options.database}: {line}", file=sys.stderr)
     if not wrong:
@@ -282,7 +283,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    rows = open_database(options.database).where(options.condition).rows
+    rows = open_database(options.database, "exact").where(options.condition).rows
     database = delete_rows(options.database, rows)
     print(f"{options.database}: {len(rows):,} rows deleted, {len(database):,} left")
     return 0
@@ -290,15 +291,13 @@ def _delete(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     database = open_database(options.database, "exact")
-
-    def build(recipe: Recipe) -> EmbeddingDatabase:
-        return database.build_index(recipe, k=options.k)
-
     if options.recipe == "auto":
-        _, chosen = build_automatic(len(database), build)
+        build = partial(database.build_index, k=options.k, save=False)
+        indexed, chosen = build_automatic(len(database), build)
+        indexed.save_index()
     else:
         recipe = recipe_from_string(options.recipe)
-        chosen = f"{recipe}: {build(recipe).recall}"
+        chosen = f"{recipe}: {database.build_index(recipe, k=options.k).recall}"
     print(f"{options.database}: {chosen}")
     return 0
 

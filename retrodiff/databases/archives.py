@@ -37,13 +37,14 @@ class Tars(Source):
         self.files = [Path(file) for file in files]
         self.columns = dict(columns or {})
         self.names = _names(self.files)
-        digest, counts = hashlib.sha256(), [0]
+        digest, counts, some = hashlib.sha256(), [0], False
         for number, file in enumerate(self.files):
             samples = _scan(file)
             counts.append(len(samples))
             for key, _ in samples:  # the same as the hash of all names joined by zeros
-                digest.update(b"\0" * (sum(counts[:-1]) > 0 or key != samples[0][0]))
+                digest.update(b"\0" * some)
                 digest.update(f"{self.names[number]}:{key}".encode())
+                some = True
         self._starts = np.cumsum(counts)
         self._digest = digest.hexdigest()[:32]
         self._marks = [file.stat().st_mtime_ns for file in self.files]

@@ -7,6 +7,7 @@ becomes true at the moment when the manifest is replaced.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -47,15 +48,21 @@ def append_to_database(
         resume: continue an append that was killed.
         progress: show a bar.
     """
-    path = Path(path)
-    database = open_database(path)
+    path = _own_folder(path)
+    database = open_database(path, "exact")
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
         raise ValueError(f"encoder and {path} disagree: {what}: append with the encoder it has")
-    if "id" in database.columns:
-        check_ids(source, database.table(["id"])["id"])
     partial = path / "append.partial"
     with writing(path):
-        manifest = Manifest.read(path / MANIFEST)
+        database = open_database(path, "exact")
+        manifest = database.manifest
+        if (recorded := _recorded(partial, manifest)) is not None:
+            _remove(partial)
+            if resume and recorded.sources == (json.loads(json.dumps(source.describe())),):
+                warn_of(recorded.skipped)
+                return database
+        if "id" in database.columns:
+            check_ids(source, database.table(["id"])["id"])
         if (partial / BUILD).is_file() and not resume:
             raise FileExistsError(
                 f"{partial} is an unfinished append: continue it (--resume) or delete that folder"
@@ -73,7 +80,8 @@ def append_to_database(
         build = Build(
             source, encoder, workers=workers, engine=engine, progress=progress, first=first
         )
-        added = Work(partial, plan).run(resume, build.fill)
+        schema = database._schema if manifest.shards else None
+        added = Work(partial, plan, schema).run(resume, build.fill)
         for shard in added.shards:
             for name in shard.files:
                 # Linked, not moved: a kill here leaves the append complete, to be resumed.
@@ -87,9 +95,9 @@ def append_to_database(
             sources=manifest.sources + added.sources,
         ).write(path / MANIFEST)
         reached("append recorded")
-        shutil.rmtree(partial)
+        _remove(partial)
     warn_of(added.skipped)
-    return open_database(path)
+    return open_database(path, "exact")
 
 
 def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingDatabase:
@@ -99,9 +107,9 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         path: the database.
         rows: row numbers, as they are now; for a condition, ``database.where(...).rows``.
     """
-    path = Path(path)
+    path = _own_folder(path)
     with writing(path):
-        database = open_database(path)
+        database = open_database(path, "exact")
         make_folder(path)  # says in one line if nothing can be written
         chosen = torch.as_tensor(rows, dtype=torch.int64).unique()
         hidden = database.stored(database._checked(chosen))
@@ -116,4 +124,32 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         reached("deletion written")
         deleted = {"file": name, "rows": len(hidden), **about}
         replace(database.manifest, deleted=deleted).write(path / MANIFEST)
-    return open_database(path)
+    return open_database(path, "exact")
+
+
+def _own_folder(path: str | Path) -> Path:
+    """The folder of a database that may be changed."""
+    if str(path).startswith("hf:"):
+        raise ValueError(
+            f"shared databases are read-only: {path} cannot be changed: change the folder it was "
+            "pushed from, and push again"
+        )
+    return Path(path)
+
+
+def _recorded(partial: Path, manifest: Manifest) -> Manifest | None:
+    """What an append wrote down, if the database has all of it: only tidying up was left."""
+    if not (partial / BUILD).is_file():
+        return None
+    begun = Manifest.read(partial / BUILD)
+    done = bool(begun.shards) and manifest.shards[-len(begun.shards) :] == begun.shards
+    return begun if done else None
+
+
+def _remove(partial: Path) -> None:
+    """Removes a finished append, last of all what says that it is one."""
+    for file in partial.iterdir():
+        if file.name != BUILD:
+            file.unlink()
+    reached("append half removed")
+    shutil.rmtree(partial)

@@ -21,11 +21,12 @@ from torch import Tensor
 from retrodiff.databases.fingerprint import file_digest
 from retrodiff.databases.manifest import MANIFEST, Manifest
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.indexes import Vectors
+from retrodiff.indexes import Vectors, saved_index
 from retrodiff.progress import progress_bar
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([^/@\s]+/[^/@\s]+)(?:@([^@\s]+))?")
 _AT_ONCE = 8  # files fetched at a time
+_KINDS = ("vectors", "records", "thumbnails", "indexes")
 
 
 class SharedDatabase(EmbeddingDatabase):
@@ -71,6 +72,8 @@ class SharedDatabase(EmbeddingDatabase):
             kinds: of ``vectors``, ``records``, ``thumbnails``, ``indexes``; none given: all.
             progress: show a bar.
         """
+        if unknown := [kind for kind in kinds if kind not in _KINDS]:
+            raise ValueError(f"fetch({unknown[0]!r}): give some of {', '.join(_KINDS)}, or none")
         self._fetch([name for name in self._about if name.startswith(kinds or "")], progress)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
@@ -86,7 +89,7 @@ class SharedDatabase(EmbeddingDatabase):
     def open_index(self, name: str) -> EmbeddingDatabase:
         """The same database, searched by a saved index; a shared one is fetched first."""
         if name in self._indexes and name not in self._built_here():
-            self.fetch(f"indexes/{name}/")
+            self._fetch([file for file in self._about if file.startswith(f"indexes/{name}/")])
         return super().open_index(name)
 
     def verify(self) -> list[str]:
@@ -100,9 +103,14 @@ class SharedDatabase(EmbeddingDatabase):
         return wrong or super().verify()
 
     def _built_here(self) -> dict[str, Path]:
+        """Indexes that were built here, of these very rows: all commits have one home."""
+        found: dict[str, Path] = {}
         with suppress(OSError):  # a home that cannot be written holds no index either
-            return super().index_folders()
-        return {}
+            for name, folder in super().index_folders().items():
+                with suppress(ValueError):
+                    if saved_index(folder)[2] == self._stored_hash():
+                        found[name] = folder
+        return found
 
     def _home(self) -> Path:
         from huggingface_hub import cached_assets_path

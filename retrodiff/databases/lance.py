@@ -36,7 +36,9 @@ _ROWS = 8192  # written at a time
 class LanceDatabase(Searchable):
     """The rows of a LanceDB table; make one with `open` or `create`.
 
-    Row numbers count the table's rows in the order of LanceDB's own row ids.
+    Row numbers count the table's rows in the order of LanceDB's own row ids. ``fingerprint.rows``
+    tells tables apart by their row ids and by the rows that `create` copied; of a table made
+    elsewhere, by its address, name and version: its contents are not compared.
 
     Args:
         table: an open LanceDB table.
@@ -66,7 +68,7 @@ class LanceDatabase(Searchable):
             )
         if written is not None and (what := mark.disagreement(written)) is not None:
             raise ValueError(f"fingerprint and table {table.name!r} disagree: {what}")
-        digest = hashlib.sha256((written.rows if written else table.name).encode())
+        digest = hashlib.sha256((written.rows if written else _place(table)).encode())
         digest.update(self._rows.ids.numpy().tobytes())
         vectors = _LanceVectors(self._rows)
         super().__init__(
@@ -323,6 +325,12 @@ def _written(table: Any) -> Fingerprint | None:
     """The fingerprint of the database that a table was made from."""
     about = (table.schema.metadata or {}).get(_FINGERPRINT)
     return None if about is None else Fingerprint(**json.loads(about))
+
+
+def _place(table: Any) -> str:
+    """Address, name and version of a table, which stand for contents that nobody has hashed."""
+    address = getattr(getattr(table, "_conn", None), "uri", "")
+    return f"{address} {table.name} {table.version}"
 
 
 def _integers(column: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,17 @@ class Manifest:
         indexes = (manifest.shared or {}).get("indexes", {})
         for files in (manifest.files, *indexes.values()):
             for name, about in files.items():
-                if not _plain(name) or not isinstance(about["bytes"], int) or not about["sha256"]:
+                if not _plain(name) or not _measured(about["bytes"], about["sha256"]):
                     raise ValueError(f"no file of a database: {name!r}")
         if not all(map(_plain, indexes)):
             raise ValueError("an index that does not lie beside the rows")
         return manifest
+
+
+def _measured(size: Any, digest: Any) -> bool:
+    """Whether these are a file's size and its SHA-256, which becomes a path."""
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    return whole and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
 
 
 def _plain(name: str) -> bool:

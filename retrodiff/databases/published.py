@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.imports import Part
-from retrodiff.databases.streams import NpzArray, ParquetRows, npz_names
+from retrodiff.databases.streams import NpyArray, NpzArray, ParquetRows, npz_names
 from retrodiff.interfaces import Database
 from retrodiff.pickled import read_plain_pickle
 
@@ -30,7 +30,7 @@ def npy_parts(
         raise ValueError(f"{len(files)} npy files, but {len(metadata)} of metadata: give one each")
     tables = [None] * len(files) if metadata is None else [ParquetRows(Path(m)) for m in metadata]
     return _of_one_width(
-        [Part(_map(Path(f)), t, str(f)) for f, t in zip(files, tables, strict=True)]
+        [Part(NpyArray(Path(f)), t, str(f)) for f, t in zip(files, tables, strict=True)]
     )
 
 
@@ -55,7 +55,7 @@ def clip_retrieval_parts(folder: str | Path) -> list[Part]:
     names = {"image_path": "file"}
     return _of_one_width(
         [
-            Part(_map(file), ParquetRows(tables[i], names) if tables else None, str(file))
+            Part(NpyArray(file), ParquetRows(tables[i], names) if tables else None, str(file))
             for i, file in arrays.items()
         ]
     )
@@ -179,13 +179,6 @@ def _of_one_width(parts: list[Part]) -> list[Part]:
                 "the parts of a database have one width"
             )
     return parts
-
-
-def _map(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="c", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no whole npy file of numbers: {error}") from None
 
 
 def _integers(values: Iterable[Any], path: str | Path) -> np.ndarray:

@@ -115,10 +115,10 @@ def about_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
-_TYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
-_NAMES = {
-    torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8",
+_TYPES = {
+    "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8,
 }  # fmt: skip
+_NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
@@ -149,14 +149,20 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    # Copy-on-write: torch wants writable memory, and the file must never change.
-    data = np.memmap(path, np.uint8, "c", offset=0)
+    # Copy-on-write, so that the file never changes; and unlike numpy's, this map holds no file
+    # descriptor, of which there may be fewer than shards.
+    size = path.stat().st_size
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    data = torch.empty(0, dtype=torch.uint8).set_(storage)
     tensors = {}
-    for name, about in header.items():
-        if name != "__metadata__":
-            start, end = (8 + length + offset for offset in about["data_offsets"])
-            array = data[start:end].view(_TYPES[about["dtype"]]).reshape(about["shape"])
-            tensors[name] = torch.from_numpy(array)
+    try:
+        for name, about in header.items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in about["data_offsets"])
+                kind, shape = _TYPES[about["dtype"]], about["shape"]
+                tensors[name] = data[start:end].view(kind).reshape(shape)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): restore it, or build again") from None
     return tensors
 
 
@@ -168,7 +174,39 @@ def _table(records: list[Any]) -> Any:
     for plain, group in groupby(records, lambda one: isinstance(one, Mapping)):
         of_one_kind = list(group)
         tables += [_table_of(of_one_kind)] if plain else of_one_kind
+    one_schema([table.schema for table in tables], ["some records", "others"])
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+def one_schema(schemas: Sequence[Any], names: Sequence[str]) -> Any:
+    """One pyarrow schema for the tables of all the schemas, refused where their types disagree.
+
+    Args:
+        schemas: at least one.
+        names: what errors call the tables; the last one stands for all that follow.
+    """
+    import pyarrow as pa
+
+    plain = [schema.remove_metadata() for schema in schemas]
+    try:
+        return pa.unify_schemas(plain, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        seen: dict[str, tuple[Any, str]] = {}
+        for number, schema in enumerate(plain):
+            name = names[min(number, len(names) - 1)]
+            for field in schema:
+                before, where = seen.setdefault(field.name, (field, name))
+                try:
+                    joined = pa.unify_schemas(
+                        [pa.schema([before]), pa.schema([field])], promote_options="permissive"
+                    )
+                except (pa.ArrowInvalid, pa.ArrowTypeError):
+                    raise ValueError(
+                        f"column {field.name!r} is {before.type} in {where} and {field.type} in "
+                        f"{name}: give one type per column"
+                    ) from None
+                seen[field.name] = (joined.field(0), where)
+        raise
 
 
 def _table_of(records: list[Mapping[str, Any]]) -> Any:

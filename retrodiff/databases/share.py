@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         files |= {name: Path(folder) / name for name in (MANIFEST, "README.md")}
         manifest.write(files[MANIFEST])
-        files["README.md"].write_text(card(database, repo), "utf-8")
+        files["README.md"].write_text(card(database, repo, indexes), "utf-8")
         api = HfApi(token=token, library_name="retrodiff")
         with hub_errors(f"cannot share {database.address} as {repo}"):
             api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -51,6 +52,8 @@ def push(
             )
         with hub_errors(f"cannot share {database.address} as {repo}"):
             there = api.list_repo_files(repo, repo_type="dataset")
+            if "README.md" in there:  # whoever owns it may have written into it
+                del files["README.md"]
             commit = api.create_commit(
                 repo,
                 [
@@ -88,13 +91,14 @@ def _indexes(database: EmbeddingDatabase) -> dict[str, Path]:
     }
 
 
-def card(database: EmbeddingDatabase, repo: str) -> str:
+def card(database: EmbeddingDatabase, repo: str, shared: Collection[str]) -> str:
     """The dataset card: encoder, counts, columns, licences, and how to open it."""
     mark, shards = database.fingerprint, database.manifest.shards
     hidden = 0 if database.hidden is None else len(database.hidden)
     size = sum(about["bytes"] for about in database.manifest.files.values())
     pictures = "thumbnails" if shards and shards[0].file("thumbnails") else "not included"
-    indexes = [f"{name} ({recall})" for name, (_, recall) in database.saved_indexes().items()]
+    saved = database.saved_indexes().items()
+    indexes = [f"{name} ({recall})" for name, (_, recall) in saved if name in shared]
     lines = [
         ("rows", f"{len(database):,}" + (f" ({hidden:,} more are deleted)" if hidden else "")),
         ("encoder", f"`{mark.encoder}`"),

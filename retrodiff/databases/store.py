@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from retrodiff.databases.fingerprint import file_digest, rows_digest, rows_hash
 from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import map_tensors
+from retrodiff.databases.shards import map_tensors, one_schema
 from retrodiff.files import make_folder, writing
 from retrodiff.indexes import (
     TARGET,
@@ -29,7 +30,7 @@ from retrodiff.indexes import (
     save_index,
     saved_index,
 )
-from retrodiff.indexes.recipe import EXACT_ROWS
+from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
 from retrodiff.interfaces import Index, Record
 
 
@@ -158,13 +159,27 @@ class EmbeddingDatabase(Searchable):
         if not save or recipe.name == "exact":
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
-        folder, rows = self._home() / "indexes" / recipe.name, self._stored_hash()
-        _check_writable(folder.parent)
+        _check_writable(self._home() / "indexes")  # before the work
         with writing(self._home()):
-            index = recipe.build(self.vectors, progress)
-            recall = recall_of(index, self.vectors, k)
-            save_index(index, recipe, folder, rows, recall)
-        return self.with_index(recipe, load_index(folder, self.vectors, rows)[0], recall)
+            return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
+
+    def save_index(self) -> EmbeddingDatabase:
+        """Saves the index that the database is searched by beside the rows; exact needs none.
+
+        Returns:
+            The same database, searched by the saved index.
+        """
+        if self.recipe.name == "exact":
+            return self
+        _check_writable(self._home() / "indexes")
+        with writing(self._home()):
+            return self._save_index()
+
+    def _save_index(self) -> EmbeddingDatabase:
+        folder, rows = self._home() / "indexes" / self.recipe.name, self._stored_hash()
+        assert self.recall is not None  # only exact search has none
+        save_index(cast("SavableIndex", self.index), self.recipe, folder, rows, self.recall)
+        return self.with_index(self.recipe, load_index(folder, self.vectors, rows)[0], self.recall)
 
     def saved_indexes(self) -> dict[str, tuple[Recipe, Recall]]:
         """The indexes saved beside these very rows."""
@@ -277,12 +292,10 @@ class EmbeddingDatabase(Searchable):
 
     @cached_property
     def _schema(self) -> Any:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         files = [self._here(str(shard.file("records"))) for shard in self.manifest.shards]
-        schemas = [pq.read_schema(file).remove_metadata() for file in files]
-        return pa.unify_schemas(schemas, promote_options="permissive")
+        return one_schema([pq.read_schema(file) for file in files], [file.name for file in files])
 
     def _schema_of(self, columns: Sequence[str] | None) -> Any:
         import pyarrow as pa
@@ -323,22 +336,20 @@ def open_database(
             of a database on the Hugging Face Hub, whose files are fetched when they are needed.
         index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
             saved there, else built and saved). None: exact, except that above a million rows
-            the saved index of the highest measured recall is taken, if that is 0.95 or more.
+            of a folder the saved index of the highest measured recall is taken, if that is 0.95
+            or more; where it cannot be opened, a warning says why. A shared index, a file of
+            someone else's that goes to a native parser, is read only when it is named.
         root: folder that the records' files are relative to, if it has moved since the build.
         token: for a private shared database; None: the one of ``hf auth login``.
     """
-    if str(path).startswith("hf:"):
+    if shared := str(path).startswith("hf:"):
         from retrodiff.databases.hub import open_shared
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:
         database = _open_folder(Path(path), root)
     if index is None:
-        saved = database.saved_indexes() if len(database) > EXACT_ROWS else {}
-        good = [
-            (recall.value, name) for name, (_, recall) in saved.items() if recall.value >= TARGET
-        ]
-        return database.open_index(max(good)[1]) if good else database
+        return database if shared or len(database) <= EXACT_ROWS else _with_best_index(database)
     if isinstance(index, str):
         return database.open_index(index)
     if index.name == "exact":
@@ -361,6 +372,18 @@ def _open_folder(path: Path, root: str | Path | None) -> EmbeddingDatabase:
     manifest = Manifest.read(path / MANIFEST)
     _check_sizes(path, manifest)
     return EmbeddingDatabase(path, manifest, root)
+
+
+def _with_best_index(database: EmbeddingDatabase) -> EmbeddingDatabase:
+    """The same rows, searched by the saved index of the highest recall that is good enough."""
+    try:
+        saved = database.saved_indexes().items()
+        good = [(recall.value, name) for name, (_, recall) in saved if recall.value >= TARGET]
+        return database.open_index(max(good)[1]) if good else database
+    except (ValueError, OSError) as error:
+        message = f"{database.address} is searched exactly, without its saved index: {error}"
+        warnings.warn(message, stacklevel=3)
+        return database
 
 
 def _check_writable(folder: Path) -> None:

@@ -13,6 +13,37 @@ import numpy as np
 from retrodiff.pickled import read_plain_pickle
 
 
+class NpyArray:
+    """The array of an npy file, memory-mapped from its first piece to its last.
+
+    A map holds a file descriptor, and there may be more files than the system lets be open.
+
+    Args:
+        file: the npy file.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._mapped: np.ndarray | None = None
+        self.shape = self._map().shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Rows, as they lie in the file."""
+        start, end, _ = rows.indices(len(self))
+        mapped = self._map() if self._mapped is None else self._mapped
+        self._mapped = None if end == len(self) else mapped
+        return mapped[start:end]
+
+    def _map(self) -> np.ndarray:
+        try:
+            return np.load(self.file, mmap_mode="c", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{self.file} is no whole npy file of numbers: {error}") from None
+
+
 class NpzArray:
     """One array of an npz file; a piece of rows is read when it is asked for.
 
@@ -41,7 +72,10 @@ class NpzArray:
         start, end, _ = rows.indices(len(self))
         try:
             if self._fortran or self.dtype.hasobject:
-                return self._read_whole()[start:end]
+                piece = self._read_whole()[start:end]
+                if end == len(self):
+                    self._whole = None
+                return piece
             return self._read(start, end)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{self.file} is damaged ({error}): fetch it again") from None
@@ -151,6 +185,8 @@ class ParquetRows:
             self._forget(start)
         table = pa.Table.from_batches(self._held).slice(start - self._at, end - start)
         self._forget(end)
+        if end == self.rows:
+            self._batches = None  # closes the file
         return table.rename_columns([self.names.get(n, n) for n in table.column_names])
 
     def _forget(self, row: int) -> None:

@@ -137,7 +137,13 @@ class ParquetImages(_Tables):
     def describe(self) -> dict[str, Any]:
         """The files' names and the number of rows."""
         names = [file.name for file in self.files]
-        return {"kind": "parquet", "files": names, "column": self.column, "count": len(self)}
+        return {
+            "kind": "parquet",
+            "files": names,
+            "column": self.column,
+            "count": len(self),
+            "columns": self.columns,
+        }
 
 
 class SavedDataset(_Tables):
@@ -192,7 +198,13 @@ class SavedDataset(_Tables):
 
     def describe(self) -> dict[str, Any]:
         """The dataset's own fingerprint, and the number of rows."""
-        return {"kind": "dataset", "mark": self.mark, "column": self.column, "count": len(self)}
+        return {
+            "kind": "dataset",
+            "mark": self.mark,
+            "column": self.column,
+            "count": len(self),
+            "columns": self.columns,
+        }
 
 
 class DatasetImages(Source):

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest, Shard
-from retrodiff.databases.shards import reached
+from retrodiff.databases.shards import one_schema, reached
 from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
 from retrodiff.files import make_folder, writing
 
@@ -26,10 +27,12 @@ class Work:
     Args:
         folder: where the shards and ``build.json`` are written.
         plan: the manifest to be, without shards.
+        schema: of the records that are there already, which new ones have to agree with.
     """
 
-    def __init__(self, folder: Path, plan: Manifest):
-        self.folder, self.manifest = folder, plan
+    def __init__(self, folder: Path, plan: Manifest, schema: Any = None):
+        self.folder, self.manifest, self.schema = folder, plan, schema
+        self._agreed: set[str] = set()  # record files that the schema is of
 
     def run(self, resume: bool, fill: Callable[[Work], None]) -> Manifest:
         """Lets ``fill`` add what is missing; the manifest with all shards."""
@@ -70,9 +73,22 @@ class Work:
     def record(self, shard: Shard, skipped: Sequence[tuple[str, str]] = ()) -> None:
         """Writes down that a shard is complete, and all that has been skipped so far."""
         shards = (*self.manifest.shards, shard)
+        self._agree(shards)
         self.manifest = replace(self.manifest, shards=shards, skipped=tuple(skipped))
         self.manifest.write(self.folder / BUILD)
         reached("shard recorded")
+
+    def _agree(self, shards: Sequence[Shard]) -> None:
+        """Refuses a column whose type differs from that of an earlier shard."""
+        import pyarrow.parquet as pq
+
+        for name in (str(shard.file("records")) for shard in shards):
+            if name not in self._agreed:
+                new = pq.read_schema(self.folder / name)
+                known = [] if self.schema is None else [self.schema]
+                called = [*(["the rows before"] if known else []), name]
+                self.schema = one_schema([*known, new], called)
+                self._agreed.add(name)
 
     def _remove_strays(self) -> None:
         known = {BUILD, *(name for shard in self.manifest.shards for name in shard.files)}

@@ -1,7 +1,8 @@
 """Which index suits a database, tried in order and kept only if it finds enough.
 
 Exact search on a GPU, or up to about a million rows; above that on a CPU a graph where one is
-installed, else trees over principal components. None is kept that was measured below the target.
+installed, else trees over principal components. None is chosen that was measured below the target;
+what an index that was passed over leaves on disk is up to the function that builds it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def build_automatic(
 
     Args:
         rows: of the database.
-        build: makes and measures the index of a recipe.
+        build: makes and measures the index of a recipe. Recall is judged afterwards, so it should
+            not save: what it saves stays, also where the index is passed over.
         target: recall that an index must reach.
         gpu: whether there is a GPU; None: look.
 
@@ -72,8 +74,8 @@ def build_automatic(
         What was built, and in words what was chosen and why.
 
     Example:
-        ``build_automatic(len(database), database.build_index)`` gives the database, searched by
-        the index that was chosen.
+        ``build_automatic(len(database), partial(database.build_index, save=False))`` gives the
+        database, searched by the index that was chosen, and writes nothing.
     """
     missed: list[str] = []
     for recipe in suitable(rows, gpu):

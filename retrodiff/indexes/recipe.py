@@ -135,12 +135,28 @@ def load_index(folder: Path, vectors: Vectors, rows: str) -> tuple[SavableIndex,
 
 def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
     """Recipe, recall and hash of the rows of a saved index, without loading it."""
-    about = json.loads((folder / "index.json").read_text())
-    if about["format"] > FORMAT:
+    file = folder / "index.json"
+    again = "build the index again, or delete that folder"
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        newer = int(about["format"]) > FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no description of an index ({error!r}): {again}") from None
+    if newer:
         raise ValueError(f"{folder} has a newer format than {FORMAT}: upgrade retrodiff")
-    options = dict(about["recipe"])
-    recipe = RECIPES[options.pop("name")](**options)
-    return recipe, Recall(**about["recall"]), about["rows"]
+    try:
+        options, measured = dict(about["recipe"]), dict(about["recall"])
+        name, rows = str(options.pop("name")), str(about["rows"])
+        value = float(measured["value"])
+        recall = Recall(value, int(measured["k"]), int(measured["queries"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): {again}") from None
+    if name not in RECIPES:
+        raise ValueError(f"{file} names an unknown index {name!r}: upgrade retrodiff, or {again}")
+    try:
+        return RECIPES[name](**options), recall, rows
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not fit {name} ({error}): {again}") from None
 
 
 def recipe_from_string(text: str) -> Recipe:

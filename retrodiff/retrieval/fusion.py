@@ -72,7 +72,8 @@ class MultiQuery(Retriever):
     """Asks for each prompt in several phrasings, the prompt itself among them.
 
     What conditions the network as text stays the prompt as it was given; only the search is wider.
-    Queries that are no text (images, rows drawn from a proposal) are looked up as they are.
+    Queries that are no text (images, rows drawn from a proposal) are looked up as they are, and
+    never rephrased.
 
     A saved model does not keep it, because it holds the encoder: hand it in again when you load.
 
@@ -108,25 +109,36 @@ class MultiQuery(Retriever):
 
     def expand(self, query: Query) -> Query:
         """Queries (b, d) -> the same with all their phrasings (b, q, d)."""
-        if query.embedding.ndim != 2 or len(query.source) != len(query):
+        if query.embedding.ndim != 2 or not query.source or len(query.source) != len(query):
             return query
-        distinct = list(dict.fromkeys(query.source))
-        texts = [(prompt, *self._others(prompt)) for prompt in distinct]
-        counts = {len(some) for some in texts}
+        sources = list(dict.fromkeys(query.source))
+        encoded = self._encoded(sources, query)
+        own = encoded[[sources.index(source) for source in query.source]]
+        # Whether a source is a prompt is not for its wording to tell: its embedding does.
+        is_text = torch.cosine_similarity(own, query.embedding, dim=-1) > 0.999
+        rows = is_text.nonzero().flatten().tolist()
+        prompts = list(dict.fromkeys(query.source[row] for row in rows))
+        if not prompts:
+            return query
+        others = [tuple(self._others(prompt)) for prompt in prompts]
+        counts = {len(some) for some in others}
         if len(counts) > 1:
             raise ValueError(
-                f"phrasings gave {min(counts) - 1} texts for one prompt and {max(counts) - 1} for "
+                f"phrasings gave {min(counts)} texts for one prompt and {max(counts)} for "
                 "another: give as many for each"
             )
-        (q,) = counts
+        # A query that is no text is asked as often as the prompts, always as it is.
+        several = query.embedding.unsqueeze(1).repeat(1, 1 + len(others[0]), 1)
+        if others[0]:
+            flat = self._encoded([text for some in others for text in some], query)
+            wide = flat.view(len(prompts), len(others[0]), -1)
+            several[rows, 1:] = wide[[prompts.index(query.source[row]) for row in rows]]
+        return dataclasses.replace(query, embedding=several)
+
+    def _encoded(self, texts: Sequence[str], query: Query) -> Tensor:
+        """Texts -> embeddings (n, d), like those of the query."""
         with torch.no_grad():
-            flat = self.encoder.encode_text([text for some in texts for text in some])
-        encoded = flat.view(len(distinct), q, -1).to(query.embedding)
-        own = encoded[[distinct.index(prompt) for prompt in query.source]]
-        # Whether a source is a prompt is not for its wording to tell: its embedding does.
-        is_text = torch.cosine_similarity(own[:, 0], query.embedding, dim=-1) > 0.999
-        same = query.embedding.unsqueeze(1).expand_as(own)
-        return dataclasses.replace(query, embedding=torch.where(is_text[:, None, None], own, same))
+            return self.encoder.encode_text(texts).to(query.embedding)
 
     def _others(self, prompt: str) -> Sequence[str]:
         if callable(self.phrasings):
@@ -141,7 +153,17 @@ def _lists(retriever: Retriever, query: Query, database: Database, top: int, k: 
             f"queries of shape {tuple(query.embedding.shape)} cannot be merged: expected "
             "(b, q, d), q queries for each image"
         )
-    return retriever.retrieve(query, database, max(k, min(top, len(database))))
+    reach = max(k, min(top, len(database)))
+    try:
+        return retriever.retrieve(query, database, reach)
+    except ValueError as error:
+        if reach == k:
+            raise
+        retriever.retrieve(query, database, k)  # raises its own error, where it isn't about top
+        raise ValueError(
+            f"top={top}: {reach} rows of each list take part in the merge, more than the retriever "
+            f"has ({error}): lower top, to k={k} or more"
+        ) from error
 
 
 def _merged(found: Neighbors, score: Tensor | None, k: int) -> Neighbors:
