@@ -706,3 +706,14 @@ def test_contact_sheet(database):
     cell = sheet[6 : 6 + 64, 6 : 6 + 64]
     assert (cell == sheet[6 : 6 + 64, 12 + 70 : 12 + 70 + 64]).all()
     assert cell.std() > 30
+
+
+def test_an_index_is_tried_first_and_saved_then(folder, tmp_path):
+    database = build_database(tmp_path / "d.rdb", ImageFolder(folder), Pooled(), progress=False)
+    tried = database.build_index(Annoy(trees=5, components=4), k=2, save=False)
+    assert database.saved_indexes() == {}
+    saved = tried.save_index()
+    assert list(database.saved_indexes()) == ["annoy"]
+    query = Query(torch.randn(3, 48))
+    assert torch.equal(saved.search(query, 2).indices, tried.search(query, 2).indices)
+    assert database.save_index() is database  # exact search needs no file
