@@ -23,7 +23,7 @@ from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import STORAGE, Narrow
 from retrodiff.indexes.principal import leading_axes, unit_rows
 from retrodiff.indexes.projection import PAIR, Projection
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, in_parts
 from retrodiff.interfaces import Index
 
 if TYPE_CHECKING:
@@ -99,13 +99,7 @@ class ExactIndex(Index):
             k: neighbors per query.
             hidden: sorted row numbers (h,) that must not be found.
         """
-        visible = len(self.vectors) - (0 if hidden is None else len(hidden))
-        check_search(queries, k, visible, self.vectors.dim)
-        if not len(queries):
-            none = torch.empty(0, k, device=queries.device)
-            return none, none.long()
-        parts = [self._search(part, k, hidden) for part in queries.split(_QUERIES)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = queries.detach().cpu().double()
@@ -123,8 +117,7 @@ class ExactIndex(Index):
         first_pass = _Pass(turned.float(), best, block, hidden, sampled)
         for start, rows, scale in self._blocks(block):
             first_pass.block(start, rows, scale)
-        similarity, indices = best.result()
-        return similarity.to(queries.device), indices.to(queries.device)
+        return best.result()
 
     def _blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First row, values (n, d), and the scale (n,) that makes unit rows of them."""

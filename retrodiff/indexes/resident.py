@@ -17,7 +17,7 @@ from torch import Tensor
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import BLOCK, STORAGE, Narrow, moved
 from retrodiff.indexes.tile_maxima import TILE, tile_maxima
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, in_parts
 from retrodiff.interfaces import Index
 
 _QUERIES = 1024  # searched at a time
@@ -66,14 +66,7 @@ class ResidentIndex(Index):
             k: neighbors per query.
             hidden: sorted row numbers (h,) that must not be found.
         """
-        visible = len(self.vectors) - (0 if hidden is None else len(hidden))
-        check_search(queries, k, visible, self.vectors.dim)
-        if not len(queries):
-            none = torch.empty(0, k, device=queries.device)
-            return none, none.long()
-        parts = [self._search(part, k, hidden) for part in queries.split(_QUERIES)]
-        similarity = torch.cat([p[0] for p in parts]).to(queries.device)
-        return similarity, torch.cat([p[1] for p in parts]).to(queries.device)
+        return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = queries.detach().to(self.device, torch.float64)

@@ -5,7 +5,7 @@ Nothing here copies a part; whoever needs numbers asks for a block or for some r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -106,3 +106,25 @@ def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
         )
     if not queries.isfinite().all():
         raise ValueError("a query holds NaN or infinity: look at the encoder that made it")
+
+
+def in_parts(
+    search: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],
+    vectors: Vectors,
+    queries: Tensor,
+    k: int,
+    hidden: Tensor | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Checks an exact search, then does it for at most ``size`` queries at a time.
+
+    Returns:
+        Similarity (b, k) and indices (b, k), on the queries' device.
+    """
+    check_search(queries, k, len(vectors) - (0 if hidden is None else len(hidden)), vectors.dim)
+    if not len(queries):
+        none = torch.empty(0, k, device=queries.device)
+        return none, none.long()
+    parts = [search(part, k, hidden) for part in queries.split(size)]
+    similarity, indices = (torch.cat(part).to(queries.device) for part in zip(*parts, strict=True))
+    return similarity, indices
