@@ -32,16 +32,15 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
-    from pathlib import Path
-
     from retrodiff.databases import open_database
     from retrodiff.files import check_free
+    from retrodiff.generation import MARKER, own_files
     from retrodiff.model import Model
     from retrodiff.retrieval import Uniform
 
     if options.n < 1:
         raise ValueError(f"--n {options.n}, but at least one image must be asked for")
-    check_free(Path(options.out), "generation.json", options.overwrite)
+    check_free(options.out, MARKER, options.overwrite, own_files)
     parts: dict[str, Any] = {}
     if options.database is not None:
         parts["database"] = open_database(options.database)
