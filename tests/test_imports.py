@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
+    {"locks"},
     {"interfaces", "devices", "files", "interrupts", "pickled", "progress"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
