@@ -204,8 +204,7 @@ def _batch(pictures: Tensor | np.ndarray, name: str) -> Tensor:
         return array[:, None]
     if array.ndim != 4:
         raise ValueError(
-            f"{name} has shape {shape}, expected (b, c, h, w): add the batch axis with "
-            f"{name}[None]"
+            f"{name} has shape {shape}, expected (b, c, h, w): add the batch axis with {name}[None]"
         )
     first, last = shape[1] in CHANNELS, shape[-1] in CHANNELS
     if first and (isinstance(pictures, Tensor) or not last):
@@ -284,6 +283,6 @@ def _warn_of_range(images: Sequence[Tensor], name: str) -> None:
 
 def _unknown(value: Any, name: str) -> ValueError:
     return ValueError(
-        f"{name} is {type(value).__name__}, expected a picture: a path, encoded bytes, a PIL image, "
-        "a tensor, or an array of numbers"
+        f"{name} is {type(value).__name__}, expected a picture: a path, encoded bytes, a PIL "
+        "image, a tensor, or an array of numbers"
     )

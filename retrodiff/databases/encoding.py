@@ -1,4 +1,4 @@
-"""Reads pictures and encodes them: other processes decode ahead, the encoder takes batch after batch.
+"""Reads pictures and encodes them; other processes decode ahead of the encoder.
 
 A picture is brought to the size that the encoder takes where it is read, so that of large pictures
 only those being decoded are in memory. Batches depend on the pictures and their order only, and end
