@@ -8,6 +8,7 @@ where shards end, so that a build that was interrupted gives the same bytes as o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from retrodiff.databases.images import thumbnail
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
+from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.pictures import to_float, to_images
@@ -98,16 +100,26 @@ class Reader:
                 f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
             )
         small = thumbnail(image, self.side) if self.side else None
-        pixels = image if self.prepare is None else self.prepare(to_float(image)[None])
+        pixels = image if self.prepare is None else self.prepare(image[None])
         return Row(pixels, item.record, small)
 
 
 def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
-    """What brings images (b, c, h, w) to what ``encoder.encode_prepared`` takes; None: nothing."""
+    """What makes images (b, c, h, w) into what ``encoder.encode_prepared`` takes, or None.
+
+    It takes uint8 in [0, 255] and floats in [-1, 1].
+    """
     if not hasattr(encoder, "encode_prepared"):
         return None
-    steps = getattr(encoder, "preprocessing", None)  # smaller to send than an encoder
-    return getattr(steps, "apply", None) or getattr(encoder, "prepare", None)
+    steps = getattr(encoder, "preprocessing", None)
+    if isinstance(steps, Preprocessing):  # smaller to send than an encoder, and takes bytes
+        return steps.apply
+    prepare = getattr(encoder, "prepare", None)
+    return None if prepare is None else partial(_prepare, prepare)
+
+
+def _prepare(prepare: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return prepare(to_float(images))
 
 
 def encode_here(
@@ -221,7 +233,7 @@ def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
         return encoder.encode_image(to_float(torch.stack(list(images))))
     if (prepare := preparation(encoder)) is not None:
         encode: Any = getattr(encoder, "encode_prepared")  # noqa: B009
-        return encode(torch.cat([prepare(to_float(image)[None]) for image in images]))
+        return encode(torch.cat([prepare(image[None]) for image in images]))
     out = torch.empty(len(images), encoder.dim)
     for shape in dict.fromkeys(image.shape for image in images):
         same = [i for i, image in enumerate(images) if image.shape == shape]
