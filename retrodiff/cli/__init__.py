@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from retrodiff import interrupts
 from retrodiff.cli.options import Parser
+from retrodiff.cli.words import in_options
 
 
 def parser() -> Parser:
@@ -38,13 +39,14 @@ def main(
         arguments: the command line; None: that of the program.
         before_run: called when the command line is read, before any work.
     """
-    resumable = False
+    resumable, names = False, list[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _shown
         try:
             options = parser().parse_args(arguments)
-            resumable = hasattr(options, "resume")
+            names = list(vars(options))
+            resumable = "resume" in names
             if before_run is not None:
                 before_run()
             return options.run(options) or 0
@@ -57,7 +59,7 @@ def main(
                 return _interrupted(number, resumable)
             if not _of_the_user(error):
                 raise
-            _line(str(error) or type(error).__name__)
+            _line(in_options(str(error) or type(error).__name__, names))
             return 2
 
 
