@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 _VALUE = r"""(?P<value>(?=[\s,;)]|$)|[\w.]+\([^()]*\)|'[^']*'|"[^"]*"|\.\.\.|[\w.+:/-]*\w)"""
 
+_LISTS = {"images": "image", "prompts": "prompt"}
+"""Arguments that take a list, and the options that are given several times."""
+
 
 def in_options(text: str, names: Iterable[str]) -> str:
     """The text with arguments written as options.
@@ -21,8 +24,9 @@ def in_options(text: str, names: Iterable[str]) -> str:
         >>> in_options("k=9 is more than 8 rows: use mode='text'", ["k", "mode"])
         '--k 9 is more than 8 rows: use --mode text'
     """
-    for name in sorted(names, key=len, reverse=True):
-        option = f"--{name.replace('_', '-')}"
+    options = {name: f"--{name.replace('_', '-')}" for name in names}
+    options |= {plural: options[one] for plural, one in _LISTS.items() if one in options}
+    for name, option in sorted(options.items(), key=lambda pair: -len(pair[0])):
 
         def said(match: re.Match[str], option: str = option) -> str:
             value = match["value"]
