@@ -90,8 +90,13 @@ def test_published_models_are_recognized(name: str) -> None:
     known = PUBLISHED[name]
     config = configuration(known.kind)
     unet = config["model"]["params"]["unet_config"]["params"]
+    first = config["model"]["params"]["first_stage_config"]["params"]
+    first["embed_dim"] = known.unet["in_channels"]
     unet |= {
         "in_channels": known.unet["in_channels"],
+        "out_channels": known.unet["out_channels"],
+        "num_res_blocks": known.unet["blocks_per_level"],
+        "num_head_channels": 32,
         "model_channels": known.unet["channels"],
         "channel_mult": known.unet["multipliers"],
         "attention_resolutions": known.unet["attention_factors"][::-1],
@@ -99,6 +104,8 @@ def test_published_models_are_recognized(name: str) -> None:
     }
     found = read_config(config)
     assert (found.name, found.scale) == (name, known.scale)
+    del unet["num_head_channels"]  # the class-conditional model differs from the paper's here only
+    assert read_config(changed(config, "unet_config.params.num_heads", 1)).name is None
 
 
 def test_an_unpublished_model_has_no_known_scale(config: dict[str, Any]) -> None:

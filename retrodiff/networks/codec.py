@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample
+from retrodiff.networks.placed import check_floating
 
 EPS = 1e-6
 
@@ -167,9 +168,20 @@ def check_images(images: Tensor, channels: int, factor: int) -> None:
         raise ValueError(
             f"images have shape {tuple(images.shape)}, the autoencoder takes (b, {channels}, h, w)"
         )
+    check_floating(images, "images", "numbers in [-1, 1]: pixels / 127.5 - 1")
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(
             f"images of {height}x{width} do not divide by the autoencoder's factor {factor}: crop "
             f"or resize them to multiples of {factor}"
         )
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise a ValueError where latents (b, c, h, w) don't fit a decoder."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, the autoencoder takes "
+            f"(b, {channels}, h, w)"
+        )
+    check_floating(latents, "latents", "numbers, as encode returns them")
