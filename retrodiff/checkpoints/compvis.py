@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.checkpoints.compvis_config import read_config
+from retrodiff.checkpoints.lookalikes import check_weights_file
 from retrodiff.checkpoints.names import published_autoencoder, published_unet
 from retrodiff.checkpoints.pickled import read_pickled
 from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel, Schedule
@@ -111,6 +112,7 @@ def load_compvis(
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.ckpt`` or ``.safetensors`` by name, memory-mapped."""
+    check_weights_file(path)
     if path.suffix == ".safetensors":
         from retrodiff.checkpoints.shards import load_shards
 

@@ -106,7 +106,7 @@ def _schedule(params: Settings) -> Schedule:
         end=params.number("linear_end", above=0, below=1),
     )
     if schedule.end < schedule.start:
-        params.refuse("linear_end", schedule.end, f"at least linear_start={schedule.start:g}")
+        params.wrong("linear_end", schedule.end, f"at least linear_start={schedule.start:g}")
     return schedule
 
 
@@ -140,7 +140,7 @@ def _process(params: Settings) -> bool:
         )
     scaled = params.take("scale_by_std", False)
     if not isinstance(scaled, bool):
-        params.refuse("scale_by_std", scaled, "true or false")
+        params.wrong("scale_by_std", scaled, "true or false")
     params.harmless((*TRAINING, *CONDITION, *SAMPLING))
     params.done()
     return scaled
@@ -197,7 +197,7 @@ def _unet(params: Settings) -> dict[str, Any]:
         "channels": params.whole("model_channels"),
         "multipliers": multipliers,
         "blocks_per_level": params.same("num_res_blocks", most=BLOCKS),
-        "attention_factors": params.wholes("attention_resolutions", longest=64),
+        "attention_factors": params.wholes("attention_resolutions", longest=64, shortest=0),
         "context_width": params.same("context_dim", most=1 << 16),
         "depth": params.same("transformer_depth", 1, most=BLOCKS),
         "dropout": params.number("dropout", 0.0, above=-1e-9, below=1),
@@ -232,9 +232,9 @@ def _autoencoder(params: Settings, kind: Literal["vq", "kl"]) -> dict[str, Any]:
     )
     multipliers = graph.wholes("ch_mult", longest=LEVELS, most=1024)
     resolution = graph.whole("resolution")
-    attended = graph.wholes("attn_resolutions", longest=64)
+    attended = graph.wholes("attn_resolutions", longest=64, shortest=0)
     if attended and resolution % 2 ** (len(multipliers) - 1):
-        graph.refuse("resolution", resolution, f"a multiple of {2 ** (len(multipliers) - 1)}")
+        graph.wrong("resolution", resolution, f"a multiple of {2 ** (len(multipliers) - 1)}")
     image_channels = graph.whole("in_channels")
     if (out := graph.whole("out_ch")) != image_channels:
         graph.refuse("out_ch", out, f"in_channels={image_channels}")

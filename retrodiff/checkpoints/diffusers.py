@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.checkpoints.diffusers_config import read_architecture
+from retrodiff.checkpoints.lookalikes import check_weights_file
 from retrodiff.checkpoints.names import diffusers_autoencoder, diffusers_unet
 from retrodiff.checkpoints.pipeline_files import NAME, chosen, missing_shards, present, shards
 from retrodiff.checkpoints.published import PublishedModel
@@ -90,6 +91,8 @@ def _weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{folder / missing[0]} is missing, {opener} names it: fetch the pipeline's weights"
         )
+    if opener.endswith(".safetensors"):
+        check_weights_file(folder / opener)
     if ".safetensors" in opener:
         return load_shards(folder / opener)
     if not opener.endswith(".json"):
@@ -101,6 +104,7 @@ def _weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
+    check_weights_file(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many kinds, from the zip reader to the unpickler

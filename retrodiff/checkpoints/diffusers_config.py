@@ -145,7 +145,7 @@ def _unet(file: Path) -> dict[str, Any]:
     if attends != up[::-1]:
         raise ValueError(f"{file} is of another model family: its two sides differ in attention")
     if len(attends) != len(widths):
-        config.refuse("down_block_types", len(attends), f"{len(widths)}, as block_out_channels")
+        config.wrong("down_block_types", attends, f"{len(widths)} blocks, as block_out_channels")
     config.only({"time_embedding_dim": (None, 4 * widths[0])})
     numbers: dict[str, Any] = {
         "in_channels": config.whole("in_channels", 4),
@@ -168,9 +168,8 @@ def _unet(file: Path) -> dict[str, Any]:
 def _size(config: Settings) -> int:
     given = config.take("sample_size", None)
     if given is None or (isinstance(given, list) and len(set(map(str, given))) > 1):
-        config.refuse(
-            "sample_size", given, "the side of square latents: write it into a copy of the file"
-        )
+        what = "one number, the side of square latents: write it into a copy of the file"
+        config.wrong("sample_size", given, what)
     return config.same("sample_size", most=4096)
 
 
@@ -183,10 +182,10 @@ def _heads(config: Settings, widths: list[int], attends: list[bool]) -> dict[str
     else:
         heads = [config.whole(name, 8)] * len(widths)
     if len(heads) != len(widths):
-        config.refuse(name, given, f"{len(widths)} numbers, as block_out_channels")
+        config.wrong(name, given, f"{len(widths)} numbers, as block_out_channels")
     places = [(w, h) for w, h, a in zip(widths, heads, attends, strict=True) if a]
     if any(width % number for width, number in places):
-        config.refuse(name, given, f"divisors of {[width for width, _ in places]}")
+        config.wrong(name, given, f"divisors of {[width for width, _ in places]}")
     if len({width // number for width, number in places}) == 1:
         return {"channels_per_head": places[0][0] // places[0][1]}
     if len({number for _, number in places}) == 1:
@@ -219,7 +218,7 @@ def _autoencoder(file: Path) -> tuple[Literal["vq", "kl"], dict[str, Any]]:
     if attends != up[::-1]:
         raise ValueError(f"{file} is of another model family: its two sides differ in attention")
     if len(attends) != len(widths):
-        config.refuse("down_block_types", len(attends), f"{len(widths)}, as block_out_channels")
+        config.wrong("down_block_types", attends, f"{len(widths)} blocks, as block_out_channels")
     image_channels = config.whole("in_channels", 3)
     if (out := config.whole("out_channels", 3)) != image_channels:
         config.refuse("out_channels", out, f"in_channels={image_channels}")
@@ -268,7 +267,7 @@ def _schedule(file: Path) -> Schedule:
         end=config.number("beta_end", above=0, below=1),
     )
     if schedule.end < schedule.start:
-        config.refuse("beta_end", schedule.end, f"at least beta_start={schedule.start:g}")
+        config.wrong("beta_end", schedule.end, f"at least beta_start={schedule.start:g}")
     config.harmless(SAMPLING)
     config.done()
     return schedule
@@ -282,7 +281,7 @@ def _settings(file: Path, *classes: str | None) -> Settings:
         known = " or ".join(name for name in classes if name) if len(classes) < 4 else "a discrete"
         known += " scheduler such as DDIMScheduler" if len(classes) >= 4 else ""
         raise ValueError(
-            f"{file} is of another model family: a {str(values.get('_class_name')):.60}, expected "
+            f"{file} is of another model family: a {values.get('_class_name')!s:.60}, expected "
             f"{known}"
         )
     settings = Settings(values, str(file), "fetch the whole pipeline folder again")

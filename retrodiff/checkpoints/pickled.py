@@ -32,6 +32,9 @@ DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
 }
 
 PACKAGES = frozenset(
@@ -188,6 +191,22 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_
     return storage.as_strided(size, stride, offset)
 
 
+def _rebuild_typed(
+    storage: Tensor,
+    offset: int,
+    size: tuple,
+    stride: tuple,
+    grad: Any,
+    hooks: Any,
+    dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
+    """Of a dtype that has no storage class of its own, such as float8 and uint16."""
+    if storage.numel() % dtype.itemsize:
+        raise ValueError(f"a tensor of {dtype} has {storage.numel()} bytes: damaged file")
+    return _rebuild_tensor(storage.view(dtype), offset, size, stride)
+
+
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
@@ -195,6 +214,7 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 CALLS = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }
 """Calls that are allowed, as functions of ours."""

@@ -17,6 +17,9 @@ from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 
+MOST_BLOCKS = 512
+"""Of a network that is built from a configuration; the published ones have 12."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -67,7 +70,19 @@ class Architecture:
     scaled_by_std: bool = False
 
     def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
-        """UNet and first stage with fresh weights; on the meta device under ``torch.device``."""
+        """UNet and first stage with fresh weights; on the meta device under ``torch.device``.
+
+        Raises:
+            ValueError: the numbers describe no network, or one of more than `MOST_BLOCKS` blocks.
+        """
+        for numbers in (self.unet, self.autoencoder):
+            levels, each = len(numbers["multipliers"]), numbers["blocks_per_level"]
+            if (blocks := levels * (each + 1) * numbers.get("depth", 1)) > MOST_BLOCKS:
+                raise ValueError(
+                    f"an architecture of {levels} levels, {each} blocks each and depth "
+                    f"{numbers.get('depth', 1)} has {blocks:,} blocks, more than {MOST_BLOCKS:,}: "
+                    "is its configuration damaged?"
+                )
         first_stage = VQAutoencoder if self.kind == "vq" else KLAutoencoder
         return UNet(**self.unet), first_stage(**self.autoencoder)
 

@@ -50,12 +50,14 @@ class Settings:
         """A whole number within limits."""
         return self._whole(name, self.take(name, default), least, most)
 
-    def wholes(self, name: str, *, longest: int, least: int = 1, most: int = WIDEST) -> list[int]:
-        """A list of whole numbers within limits."""
+    def wholes(
+        self, name: str, *, longest: int, shortest: int = 1, most: int = WIDEST
+    ) -> list[int]:
+        """A list of whole numbers from 1 within limits."""
         value = self.take(name)
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) > longest:
-            self.refuse(name, value, f"a list of at most {longest} whole numbers")
-        return [self._whole(name, item, least, most) for item in cast("Sequence[Any]", value)]
+        if not isinstance(value, list) or not shortest <= len(value) <= longest:
+            self.wrong(name, value, f"a list of {shortest} to {longest} whole numbers")
+        return [self._whole(name, item, 1, most) for item in cast("Sequence[Any]", value)]
 
     def same(self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = 64) -> int:
         """A whole number, or a list that repeats one: what some files give for each level."""
@@ -63,7 +65,7 @@ class Settings:
         if isinstance(value, Sequence) and not isinstance(value, str):
             items = cast("Sequence[Any]", value)
             if not items or any(item != items[0] for item in items):
-                self.refuse(name, value, "the same number for all levels")
+                self.wrong(name, value, "the same number for all levels")
             value = items[0]
         return self._whole(name, value, least, most)
 
@@ -75,7 +77,7 @@ class Settings:
         except (TypeError, ValueError, OverflowError):
             found = math.nan
         if not above < found < below:
-            self.refuse(name, value, f"a number between {above:g} and {below:g}")
+            self.wrong(name, value, f"a number between {above:g} and {below:g}")
         return found
 
     def only(self, expected: Mapping[str, Any]) -> None:
@@ -94,6 +96,10 @@ class Settings:
     def harmless(self, names: Iterable[str]) -> None:
         """Keys that change nothing here, whatever they say."""
         self._taken.update(names)
+
+    def wrong(self, name: str, value: Any, expected: str) -> None:
+        """Raises the error for a value that no model has."""
+        raise ValueError(f"{self.where} has {name}={shown(value)}, expected {expected}")
 
     def refuse(self, name: str, value: Any, expected: str) -> None:
         """Raises the error for a value that this family of models does not have."""
@@ -118,7 +124,7 @@ class Settings:
 
     def _whole(self, name: str, value: Any, least: int, most: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            self.refuse(name, value, f"a whole number from {least} to {most:,}")
+            self.wrong(name, value, f"a whole number from {least} to {most:,}")
         return value
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample
+from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample, check_channels
 from retrodiff.networks.placed import check_floating
 
 EPS = 1e-6
@@ -99,6 +99,7 @@ class Encoder(nn.Module):
         attention_factors: Sequence[int],
     ):
         super().__init__()
+        check_channels(channels)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         width, last = channels, len(multipliers) - 1
         self.levels = nn.ModuleList()

@@ -62,6 +62,8 @@ class DiT(Placed):
         channels, height, breadth = shape
         if height % patch or breadth % patch:
             raise ValueError(f"patch={patch} does not divide a latent of {height}x{breadth}")
+        if width % heads:
+            raise ValueError(f"heads={heads} does not divide width={width}")
         self._config = {
             "shape": list(shape),
             "patch": patch,

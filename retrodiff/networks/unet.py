@@ -22,6 +22,7 @@ from retrodiff.networks.blocks import (
     Downsample,
     ResBlock,
     Upsample,
+    check_channels,
     timestep_embedding,
     zeroed,
 )
@@ -92,11 +93,7 @@ class UNet(Placed):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        if channels % GROUPS:
-            raise ValueError(
-                f"channels={channels} is not a multiple of {GROUPS}, the groups of every norm: "
-                f"choose one that is"
-            )
+        check_channels(channels)
         self.in_channels, self.out_channels, self.size = in_channels, out_channels, size
         self.channels, self.multipliers = channels, tuple(multipliers)
         self.blocks_per_level, self.attention_factors = blocks_per_level, tuple(attention_factors)
