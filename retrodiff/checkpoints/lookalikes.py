@@ -30,16 +30,9 @@ def check_weights_file(path: Path) -> None:
         raise FileNotFoundError(f"{path} is not a file: check the path of the checkpoint")
     with path.open("rb") as file:
         start = file.read(64).lstrip()
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: fetch the file again")
     for beginning, what in BEGINNINGS:
         if start.startswith(beginning) or start.lower().startswith(beginning):
             raise ValueError(f"{path} is {what}")
-    if path.suffix != ".safetensors" and start.startswith(b"\x80"):
-        raise ValueError(
-            f"{path} is a pickle without the zip that PyTorch 1.6 and newer write around it: save "
-            "it again there where it comes from, with torch.save"
-        )
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
