@@ -55,6 +55,23 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("parameterization", "x0", "predicts 'x0'"),
         ("linear_end", 0.5, "do not belong together"),
         ("timesteps", 500, "1000 noise levels"),
+    ],
+)
+def test_a_yaml_of_another_family_says_what_differs(
+    path: str,
+    value: Any,
+    message: str,
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    save: Callable[..., Path],
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_compvis(save(state), changed(config, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
         # what changes numbers, and was passed over once
         ("first_stage_config.params.ddconfig.tanh_out", True, "tanh_out=True, expected False"),
         ("first_stage_config.params.ddconfig.attn_type", "linear", "attn_type='linear'"),
@@ -95,16 +112,12 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("first_stage_config.params.ddconfig.num_res_blocks", 10**6, "num_res_blocks=1000000"),
     ],
 )
-def test_a_yaml_of_another_family_says_what_differs(
-    path: str,
-    value: Any,
-    message: str,
-    config: dict[str, Any],
-    state: dict[str, Tensor],
-    save: Callable[..., Path],
+def test_a_key_that_changes_numbers_is_refused_by_name(
+    path: str, value: Any, message: str, config: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_compvis(save(state), changed(config, path, value))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(changed(config, path, value))
+    assert "\n" not in str(caught.value)
 
 
 def test_deep_networks_are_refused_before_they_are_built(config: dict[str, Any]) -> None:

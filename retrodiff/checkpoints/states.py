@@ -103,10 +103,11 @@ def _clean(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _unwrapped(name: str) -> str:
     short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    if EMA in short:  # their dots got lost, so that a wrapper's name is inside a longer word
+    before, ema, after = short.partition(EMA)
+    if ema:  # their dots got lost, so that a wrapper's name is inside a longer word
         for wrapper in WRAPPERS:
-            short = short.replace(wrapper, "")
-    return short
+            after = after.replace(wrapper, "")
+    return before + ema + after
 
 
 def _prefix(names: Any) -> str:
