@@ -74,8 +74,8 @@ def read_architecture(folder: Path, first_stage: str, scale_factor: float | None
     for name in ("in_channels", "out_channels"):
         if unet[name] != latent:
             raise ValueError(
-                f"{folder / 'unet' / 'config.json'} is of another model family: {name}={unet[name]}, "
-                f"the latents of its first stage have {latent} channels"
+                f"{folder / 'unet' / 'config.json'} is of another model family: {name}="
+                f"{unet[name]}, the latents of its first stage have {latent} channels"
             )
     found = recognized(
         Architecture(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrodiff.devices import without_autocast
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.preprocessing import Preprocessing, preprocessing_from
 from retrodiff.interfaces import Fingerprint, TextEncoder
@@ -206,11 +207,14 @@ class CLIPEncoder(nn.Module, TextEncoder):
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode, until the end of the block."""
+    """No gradients, no autocast and evaluation mode, until the end of the block.
+
+    Embeddings that a database stores and those that are asked of it must be of one precision.
+    """
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             yield
     finally:
         module.train(training)

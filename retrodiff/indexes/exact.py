@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrodiff.devices import without_autocast
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import STORAGE, Narrow
 from retrodiff.indexes.principal import leading_axes, unit_rows
@@ -99,7 +100,8 @@ class ExactIndex(Index):
             k: neighbors per query.
             hidden: sorted row numbers (h,) that must not be found.
         """
-        return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
+        with without_autocast():  # whose products are not exact
+            return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = queries.detach().cpu().double()
