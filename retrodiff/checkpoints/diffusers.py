@@ -74,7 +74,9 @@ def load_diffusers(
         schedule=architecture.schedule,
         scale=architecture.scale,
         name=architecture.name,
-        weights="raw" if variant == "non_ema" else "unknown",
+        weights="raw"
+        if "non_ema" in str(chosen(present(folder / "unet"), "", variant))
+        else "unknown",
         source=str(folder),
     )
 
