@@ -20,8 +20,8 @@ from retrodiff.networks.principal import PrincipalPatches
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BOUNDS = {torch.float16: 0.02, torch.bfloat16: 0.15}
-"""Relative error of sampled latents against float32: 20 times the dtype's rounding, after 4 steps of
-networks with random weights (seen: up to 0.009 and 0.08). Pictures get twice that, since rounded
+"""Relative error of sampled latents against float32: 20 times the dtype's rounding, after 4 steps
+of networks with random weights (seen: up to 0.009 and 0.08). Pictures get twice that, since rounded
 latents may have other codes (seen: up to 0.012 and 0.17)."""
 
 

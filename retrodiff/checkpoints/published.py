@@ -69,20 +69,23 @@ class Architecture:
     name: str | None = None
     scaled_by_std: bool = False
 
-    def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
-        """UNet and first stage with fresh weights; on the meta device under ``torch.device``.
+    def __post_init__(self) -> None:
+        """Refuses networks that no configuration of the family asks for.
 
         Raises:
-            ValueError: the numbers describe no network, or one of more than `MOST_BLOCKS` blocks.
+            ValueError: one of more than `MOST_BLOCKS` blocks.
         """
         for numbers in (self.unet, self.autoencoder):
             levels, each = len(numbers["multipliers"]), numbers["blocks_per_level"]
-            if (blocks := levels * (each + 1) * numbers.get("depth", 1)) > MOST_BLOCKS:
+            depth = numbers.get("depth", 1)
+            if (blocks := levels * (each + 1) * depth) > MOST_BLOCKS:
                 raise ValueError(
-                    f"an architecture of {levels} levels, {each} blocks each and depth "
-                    f"{numbers.get('depth', 1)} has {blocks:,} blocks, more than {MOST_BLOCKS:,}: "
-                    "is its configuration damaged?"
+                    f"an architecture of {levels} levels, {each} blocks each and depth {depth} has "
+                    f"{blocks:,} blocks, more than {MOST_BLOCKS:,}: is its configuration damaged?"
                 )
+
+    def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
+        """UNet and first stage with fresh weights; on the meta device under ``torch.device``."""
         first_stage = VQAutoencoder if self.kind == "vq" else KLAutoencoder
         return UNet(**self.unet), first_stage(**self.autoencoder)
 
