@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrodiff.files import write_folder, write_json
+from retrodiff.files import plain_json, write_folder, write_json
 from retrodiff.interfaces import Database, Neighbors, Query, Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1
+MARKER = "generation.json"
+SHEET = "sheet.png"
+"""Query, samples and neighbors in one picture, beside the images."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,6 @@ class Generation:
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """PNG files and ``generation.json`` with everything that is needed to make them again."""
-        folder = Path(folder)
 
         def write(temporary: Path) -> None:
             rows = []
@@ -70,10 +74,19 @@ class Generation:
                     }
                 )
             value = {"format": FORMAT, "settings": dict(self.settings), "images": rows}
-            write_json(temporary / "generation.json", value)
+            write_json(temporary / MARKER, plain_json(value))
 
-        write_folder(folder, write, marker="generation.json", overwrite=overwrite)
-        return folder
+        return write_folder(folder, write, marker=MARKER, own=own_files, overwrite=overwrite)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of a folder of samples that `Generation.save` and ``retrodiff sample`` wrote."""
+    try:
+        rows = json.loads((folder / MARKER).read_text("utf-8"))["images"]
+        images = {row["file"] for row in rows if re.fullmatch(r"\d{5,}\.png", row["file"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        images = set[str]()
+    return {MARKER, SHEET} | images
 
 
 def gathered(

@@ -319,12 +319,12 @@ class Model:
         """
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         save_components(parts, Path(folder), overwrite=overwrite)
-        return Path(folder)
+        return Path(folder).expanduser()
 
     @classmethod
     def load(cls, folder: str | Path, **components: Any) -> Model:
         """What `save` wrote; components given here take the place of the saved ones."""
-        return cls._of(load_components(Path(folder), components))
+        return cls._of(load_components(Path(folder).expanduser(), components))
 
     @classmethod
     def from_pretrained(

@@ -10,13 +10,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"interfaces", "devices", "files", "interrupts", "pickled", "progress"},
+    {"devices", "interrupts", "locks", "numbers", "text"},
+    {"decoding", "files", "interfaces", "pickled", "progress"},
+    {"pictures"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
     {"model"},
     {"builder"},
-    {"training", "presets"},
+    {"training", "presets", "evaluation"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__", "testing"},

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from retrodiff.checkpoints.shards import load_shards, save_sharded
 from retrodiff.encoders.fingerprint import difference, known_fingerprint
-from retrodiff.files import write_folder, write_json
+from retrodiff.files import place, write_folder, write_json
 from retrodiff.interfaces import Fingerprint
 
 FORMAT = 1
+MARKER = "model.json"
 _PACKAGE = __name__.split(".")[0]
 
 
@@ -154,6 +156,7 @@ def save_components(
     """
     from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
 
+    folder = place(folder)
     weights: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     encoder = parts.get("encoder")
@@ -181,7 +184,14 @@ def save_components(
         }
         write_json(temporary / "model.json", value)
 
-    write_folder(folder, write, marker="model.json", overwrite=overwrite)
+    write_folder(folder, write, marker=MARKER, own=own_files, overwrite=overwrite)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of a model's folder that `save_components` wrote."""
+    weights = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    found = {file.name for file in folder.iterdir() if weights.fullmatch(file.name)}
+    return {MARKER, "encoder/encoder.json", "encoder/encoder.safetensors"} | found
 
 
 def read_description(folder: Path) -> dict[str, Any]:

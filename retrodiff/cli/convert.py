@@ -44,17 +44,16 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Loads, checks, saves."""
-    from pathlib import Path
-
     from retrodiff import presets
     from retrodiff.builder import Builder
     from retrodiff.checkpoints.load import load_published
+    from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.diffusion import NeighborEmbeddings
     from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
 
-    check_free(Path(options.out), "model.json", options.overwrite)
+    check_free(options.out, MARKER, options.overwrite, own_files)
     published = load_published(
         options.checkpoint,
         config=options.config,

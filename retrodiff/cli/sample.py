@@ -71,15 +71,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
-    from pathlib import Path
-
     from retrodiff.databases import open_database
     from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
+    from retrodiff.generation import MARKER, own_files
     from retrodiff.model import Model
     from retrodiff.retrieval import Uniform
 
-    check_free(Path(options.out), "generation.json", options.overwrite)
+    check_free(options.out, MARKER, options.overwrite, own_files)
     parts: dict[str, Any] = {}
     if options.database is not None:
         parts["database"] = open_database(options.database)

@@ -49,21 +49,20 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Reads, embeds, finds neighbors, trains, saves."""
-    from pathlib import Path
-
     import torch
 
     from retrodiff import presets
+    from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free
+    from retrodiff.files import check_free, place
     from retrodiff.networks.principal import PrincipalPatches
     from retrodiff.retrieval import NearestNeighbors, NeighborCounts
     from retrodiff.training import TrainingSet, cosine, fit
     from retrodiff.training.folder import FolderImages
 
-    out = Path(options.out)
-    check_free(out, "model.json", options.overwrite)
+    out = place(options.out)
+    check_free(out, MARKER, options.overwrite, own_files)
     checkpoint = out.with_name(out.name + ".training.safetensors")
     if checkpoint.exists() and not (options.resume or options.overwrite):
         raise FileExistsError(

@@ -23,8 +23,9 @@ from retrodiff.databases.shards import reached, save_tensors
 from retrodiff.databases.sources import Source, check_ids
 from retrodiff.databases.store import EmbeddingDatabase, open_database
 from retrodiff.databases.work import Work
-from retrodiff.files import make_folder, writing
+from retrodiff.files import make_folder
 from retrodiff.interfaces import Encoder
+from retrodiff.locks import writing
 
 
 def append_to_database(

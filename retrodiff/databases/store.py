@@ -18,7 +18,7 @@ from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import map_tensors, one_schema
-from retrodiff.files import make_folder, writing
+from retrodiff.files import make_folder
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -32,6 +32,7 @@ from retrodiff.indexes import (
 )
 from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
 from retrodiff.interfaces import Index, Record
+from retrodiff.locks import writing
 
 
 class EmbeddingDatabase(Searchable):

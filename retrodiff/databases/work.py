@@ -18,7 +18,8 @@ from typing import Any
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest, Shard
 from retrodiff.databases.shards import one_schema, reached
 from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
-from retrodiff.files import make_folder, writing
+from retrodiff.files import make_folder
+from retrodiff.locks import writing
 
 
 class Work:

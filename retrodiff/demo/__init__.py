@@ -18,7 +18,7 @@ import torch
 from retrodiff.databases import EmbeddingDatabase, captions_of, contact_sheet
 from retrodiff.demo import digits, photographs
 from retrodiff.demo.picture import Line, Section, compose
-from retrodiff.files import check_free, write_json
+from retrodiff.files import check_free, place, write_json
 from retrodiff.generation import Generation
 
 MARKER = "report.json"
@@ -60,8 +60,8 @@ def run(
     Raises:
         CopyingError: samples copy above the null; the report is written all the same.
     """
-    out = Path(out)
-    check_free(out, MARKER, overwrite)
+    out = place(out)
+    check_free(out, MARKER, overwrite, None)  # parts are replaced one by one
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARKER, {"unfinished": True})
     settings = settings or Settings()

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.files import make_folder, writing
+from retrodiff.files import make_folder
+from retrodiff.locks import writing
 from retrodiff.progress import progress_bar
 
 FORMAT = 1
