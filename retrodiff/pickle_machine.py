@@ -259,7 +259,8 @@ class PlainUnpickler(_Machine):
 
     def load_frozenset(self) -> None:
         """A frozen set of what is on the stack."""
-        self.append(frozenset(hashable(item) for item in self.pop_mark()))
+        items = [hashable(item) for item in self.pop_mark()]
+        self.append(frozenset(items))
 
     def load_bytearray8(self) -> None:
         """Bytes, after their number has been compared with what there is."""

@@ -3,7 +3,8 @@
 A checkpoint is a zip of one pickle and of raw tensor bytes. The pickle may name any function of any
 package and call it; here nothing is imported: tensors and plain containers are rebuilt, other
 classes (trainer callbacks, configuration objects) become empty stand-ins, and a call to anything
-else is refused, as is a change of anything but these (see `retrodiff.pickle_machine`). The tensors are views of the memory-mapped file: what nobody reads costs no memory.
+else, or a change of it, is refused. The tensors are views of the memory-mapped file: what nobody
+reads costs no memory.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def _one_line(error: Exception) -> str:
 
 def _refusal(origin: str) -> ValueError:
     return ValueError(
-        f"the checkpoint wants to call {printable(origin[:200])} while it is read: refused, nothing was run. A "
-        "checkpoint of weights has no need to; don't use this file unless you know its maker, and "
-        "then only after saving its tensors again as safetensors"
+        f"the checkpoint wants to call {printable(origin[:200])} while it is read: refused, "
+        "nothing was run. A checkpoint of weights has no need to; don't use this file unless you "
+        "know its maker, and then only after saving its tensors again as safetensors"
     )
