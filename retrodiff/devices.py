@@ -1,9 +1,6 @@
-"""Finds the device that a name stands for; computes outside autocast where that must be exact."""
+"""Finds the device that a name stands for, or says in one line why it cannot be used."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -47,16 +44,3 @@ def get_device(name: str | torch.device) -> torch.device:
                 f"device {str(name)!r} was asked for, but this torch cannot use it: use cpu"
             ) from None
     return device
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Computes in the tensors' own dtype until the end of the block, whatever surrounds it.
-
-    For what must be exact: search, look-up of codes, closed forms, embeddings to be compared.
-    """
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield

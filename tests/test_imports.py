@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "locks", "numbers", "seal", "text"},
+    {"devices", "interrupts", "locks", "numbers", "precision", "seal", "text"},
     {"budget", "decoding", "files", "interfaces", "pickle_machine", "progress", "untrusted"},
     {"pickled", "pictures"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},

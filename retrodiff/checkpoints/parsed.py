@@ -7,10 +7,11 @@ parser would silently keep the last.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from retrodiff import untrusted
 
 if TYPE_CHECKING:
     import yaml
@@ -23,24 +24,18 @@ VALUES = 50_000
 """Most values of a configuration once its aliases are written out; the published ones have 150."""
 
 
-def read_json(file: Path, most: int = BYTES) -> dict[str, Any]:
+def read_json(file: Path, largest: int = BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         file: to be read.
-        most: bytes that it may have.
+        largest: bytes that it may have.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON object, too large, nested too deeply, or gives a key twice.
     """
-    text = _content(file, most)
-    try:
-        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deeply to be a configuration") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no json file: {error}") from error
+    content = untrusted.read_json(file, largest=largest)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no configuration")
     return cast("dict[str, Any]", content)
@@ -77,22 +72,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _content(file: Path, most: int = BYTES) -> bytes:
+def _content(file: Path) -> bytes:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file: check the path of the configuration")
-    size = file.stat().st_size
-    if size > most:
-        raise ValueError(f"{file} has {size:,} bytes, such a file at most {most:,}: is it another?")
-    return file.read_bytes()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
+    with file.open("rb") as opened:
+        text = opened.read(BYTES + 1)
+    if len(text) > BYTES:
+        raise ValueError(f"{file} is larger than {BYTES:,} bytes, as no configuration is")
+    return text
 
 
 def _check_depth(file: Path, text: bytes) -> None:

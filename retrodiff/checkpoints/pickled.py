@@ -221,22 +221,6 @@ def _rebuild_typed(
     return _rebuild_tensor(storage[:whole].view(dtype), offset, size, stride)
 
 
-def _rebuild_typed(
-    storage: Tensor,
-    offset: int,
-    size: tuple,
-    stride: tuple,
-    grad: Any,
-    hooks: Any,
-    dtype: torch.dtype,
-    *_: Any,
-) -> Tensor:
-    """Of a dtype that has no storage class of its own, such as float8 and uint16."""
-    if storage.numel() % dtype.itemsize:
-        raise ValueError(f"a tensor of {dtype} has {storage.numel()} bytes: damaged file")
-    return _rebuild_tensor(storage.view(dtype), offset, size, stride)
-
-
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrodiff.devices import without_autocast
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.preprocessing import Preprocessing, preprocessing_from
 from retrodiff.interfaces import Fingerprint, TextEncoder
+from retrodiff.precision import full_precision
 
 
 class CLIPEncoder(nn.Module, TextEncoder):
@@ -214,7 +214,7 @@ def inference(module: nn.Module) -> Iterator[None]:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), full_precision():
             yield
     finally:
         module.train(training)

@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from retrodiff.devices import without_autocast
 from retrodiff.interfaces import Autoencoder
 from retrodiff.networks.codec import check_latents
 from retrodiff.networks.placed import Placed, at_least_float32, check_floating
+from retrodiff.precision import full_precision
 
 
 class PrincipalPatches(Placed, Autoencoder):
@@ -72,7 +72,7 @@ class PrincipalPatches(Placed, Autoencoder):
         Raises:
             ValueError: the images cannot be cut into patches.
         """
-        with without_autocast():
+        with full_precision():
             mean, basis, scale = self._components()
             centered = self._patches(images).to(mean.dtype) - mean.view(1, -1, 1, 1)
             return torch.einsum("kf,bfhw->bkhw", basis / scale[:, None], centered)
@@ -80,7 +80,7 @@ class PrincipalPatches(Placed, Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """Whitened components -> the images that they describe."""
         check_latents(latents, self.components)
-        with without_autocast():
+        with full_precision():
             mean, basis, scale = self._components()
             wide = latents.to(mean.dtype)
             pixels = torch.einsum("kf,bkhw->bfhw", basis * scale[:, None], wide)

@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from retrodiff.devices import without_autocast
 from retrodiff.interfaces import Autoencoder
 from retrodiff.networks.codec import Decoder, Encoder, check_images, check_latents
 from retrodiff.networks.placed import Placed, at_least_float32
+from retrodiff.precision import full_precision
 
 ROWS_AT_ONCE = 8192
 """Latent positions compared with the codebook at a time: with 8,192 codes 256 MB in float32."""
@@ -114,7 +114,7 @@ class VQAutoencoder(Placed, Autoencoder):
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents (b, latent, h, w) -> numbers of the nearest codes (b, h, w)."""
         check_latents(latents, self.latent_channels)
-        with without_autocast():
+        with full_precision():
             book = at_least_float32(self.codebook.weight)
             rows = rearrange(latents.to(book.dtype), "b c h w -> (b h w) c") / self.scale_factor
             # |z - e|^2 less |z|^2, which is the same for all codes.
