@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "retrodiff"
 LAYERS = [
     {"devices", "interrupts", "locks", "numbers", "text"},
     {"decoding", "files", "interfaces", "pickled", "progress"},
-    {"pictures"},
+    {"pictures", "sealed", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
