@@ -169,7 +169,11 @@ def make_folder(folder: Path) -> None:
 
 def _make(folder: Path) -> None:
     with _one_line(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(folder):  # else another writer has moved it meanwhile
+                raise
 
 
 @contextmanager
@@ -269,11 +273,13 @@ def write_folder(
                 _clear(partial, marker)
                 write(partial)
                 put(partial, path, marker, own, overwrite)
-        finally:  # unfinished, or nothing: a finished folder that could not be put is kept
+        except BaseException:
+            # Unfinished, or nothing. A finished folder that could not be put in its place is kept.
             if (partial / UNFINISHED).exists():
                 shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
+            elif partial.is_dir() and not any(partial.iterdir()):
                 partial.rmdir()
+            raise
     return path
 
 
