@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import date, time
@@ -169,11 +170,14 @@ def make_folder(folder: Path) -> None:
 
 def _make(folder: Path) -> None:
     with _one_line(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         except FileExistsError:
-            if os.path.lexists(folder):  # else another writer has moved it meanwhile
-                raise
+            # Another writer may have moved it meanwhile: then the next try makes it.
+            with suppress(FileNotFoundError):
+                if not stat.S_ISDIR(folder.stat().st_mode):
+                    raise
 
 
 @contextmanager
@@ -263,7 +267,7 @@ def write_folder(
         BlockingIOError: another process has been writing there for a minute.
     """
     path = place(path)
-    check_free(path, marker, overwrite, own)
+    check_free(path, marker, overwrite, None)
     partial = beside(path)
     with writing(partial, WAIT, _make):
         repair(path, marker, own)
