@@ -54,7 +54,7 @@ def test_train_info_and_sample(built, pictures, tmp_path, capsys):
     assert described["images"][0]["neighbors"][0]["record"]["label"] in ("cats", "dogs")
     image = str(pictures / "cats" / "0.png")
     assert main([*command, "--image", image, "--n", "2", "--overwrite"]) == 0
-    assert len(list(out.glob("*.png"))) == 2
+    assert sorted(p.name for p in out.glob("*.png")) == ["00000.png", "00001.png", "sheet.png"]
 
 
 def test_a_model_moves_with_its_database(built, tmp_path):

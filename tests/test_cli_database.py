@@ -53,7 +53,7 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(photos, encoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "photos.rdb"
-    options = ["--patch-size", 48, "--stride", 24, "--licence", "CC0", "--credit", "NASA"]
+    options = ["--patch-size", 48, "--stride", 24, "--license", "CC0", "--credit", "NASA"]
     assert run("build", photos, out, "--encoder", encoder, *options) == 0
     return out
 
@@ -62,7 +62,7 @@ def test_build_info_and_verify(built, capsys):
     assert run("info", built) == 0
     text = capsys.readouterr().out
     assert "clip:" in text
-    assert "file, label, licence, credit, box, resized" in text
+    assert "file, label, license, credit, box, resized" in text
     assert run("verify", built) == 0
     assert "as it was written" in capsys.readouterr().out
     assert len(open_database(built)) > 100
@@ -81,8 +81,21 @@ def test_search_shows_what_was_found(built, encoder, photos, tmp_path, capsys):
     with Image.open(out) as sheet:
         assert sheet.width > 5 * 128
     only = [*options, "--where", "label == 'people'"]
+    drawn = out.read_bytes()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run("search", built, "--encoder", encoder, *only)
+    assert out.read_bytes() == drawn
+    only.append("--overwrite")
     assert run("search", built, "--encoder", encoder, *only) == 0
     assert "animals/" not in capsys.readouterr().out
+
+
+def test_a_second_search_keeps_the_first_sheet(built, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert run("search", built, "--encoder", encoder, "--text", "a cat", "-k", 2) == 0
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["neighbors-2.png", "neighbors-3.png", "neighbors.png"]
 
 
 def test_index(built, capsys):

@@ -81,14 +81,16 @@ def holds(language: str, executed: bool) -> list[str]:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with three small folders of pictures."""
+    """An empty working folder with three small folders of pictures, named as people name them."""
+    names = ["IMG_{:04d} (1)", "Zoë's photo {}", "scan.{}.v2"]
     for seed, (name, n) in enumerate({"training": 24, "library": 24, "art": 12}.items()):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "2019 à la mer").mkdir(parents=True)
         generator = torch.Generator().manual_seed(seed)
         for i in range(n):
             color = torch.rand(3, 1, 1, generator=generator) * 2 - 1
             noise = 0.2 * torch.randn(3, 48, 64, generator=generator)
-            to_picture(color + noise).save(tmp_path / name / f"{name}-{i}.png")
+            folder = tmp_path / name / ("2019 à la mer" if i % 3 == 0 else "")
+            to_picture(color + noise).save(folder / f"{names[i % 3].format(i)}.png")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return tmp_path

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"locks"},
-    {"interfaces", "files", "pickled", "progress"},
+    {"devices", "interrupts", "locks", "numbers", "text"},
+    {"decoding", "files", "interfaces", "pickled", "progress"},
+    {"pictures"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},

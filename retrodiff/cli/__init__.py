@@ -1,47 +1,85 @@
-"""The command line: ``retrodiff demo | database | train | sample | info | convert``.
+"""The command line: ``retrodiff demo | database | train | sample | info | convert | ...``.
 
-Thin over the public functions. What the user can mend ends with one line on standard error and exit
-code 2; an interrupted command with 130.
+Thin over the public functions. User errors print one line to stderr and exit with 2, an interrupt
+prints one line and exits with 130 (Ctrl-C) or 143 (SIGTERM).
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from retrodiff import interrupts
+from retrodiff.cli.options import Parser
+from retrodiff.cli.words import in_options
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The whole command line."""
     from retrodiff import __version__
-    from retrodiff.cli import convert, database, demo, info, sample, train
+    from retrodiff.cli import convert, database, demo, info, sample, train, train_encoder
 
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="retrodiff", description="Retrieval-augmented diffusion models on your own images."
     )
     top.add_argument("--version", action="version", version=f"retrodiff {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, database, train, sample, info, convert):
+    for module in (demo, database, train_encoder, train, sample, info, convert):
         module.add_parser(commands)
     return top
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
-    options = parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None, *, before_run: Callable[[], None] | None = None
+) -> int:
+    """Runs a command; returns the exit code.
+
+    Args:
+        arguments: the command line; None: that of the program.
+        before_run: called when the command line is read, before any work.
+    """
+    resumable, names = False, list[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _shown
         try:
+            options = parser().parse_args(arguments)
+            names = list(vars(options))
+            resumable = "resume" in names
+            if before_run is not None:
+                before_run()
             return options.run(options) or 0
-        except (ValueError, OSError) as error:
-            print(f"retrodiff: {error}", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            return _interrupted(getattr(interrupt, "number", 2), resumable)
+        except BrokenPipeError:
+            return 0
+        except Exception as error:
+            if (number := interrupts.received()) is not None:
+                return _interrupted(number, resumable)
+            if not _of_the_user(error):
+                raise
+            _line(in_options(str(error) or type(error).__name__, names))
             return 2
-        except KeyboardInterrupt:
-            print("retrodiff: interrupted; continue with --resume", file=sys.stderr)
-            return 130
+
+
+def _interrupted(number: int, resumable: bool) -> int:
+    advice = "; what is done is kept, continue with --resume" if resumable else ""
+    _line(f"interrupted{advice}")
+    return 128 + number
+
+
+def _of_the_user(error: Exception) -> bool:
+    """Whether a line says enough: bad input, files, packages, devices, and memory."""
+    if isinstance(error, (ValueError, OSError, ArithmeticError, ImportError, MemoryError)):
+        return True
+    device = ("out of memory", "not enough memory", "CUDA error", "MPS backend")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in device)
+
+
+def _line(text: str) -> None:
+    print(f"retrodiff: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _shown(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"retrodiff: {message}", file=sys.stderr)
+    _line(str(message))

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from retrodiff.cli import options as types
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("convert", help="turn a published checkpoint into a saved model")
-    parser.add_argument("checkpoint", help=".ckpt, .safetensors, a diffusers folder or Hub name")
-    parser.add_argument("out", help="folder of the model")
-    parser.add_argument("--config", help="yaml of the checkpoint")
+    parser.add_argument(
+        "checkpoint", type=types.path, help=".ckpt or .safetensors, diffusers folder, Hub name"
+    )
+    parser.add_argument("out", type=types.new_folder, help="folder of the model")
+    parser.add_argument("--config", type=types.path, help="yaml of the checkpoint")
     parser.add_argument("--preset", help="rdm_imagenet, rdm_ffhq or rdm_768, instead of a yaml")
     parser.add_argument(
-        "--first-stage", help="file of the first stage, where it has one of its own"
+        "--first-stage",
+        type=types.path,
+        help="file of the first stage, where it is a file of its own",
     )
     parser.add_argument("--scale", choices=("raw", "unit"), help="where the file does not say it")
     parser.add_argument(
@@ -22,6 +28,15 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="let a model of unit embeddings take databases of raw ones, divided by their norms",
     )
+    parser.add_argument(
+        "--encoder",
+        help="what made the embeddings, so that prompts and images can be asked: "
+        "open_clip:NAME:TAG, timm:NAME, or a folder; published presets know theirs",
+    )
+    parser.add_argument(
+        "--database", type=types.path, help="of the model, so that it can look up neighbors"
+    )
+    parser.add_argument("--k", type=types.count, help="tokens that condition an image")
     parser.add_argument("--raw-weights", action="store_true", help="not the averaged weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -33,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.builder import Builder
     from retrodiff.checkpoints.load import load_published
     from retrodiff.checkpoints.native import MARKER, own_files
+    from retrodiff.databases import open_database
     from retrodiff.diffusion import NeighborEmbeddings
+    from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
 
     check_free(options.out, MARKER, options.overwrite, own_files)
@@ -49,6 +66,12 @@ def run(options: argparse.Namespace) -> int:
         recipe = Builder.from_preset(published.name, checkpoint=published)
     else:
         recipe = presets.from_published(published, scale=scale)
+    if options.encoder is not None:
+        recipe = recipe.encoder(encoder_from_string(options.encoder))
+    if options.database is not None:
+        recipe = recipe.database(open_database(options.database))
+    if options.k is not None:
+        recipe = recipe.defaults(k=options.k)
     recipe = recipe.conditioner(NeighborEmbeddings(scale, convert=options.convert_scale))
     recipe.build().save(options.out, overwrite=options.overwrite)
     name = published.name or "a model of the published family"

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from retrodiff.cli import options as types
 from retrodiff.databases import (
     EmbeddingDatabase,
     Patchify,
@@ -33,6 +35,7 @@ from retrodiff.databases.images import to_float
 from retrodiff.databases.ingest import ENGINES, SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
+from retrodiff.files import replacing
 from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
 
@@ -44,20 +47,25 @@ def add_parser(subparsers: Any) -> None:
 
     build = commands.add_parser("build", help="encode pictures into a database")
     _source_options(build)
-    build.add_argument("out", help="folder to be made")
+    build.add_argument("out", type=types.new_folder, help="folder to be made")
     _encoder_options(build)
-    build.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
-    build.add_argument("--thumbnails", type=int, metavar="SIDE", help="keep small copies to show")
+    build.add_argument(
+        "--batch-size", type=types.count, default=64, help="pictures per encoder call"
+    )
+    build.add_argument(
+        "--thumbnails", type=types.count, metavar="SIDE", help="keep small copies to show"
+    )
     build.add_argument("--overwrite", action="store_true", help="replace what is there")
     build.set_defaults(run=_build)
 
     take = commands.add_parser("import", help="make a database of embeddings that exist already")
     take.add_argument(
         "source",
+        type=types.path,
         help="npy files (one, a folder, or a quoted pattern), a folder of clip-retrieval, or a "
         "folder of npz parts as released with the paper",
     )
-    take.add_argument("out", help="folder to be made")
+    take.add_argument("out", type=types.new_folder, help="folder to be made")
     _encoder_options(
         take, "who made them, as for build; name:TEXT if retrodiff has no such encoder"
     )
@@ -73,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
 
     append = commands.add_parser("append", help="add pictures to a database")
     _source_options(append)
-    append.add_argument("database")
+    append.add_argument("database", type=types.path, help="folder, or hf:// address, of a database")
     _encoder_options(append)
     append.set_defaults(run=_append)
 
@@ -82,30 +90,41 @@ def add_parser(subparsers: Any) -> None:
         ("verify", _verify, "check every byte against its hash"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("database")
+        command.add_argument(
+            "database", type=types.path, help="folder, or hf:// address, of a database"
+        )
         command.set_defaults(run=run)
 
     delete = commands.add_parser("delete", help="take out the rows that meet a condition")
-    delete.add_argument("database")
+    delete.add_argument("database", type=types.path, help="folder, or hf:// address, of a database")
     delete.add_argument("condition", help="such as \"label == 'dog' and year > 2000\"")
     delete.set_defaults(run=_delete)
 
     index = commands.add_parser("index", help="build an index and measure its recall")
-    index.add_argument("database")
+    index.add_argument("database", type=types.path, help="folder, or hf:// address, of a database")
     index.add_argument(
         "recipe", help="auto, annoy, usearch, faiss, scann, cuvs; annoy:trees=20,rerank=200"
     )
-    index.add_argument("-k", type=int, default=20, help="neighbors that recall is measured at")
+    index.add_argument(
+        "-k", "--k", type=types.count, default=20, help="neighbors that recall is measured at"
+    )
     index.set_defaults(run=_index)
 
     search = commands.add_parser("search", help="find neighbors, write a contact sheet")
-    search.add_argument("database")
+    search.add_argument("database", type=types.path, help="folder, or hf:// address, of a database")
     search.add_argument("--text", action="append", default=[], help="a prompt; may be repeated")
-    search.add_argument("--image", action="append", default=[], help="a file; may be repeated")
-    search.add_argument("-k", type=int, default=8, help="neighbors per query")
+    search.add_argument(
+        "--image", type=types.path, action="append", default=[], help="a file; may be repeated"
+    )
+    search.add_argument("-k", "--k", type=types.count, default=8, help="neighbors per query")
     search.add_argument("--index", help="a saved index, or exact; chosen by the rows if not given")
     search.add_argument("--where", help="condition on the columns")
-    search.add_argument("--out", default="neighbors.png", help="the contact sheet")
+    search.add_argument(
+        "--out",
+        type=types.picture_file,
+        help="the contact sheet; if not given: neighbors.png, or neighbors-2.png and so on",
+    )
+    search.add_argument("--overwrite", action="store_true", help="replace the file of --out")
     _encoder_options(search)
     search.set_defaults(run=_search)
 
@@ -113,22 +132,28 @@ def add_parser(subparsers: Any) -> None:
 def _source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
+        type=types.path,
         help="folder of pictures (its sub-folders are labels), WebDataset tars, parquet files, or "
         "a Hugging Face dataset saved to disk; a folder, a file, or a quoted pattern",
     )
     parser.add_argument("--image-column", default="image", help="of parquet files and datasets")
-    parser.add_argument("--patch-size", type=int, help="cut patches of this side")
-    parser.add_argument("--short-side", type=int, help="resize pictures to this first")
-    parser.add_argument("--patches", type=int, help="random patches per picture; else a grid")
-    parser.add_argument("--stride", type=int, help="distance of the grid's patches")
-    parser.add_argument("--seed", type=int, default=0, help="of the random patches")
-    parser.add_argument("--licence", help="kept with every row")
+    parser.add_argument("--patch-size", type=types.count, help="cut patches of this side")
+    parser.add_argument("--short-side", type=types.count, help="resize pictures to this first")
+    parser.add_argument(
+        "--patches", type=types.count, help="random patches per picture; else a grid"
+    )
+    parser.add_argument("--stride", type=types.count, help="distance of the grid's patches")
+    parser.add_argument("--seed", type=types.seed, default=0, help="of the random patches")
+    parser.add_argument("--license", help="kept with every row")
     parser.add_argument("--credit", help="kept with every row")
     parser.add_argument(
         "--engine", choices=list(ENGINES), default="local", help="ray: as a job on a Ray cluster"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode ahead; with ray: encoders"
+        "--workers",
+        type=types.integer(0, 1024),
+        default=0,
+        help="processes that decode ahead; with ray: encoders",
     )
     parser.add_argument("--resume", action="store_true", help="continue what was interrupted")
 
@@ -143,18 +168,25 @@ def _encoder_options(
         help="how pictures are resized for it: rdm, openai or plain; its default if not given",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights (--seed 0)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--image-size", type=types.count, help="side it sees; if not given: that of its weights"
+    )
+    parser.add_argument("--device", type=types.device, default="cpu", help="of the encoder")
 
 
 def _encoder(options: argparse.Namespace) -> Any:
-    given = {} if options.preprocessing is None else {"preprocessing": options.preprocessing}
+    given = {
+        name: value
+        for name in ("preprocessing", "image_size")
+        if (value := getattr(options, name)) is not None
+    }
     return encoder_from_string(
         options.encoder, pretrained=not options.no_pretrained, device=options.device, **given
     )
 
 
 def _source(options: argparse.Namespace) -> Source:
-    columns = {n: v for n in ("licence", "credit") if (v := getattr(options, n)) is not None}
+    columns = {n: v for n in ("license", "credit") if (v := getattr(options, n)) is not None}
     source = open_source(options.source, image_column=options.image_column, columns=columns)
     if options.patch_size is None:
         if options.patches or options.stride or options.short_side:
@@ -302,9 +334,21 @@ def _index(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sheet_file(options: argparse.Namespace) -> Path:
+    """Where the contact sheet goes; an earlier one is replaced only when that was asked."""
+    if options.out is None:
+        names = (f"neighbors{'' if i == 1 else f'-{i}'}.png" for i in count(1))
+        return next(file for name in names if not (file := Path(name)).exists())
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out, or add --overwrite")
+    return out
+
+
 def _search(options: argparse.Namespace) -> int:
     if not options.text and not options.image:
         raise ValueError("nothing to search for: give --text or --image")
+    out = _sheet_file(options)
     opened = open_database(options.database, options.index)
     database = opened.where(options.where) if options.where else opened
     encoder = _encoder(options)
@@ -329,6 +373,7 @@ def _search(options: argparse.Namespace) -> int:
         for i, line in zip(row, lines, strict=True):
             print(f"  row {i}: " + line.replace("\n", " "))
     pictures = [[database.image(i) for i in row] for row in found.indices.tolist()]
-    contact_sheet(queries, pictures, captions).save(options.out)
-    print(f"contact sheet: {options.out}")
+    with replacing(out) as partial:
+        contact_sheet(queries, pictures, captions).save(partial, format=types.picture_format(out))
+    print(f"contact sheet: {out}")
     return 0

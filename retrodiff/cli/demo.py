@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from retrodiff.cli import options as types
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
@@ -13,8 +15,10 @@ def add_parser(commands: Any) -> None:
         "demo",
         help="train and sample two small models from scratch, on photographs and on digits",
     )
-    parser.add_argument("--out", default="runs/demo", help="folder to be written")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument(
+        "--out", type=types.new_folder, default="runs/demo", help="folder to be written"
+    )
+    parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo there")
     parser.set_defaults(run=run)
 

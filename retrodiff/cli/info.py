@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from retrodiff.cli import options as types
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("info", help="show what a saved model is made of")
-    parser.add_argument("model", help="folder of a saved model")
+    parser.add_argument("model", type=types.path, help="folder of a saved model")
     parser.set_defaults(run=run)
 
 

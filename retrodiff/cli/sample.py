@@ -3,29 +3,68 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from retrodiff.cli import options as types
+
+if TYPE_CHECKING:
+    from retrodiff.generation import Generation
+    from retrodiff.model import Model
+
+SHEET = "sheet.png"
+MODES = ("text", "text+neighbors", "neighbors", "class", "image", "unconditional")
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("sample", help="generate images with a saved model")
-    parser.add_argument("model", help="folder of a saved model")
-    parser.add_argument("out", help="folder for the images")
+    parser = commands.add_parser(
+        "sample",
+        help="generate images with a saved model",
+        description="Writes PNG files, generation.json (what each was made from, and how) and "
+        f"{SHEET} (query, sample and neighbors side by side) into a folder.",
+    )
+    parser.add_argument("model", type=types.path, help="folder of a saved model")
+    parser.add_argument("out", type=types.new_folder, help="folder for the images")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="a text; may be given several times")
     asked.add_argument("--class", dest="classes", action="append", help="a class name; likewise")
-    asked.add_argument("--image", action="append", help="an image file; likewise")
-    asked.add_argument("--unconditional", action="store_true", help="ask nothing")
-    parser.add_argument("--n", type=int, default=1, help="images per prompt, class or image")
-    parser.add_argument("--mode", help="text, text+neighbors, neighbors, class, image")
-    parser.add_argument("--k", type=int, help="tokens that condition an image")
-    parser.add_argument("--guidance", type=float, help="classifier-free scale")
-    parser.add_argument("--sampler", help="ddim, ddpm, plms, euler, heun, dpmpp_2m")
-    parser.add_argument("--steps", type=int, help="of the sampler")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--database", help="another database than the model's own")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per network call")
-    parser.add_argument("--device", default="cpu", help="of the network: cpu, cuda, cuda:1, mps")
+    asked.add_argument("--image", type=types.path, action="append", help="an image file; likewise")
+    asked.add_argument(
+        "--unconditional", action="store_true", help="no query: rows of the database are drawn"
+    )
+    parser.add_argument(
+        "--n", type=types.count, default=1, help="images per prompt, class or image"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        metavar="MODE",
+        help=f"{', '.join(MODES)}; if not given: what the query suggests",
+    )
+    parser.add_argument(
+        "--k", type=types.integer(0), help="tokens that condition an image; else the model's"
+    )
+    parser.add_argument(
+        "--guidance", type=types.real(0), help="classifier-free scale; else the model's"
+    )
+    parser.add_argument(
+        "--sampler", help="ddim, ddpm, plms, euler, heun, dpmpp_2m; else the model's"
+    )
+    parser.add_argument(
+        "--steps", type=types.integer(1, 100_000), help="of the sampler; else the model's"
+    )
+    parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
+    parser.add_argument("--database", type=types.path, help="another database than the model's own")
+    parser.add_argument(
+        "--encoder",
+        help="for a model that was saved without one: open_clip:NAME:TAG, timm:NAME or a folder",
+    )
+    parser.add_argument(
+        "--batch-size", type=types.count, default=64, help="images per network call"
+    )
+    parser.add_argument(
+        "--device", type=types.device, default="cpu", help="of the network: cpu, cuda, cuda:1, mps"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
     parser.set_defaults(run=run)
 
@@ -33,21 +72,23 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
     from retrodiff.databases import open_database
+    from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
     from retrodiff.generation import MARKER, own_files
     from retrodiff.model import Model
     from retrodiff.retrieval import Uniform
 
-    if options.n < 1:
-        raise ValueError(f"--n {options.n}, but at least one image must be asked for")
     check_free(options.out, MARKER, options.overwrite, own_files)
     parts: dict[str, Any] = {}
     if options.database is not None:
         parts["database"] = open_database(options.database)
         parts["proposal"] = Uniform()
+    if options.encoder is not None:
+        parts["encoder"] = encoder_from_string(options.encoder)
     model = Model.load(options.model, **parts).to(options.device)
+    asked = _asked(options)
     out = model.sample(
-        **_asked(options, tuple(model.denoiser.shape)),
+        **asked,
         mode=options.mode,
         k=options.k,
         guidance=options.guidance,
@@ -57,11 +98,12 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     folder = out.save(options.out, overwrite=options.overwrite)
-    print(f"{len(out)} images in {folder}")
+    _save_sheet(folder / SHEET, model, out, asked)
+    print(f"{len(out)} images in {folder}; look at {folder / SHEET}")
     return 0
 
 
-def _asked(options: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, Any]:
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """The argument of `Model.sample` that says what is asked."""
     import torch
 
@@ -75,3 +117,34 @@ def _asked(options: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, Any
         images = [read_square(file, 224) for file in options.image]
         return {"images": torch.stack(images).repeat_interleave(options.n, 0)}
     return {"n": options.n}
+
+
+def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any]) -> None:
+    """Query, sample and neighbors of the first images, side by side."""
+    import torch
+
+    from retrodiff.databases import captions_of, contact_sheet
+    from retrodiff.files import replacing
+
+    n = min(len(out), 32)
+    words = next(iter(asked.values()))
+    drawn = isinstance(words, int)
+    queries = ["(a row of the database)" if drawn else words[i] for i in range(n)]
+    blank = torch.ones(3, 32, 32)
+    pictures, captions = [], []
+    for i, lines in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
+        rows = out.neighbors.indices[i].flatten().tolist()
+        kept = [(row, line) for row, line in zip(rows, lines, strict=True) if row >= 0][:12]
+        pictures.append([out.images[i], *(_picture(model, row, blank) for row, _ in kept)])
+        captions.append(["sample", *(line for _, line in kept)])
+    with replacing(file) as partial:
+        contact_sheet(queries, pictures, captions).save(partial, format="PNG")
+
+
+def _picture(model: Model, row: int, blank: Any) -> Any:
+    """A database row's picture; blank where neither thumbnail nor file is at hand."""
+    image = getattr(model.database, "image", None)
+    try:
+        return blank if image is None else image(row)
+    except (OSError, ValueError):
+        return blank

@@ -5,29 +5,43 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from retrodiff.cli import options as types
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("train", help="train a small model on a folder of images")
-    parser.add_argument("images", help="folder of training images")
-    parser.add_argument("out", help="folder of the model")
-    parser.add_argument("--database", required=True, help="folder of the database D")
+    parser.add_argument("images", type=types.path, help="folder of training images")
+    parser.add_argument("out", type=types.new_folder, help="folder of the model")
+    parser.add_argument(
+        "--database", type=types.path, required=True, help="folder of the database D"
+    )
     parser.add_argument(
         "--encoder",
         required=True,
         help="what D was built with: open_clip:NAME:TAG, timm:NAME or a folder",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random encoder weights")
-    parser.add_argument("--size", type=int, default=32, help="side of the images, a multiple of 4")
-    parser.add_argument("--channels", type=int, default=96, help="width of the network")
-    parser.add_argument("--k", type=int, default=4, help="neighbors per image")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the weights' average")
-    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default="cpu", help="of encoder and network: cpu, cuda, mps")
+    parser.add_argument(
+        "--size", type=types.integer(4), default=32, help="side of the images, a multiple of 4"
+    )
+    parser.add_argument("--channels", type=types.count, default=96, help="width of the network")
+    parser.add_argument("--k", type=types.count, default=4, help="neighbors per image")
+    parser.add_argument("--steps", type=types.count, default=2000, help="training steps")
+    parser.add_argument("--batch-size", type=types.count, default=32, help="images per step")
+    parser.add_argument(
+        "--lr", type=types.real(above=0), default=1e-3, help="highest learning rate"
+    )
+    parser.add_argument(
+        "--ema", type=types.real(0, 1), default=0.999, help="decay of the weights' average"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=types.count, default=200, help="steps between checkpoints"
+    )
+    parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
+    parser.add_argument(
+        "--device", type=types.device, default="cpu", help="of encoder and network: cpu, cuda, mps"
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -76,11 +90,11 @@ def run(options: argparse.Namespace) -> int:
         data,
         steps=options.steps,
         batch_size=options.batch_size,
-        rate=cosine(options.rate, options.steps, min(100, options.steps // 10)),
+        rate=cosine(options.lr, options.steps, min(100, options.steps // 10)),
         ema=options.ema,
         seed=options.seed,
         checkpoint=checkpoint,
-        every=options.every,
+        every=options.checkpoint_every,
         resume=options.resume,
     )
     proposal = NeighborCounts.of_table(data.table, database)

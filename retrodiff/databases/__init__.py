@@ -2,7 +2,7 @@
 
 from retrodiff.databases.archives import Tars
 from retrodiff.databases.edit import append_to_database, delete_rows
-from retrodiff.databases.encoding import encode_images
+from retrodiff.databases.encoding import encode_images, encode_pictures
 from retrodiff.databases.formats import open_parts, open_source
 from retrodiff.databases.hub import SharedDatabase
 from retrodiff.databases.images import UnreadableImage, read_image
@@ -50,6 +50,7 @@ __all__ = [
     "contact_sheet",
     "delete_rows",
     "encode_images",
+    "encode_pictures",
     "import_embeddings",
     "nn_memory_counts",
     "npy_parts",

@@ -1,20 +1,33 @@
-"""Turns pictures into rows: worker processes decode ahead, the encoder takes batch after batch.
+"""Reads pictures and encodes them; other processes decode ahead of the encoder.
 
-Batches end where shards end and depend on row numbers only, so that a build that was interrupted
-gives the same bytes as one that was not.
+A picture is brought to the size that the encoder takes where it is read, so that of large pictures
+only those being decoded are in memory. Batches depend on the pictures and their order only, and end
+where shards end, so that a build that was interrupted gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retrodiff.databases.images import UnreadableImage, thumbnail, to_float
+from retrodiff.databases.images import thumbnail
 from retrodiff.databases.sources import Item, Source
+from retrodiff.decoding import UnreadableImage
+from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.interfaces import Encoder
+from retrodiff.numbers import whole
+from retrodiff.pictures import to_float, to_images
+from retrodiff.text import escaped
+
+NARROWEST = 100
+"""How many times longer than the other one side of a picture may be."""
+
+HELD_PIXELS = 2**24
+"""Pixels at which a batch ends for an encoder that takes pictures as they are."""
 
 
 class Batch(NamedTuple):
@@ -35,6 +48,80 @@ class Batch(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
+class Row(NamedTuple):
+    """One row to be, ready for the encoder.
+
+    Args:
+        pixels: (1, ...) as ``encoder.encode_prepared`` takes it, or an image (c, h, w).
+        record: where it comes from.
+        thumbnail: a small copy of the image, if there is to be one.
+    """
+
+    pixels: Tensor
+    record: dict[str, Any]
+    thumbnail: bytes | None
+
+
+class Reader:
+    """Reads the pictures of a source by number, ready for an encoder; can be sent to a process.
+
+    Args:
+        source: the pictures.
+        encoder: what will take them. One with ``preprocessing`` (or ``prepare``) and
+            ``encode_prepared`` gets small tensors, any other one the pictures as they are.
+        side: longest side of the thumbnails; None: there are none.
+    """
+
+    def __init__(self, source: Source, encoder: Encoder, side: int | None = None):
+        self.source, self.side = source, side
+        self.prepare = preparation(encoder)
+
+    def __call__(self, i: int) -> list[Row] | str:
+        """The rows of picture ``i``; the reason, where it cannot be read."""
+        try:
+            return [self._row(item) for item in self.source.read(i)]
+        except UnreadableImage as error:
+            return escaped(str(error))
+
+    def name(self, i: int) -> str:
+        """What picture ``i`` is called."""
+        return escaped(self.source.name(i))
+
+    def full(self, rows: Sequence[Row]) -> bool:
+        """Whether rows hold so many pixels that no more shall be waiting for the encoder."""
+        sizes = (row.pixels.shape[-2:].numel() for row in rows)
+        return self.prepare is None and sum(sizes) > HELD_PIXELS
+
+    def _row(self, item: Item) -> Row:
+        image = item.image
+        h, w = image.shape[-2:]
+        if max(h, w) > NARROWEST * min(h, w):
+            raise UnreadableImage(
+                f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
+            )
+        small = thumbnail(image, self.side) if self.side else None
+        pixels = image if self.prepare is None else self.prepare(image[None])
+        return Row(pixels, item.record, small)
+
+
+def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
+    """What makes images (b, c, h, w) into what ``encoder.encode_prepared`` takes, or None.
+
+    It takes uint8 in [0, 255] and floats in [-1, 1].
+    """
+    if not hasattr(encoder, "encode_prepared"):
+        return None
+    steps = getattr(encoder, "preprocessing", None)
+    if isinstance(steps, Preprocessing):  # smaller to send than an encoder, and takes bytes
+        return steps.apply
+    prepare = getattr(encoder, "prepare", None)
+    return None if prepare is None else partial(_prepare, prepare)
+
+
+def _prepare(prepare: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return prepare(to_float(images))
+
+
 def encode_here(
     source: Source,
     encoder: Encoder,
@@ -51,84 +138,129 @@ def encode_here(
         start: picture, and row of that picture.
         workers: processes that decode ahead.
     """
-    items: list[Item] = []
+    most = whole("batch_size", settings["batch_size"])
+    reader = Reader(source, encoder, settings["thumbnails"])
+    rows: list[Row] = []
     skipped: list[tuple[str, str]] = []
-    rows = 0
+    done = 0
 
     def batch(at: tuple[int, int]) -> Batch:
-        return Batch(*encode_items(encoder, items, settings["thumbnails"]), at, skipped)
+        return Batch(*encode_rows(encoder, rows), at, skipped)
 
-    for i, read in _pictures(source, start[0], workers):
+    for i, read in _pictures(reader, range(start[0], len(source)), workers):
         if isinstance(read, str):
-            skipped.append((source.name(i), read))
+            skipped.append((reader.name(i), read))
             continue
         before = start[1] if i == start[0] else 0
-        for j, item in enumerate(read[before:], before + 1):
-            items.append(item)
-            room = settings["shard_rows"] - rows % settings["shard_rows"]
-            if len(items) == min(settings["batch_size"], room):
+        for j, row in enumerate(read[before:], before + 1):
+            rows.append(row)
+            room = settings["shard_rows"] - done % settings["shard_rows"]
+            if len(rows) == min(most, room) or reader.full(rows):
                 yield batch((i, j) if j < len(read) else (i + 1, 0))
-                rows += len(items)
-                items, skipped = [], []
+                done += len(rows)
+                rows, skipped = [], []
     yield batch((len(source), 0))
 
 
-def encode_items(
-    encoder: Encoder, items: Sequence[Item], side: int | None
+def encode_pictures(
+    source: Source,
+    encoder: Encoder,
+    numbers: Iterable[int] | None = None,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Tensor:
+    """Pictures of a source -> embeddings (n, d), the same ones that a build of it gives.
+
+    Args:
+        source: the pictures.
+        encoder: what places them.
+        numbers: of the pictures, in any order; None: all. A picture of several rows gives several.
+        batch_size: rows per call of the encoder.
+        workers: processes that decode ahead.
+
+    Raises:
+        UnreadableImage: one of them cannot be read; the message names it.
+    """
+    batch_size = whole("batch_size", batch_size)
+    reader = Reader(source, encoder)
+    chosen = range(len(source)) if numbers is None else [int(i) for i in numbers]
+    done, rows = [torch.empty(0, encoder.dim)], []
+    for i, read in _pictures(reader, chosen, workers):
+        if isinstance(read, str):
+            raise UnreadableImage(f"{reader.name(i)}: {read}")
+        for row in read:
+            rows.append(row)
+            if len(rows) == batch_size or reader.full(rows):
+                done.append(encode_rows(encoder, rows)[0].float())
+                rows = []
+    return torch.cat([*done, encode_rows(encoder, rows)[0].float()])
+
+
+def encode_rows(
+    encoder: Encoder, rows: Sequence[Row]
 ) -> tuple[Tensor, list[dict[str, Any]], list[bytes]]:
-    """Rows to be -> embeddings (n, d), records, and thumbnails if a ``side`` is given."""
+    """Rows that a `Reader` gave -> embeddings (n, d), records, and thumbnails if they have some."""
     embeddings = torch.empty(0, encoder.dim)
-    if items:
-        embeddings = encode_images(encoder, [item.image for item in items]).cpu()
-    if embeddings.shape != (len(items), encoder.dim):
+    if rows and preparation(encoder) is not None:
+        encode: Any = getattr(encoder, "encode_prepared")  # noqa: B009
+        embeddings = encode(torch.cat([row.pixels for row in rows])).cpu()
+    elif rows:
+        embeddings = _encode(encoder, [row.pixels for row in rows]).cpu()
+    if embeddings.shape != (len(rows), encoder.dim):
         raise ValueError(
             f"the encoder gave embeddings of shape {tuple(embeddings.shape)} for "
-            f"{len(items)} images, its dim={encoder.dim}"
+            f"{len(rows)} images, its dim={encoder.dim}"
         )
-    small = [thumbnail(item.image, side) for item in items] if side else []
-    return embeddings, [item.record for item in items], small
+    small = [row.thumbnail for row in rows if row.thumbnail is not None]
+    return embeddings, [row.record for row in rows], small
 
 
-def encode_images(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
-    """Images (c, h, w) of any sizes -> embeddings (b, d), each size in one call if need be."""
+def encode_images(encoder: Encoder, images: Any) -> Tensor:
+    """Pictures of any sizes -> embeddings (b, d), each size in one call if need be.
+
+    Args:
+        encoder: what places them.
+        images: whatever `retrodiff.pictures.to_images` takes, such as a list of (c, h, w), of PIL
+            images or of paths.
+    """
+    return _encode(encoder, to_images(images))
+
+
+def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
+    """Images (c, h, w) of any sizes, uint8 or floats in [-1, 1] -> embeddings (b, d)."""
     if len({(image.shape, image.dtype) for image in images}) == 1:
         return encoder.encode_image(to_float(torch.stack(list(images))))
-    floats = [to_float(image) for image in images]
-    prepare, encode = (getattr(encoder, n, None) for n in ("prepare", "encode_prepared"))
-    if prepare is not None and encode is not None:
-        return encode(torch.cat([prepare(image[None]) for image in floats]))
-    out = torch.empty(len(floats), encoder.dim)
-    for shape in dict.fromkeys(image.shape for image in floats):
-        same = [i for i, image in enumerate(floats) if image.shape == shape]
-        out[same] = encoder.encode_image(torch.stack([floats[i] for i in same])).float().cpu()
+    if (prepare := preparation(encoder)) is not None:
+        encode: Any = getattr(encoder, "encode_prepared")  # noqa: B009
+        return encode(torch.cat([prepare(image[None]) for image in images]))
+    out = torch.empty(len(images), encoder.dim)
+    for shape in dict.fromkeys(image.shape for image in images):
+        same = [i for i, image in enumerate(images) if image.shape == shape]
+        batch = torch.stack([to_float(images[i]) for i in same])
+        out[same] = encoder.encode_image(batch).float().cpu()
     return out
 
 
-def read_or_reason(source: Source, i: int) -> list[Item] | str:
-    """The rows of picture ``i``; the reason, where it cannot be read."""
-    try:
-        return source.read(i)
-    except UnreadableImage as error:
-        return str(error)
-
-
-def _pictures(source: Source, start: int, workers: int) -> Iterator[tuple[int, list[Item] | str]]:
+def _pictures(
+    reader: Reader, numbers: Sequence[int], workers: int
+) -> Iterator[tuple[int, list[Row] | str]]:
     if not workers:
-        for i in range(start, len(source)):
-            yield i, read_or_reason(source, i)
+        for i in numbers:
+            yield i, reader(i)
         return
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(_Pictures(source, start), batch_size=None, num_workers=workers)
-    yield from enumerate(loader, start)
+    loader = DataLoader(_Pictures(reader, numbers), batch_size=None, num_workers=workers)
+    yield from zip(numbers, loader, strict=True)
 
 
 class _Pictures(torch.utils.data.Dataset[Any]):
-    def __init__(self, source: Source, start: int):
-        self.source, self.start = source, start
+    def __init__(self, reader: Reader, numbers: Sequence[int]):
+        self.reader, self.numbers = reader, numbers
 
     def __len__(self) -> int:
-        return len(self.source) - self.start
+        return len(self.numbers)
 
-    def __getitem__(self, i: int) -> list[Item] | str:
-        return read_or_reason(self.source, self.start + i)
+    def __getitem__(self, i: int) -> list[Row] | str:
+        return self.reader(self.numbers[i])

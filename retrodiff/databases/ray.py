@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retrodiff.databases.encoding import Batch, encode_items, read_or_reason
-from retrodiff.databases.sources import Item, Source
+from retrodiff.databases.encoding import Batch, Reader, Row, encode_rows
+from retrodiff.databases.sources import Source
 from retrodiff.interfaces import Encoder
 
 RUNS_AT_MOST = 10_000
@@ -42,12 +42,12 @@ def encode_with_ray(
         return
     actors = max(workers, 1)
     # Handed over as references inside a list, which Ray leaves to us to resolve: once per process.
-    there, model = [ray.put(source)], [ray.put(encoder)]
+    there, model = [ray.put(Reader(source, encoder, side))], [ray.put(encoder)]
     runs = ray.data.range(total - first, override_num_blocks=min(total - first, RUNS_AT_MOST))
     read = runs.map(_read, fn_args=(there, first, size))
     done = read.map(
         _Encode,
-        fn_args=(model, side),
+        fn_args=(model,),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_gpus=1 if _on_gpu(encoder) else None,
     )
@@ -85,30 +85,29 @@ def _fetched(reference: Any) -> Any:
     return ray.get(reference)
 
 
-Picture = tuple[int, "list[Item] | str", str]
+Picture = tuple[int, "list[Row] | str", str]
 """Number, rows or the reason why it cannot be read, and name."""
 
 
 def _read(row: dict[str, Any], there: list[Any], first: int, size: int) -> dict[str, Any]:
     """The pictures of a run."""
-    source = _fetched(there[0])
+    reader: Reader = _fetched(there[0])
     start = (first + int(row["id"])) * size
-    numbers = range(start, min(start + size, len(source)))
-    run: list[Picture] = [(i, read_or_reason(source, i), source.name(i)) for i in numbers]
+    numbers = range(start, min(start + size, len(reader.source)))
+    run: list[Picture] = [(i, reader(i), reader.name(i)) for i in numbers]
     return {"size": size, "pictures": run}
 
 
 class _Encode:
     """An actor; it holds the encoder once it has been asked to encode."""
 
-    def __call__(self, row: dict[str, Any], model: list[Any], side: int | None) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], model: list[Any]) -> dict[str, Any]:
         encoder: Encoder = _fetched(model[0])
         pictures: list[Picture] = row["pictures"]
         size = int(row["size"])
-        items = [item for _, read, _ in pictures if not isinstance(read, str) for item in read]
+        rows = [row for _, read, _ in pictures if not isinstance(read, str) for row in read]
         parts = [
-            encode_items(encoder, items[i : i + size], side)
-            for i in range(0, max(len(items), 1), size)
+            encode_rows(encoder, rows[i : i + size]) for i in range(0, max(len(rows), 1), size)
         ]
         return {"run": _Run(_places(pictures), parts, pictures[-1][0] + 1)}
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from retrodiff.pictures import to_float
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -95,6 +97,7 @@ class Normalize:
 
     def apply(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] -> standardized images."""
+        images = to_float(images)
         mean = images.new_tensor(self.mean).view(-1, 1, 1)
         std = images.new_tensor(self.std).view(-1, 1, 1)
         return (images * 0.5 + 0.5 - mean) / std
@@ -124,13 +127,13 @@ class Preprocessing:
                 f"images have shape {tuple(images.shape)}, expected (b, c, h, w): "
                 "add the batch axis with image[None]"
             )
-        if not images.is_floating_point():
+        if not images.is_floating_point() and images.dtype != torch.uint8:
             raise ValueError(
                 f"images are {images.dtype}, expected floats in [-1, 1]: images / 127.5 - 1"
             )
         for step in self.steps:
             images = step.apply(images)
-        return images
+        return to_float(images)
 
     def config(self) -> dict[str, Any]:
         """The preprocessing as JSON-able values; `from_config` is the way back."""
@@ -194,6 +197,10 @@ def preprocessing_from(
 def _resize(
     images: Tensor, to: tuple[int, int], mode: str, antialias: bool, align_corners: bool
 ) -> Tensor:
+    """Images (b, c, h, w), floats or uint8 -> floats in [-1, 1] of another size."""
     if images.shape[-2:] == torch.Size(to):
-        return images
-    return interpolate(images, to, mode=mode, antialias=antialias, align_corners=align_corners)
+        return to_float(images)
+    how: dict[str, Any] = {"mode": mode, "antialias": antialias, "align_corners": align_corners}
+    if images.dtype == torch.uint8:  # channel by channel: floats take four times the memory
+        return torch.cat([interpolate(to_float(c), to, **how) for c in images.split(1, 1)], 1)
+    return interpolate(images, to, **how)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.principal import principal_axes, rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -39,6 +39,9 @@ class Annoy:
     search: int | None = None
     seed: int = 0
     name = "annoy"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def build(self, vectors: Vectors, progress: bool = False) -> AnnoyIndex:
         """Projects every row, and grows the trees."""

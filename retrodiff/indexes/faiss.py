@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -33,6 +33,9 @@ class Faiss:
     train_rows: int = 200_000
     name = "faiss"
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
     def build(self, vectors: Vectors, progress: bool = False) -> FaissIndex:
         """Fits what must be fitted and adds every row."""
         faiss = _import_faiss()
@@ -45,7 +48,14 @@ class Faiss:
         if not index.is_trained:
             n = min(self.train_rows, len(vectors))
             sample = vectors.rows(torch.linspace(0, len(vectors) - 1, n).long())
-            index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
+            try:
+                index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
+            except RuntimeError as error:
+                reason = str(error).rpartition("failed: ")[2]
+                raise ValueError(
+                    f"faiss cannot fit {self.factory!r} on {n:,} rows ({reason:.200}): use a "
+                    "factory with fewer clusters, such as 'HNSW32'"
+                ) from error
         with progress_bar(len(vectors), "faiss", progress, unit="rows") as bar:
             for _, rows, norms in vectors.blocks(8192):
                 index.add(unit_rows(rows, norms).numpy())

@@ -175,6 +175,15 @@ def recipe_from_string(text: str) -> Recipe:
             continue
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}; it has: {', '.join(known)}")
-        values[key] = value if "str" in str(known[key].type) else int(value)
+        values[key] = value if "str" in str(known[key].type) else _whole(name, key, value)
         last = key
     return recipe(**values)
+
+
+def _whole(recipe: str, option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{recipe} takes a whole number as {option}, not {text!r}: {recipe}:{option}=20, for example"
+        ) from None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -40,6 +40,9 @@ class ScaNN:
     train_rows: int = 250_000
     threshold: int = 20
     name = "scann"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def build(self, vectors: Vectors, progress: bool = False) -> ScaNNIndex:
         """Partitions and codes of every row; they are all in memory in float32 meanwhile."""

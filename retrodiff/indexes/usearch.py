@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_search
+from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -35,6 +35,9 @@ class USearch:
     expansion_search: int = 128
     rerank: int = 64
     name = "usearch"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def build(self, vectors: Vectors, progress: bool = False) -> USearchIndex:
         """Inserts every row into the graph."""

@@ -6,6 +6,8 @@ Nothing here copies a part; whoever needs numbers asks for a block or for some r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +91,22 @@ def row_norms(rows: Tensor, block: int = 512) -> Tensor:
         wide[: len(part)].copy_(part)
         torch.linalg.vector_norm(wide[: len(part)], dim=1, out=norms[start : start + len(part)])
     return norms
+
+
+def check_numbers(recipe: Any) -> None:
+    """Refuses hyper-parameters of an index that are no whole numbers, or too small.
+
+    Args:
+        recipe: a dataclass; its integers must be at least 1, its seed at least 0.
+    """
+    for name in (f.name for f in fields(recipe)):
+        value, least = getattr(recipe, name), 0 if name == "seed" else 1
+        if value is None or isinstance(value, str):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{recipe.name} takes a whole number of at least {least} as {name}, not {value!r}"
+            )
 
 
 def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:

@@ -133,3 +133,25 @@ def fit_views(
         progress=progress,
         what="encoder",
     )
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Three quarters of each image at a random place, half of them mirrored: views for `fit_views`.
+
+    Args:
+        images: (b, c, h, w) in [-1, 1].
+        generator: of places and mirroring, one of each per image.
+
+    Returns:
+        (b, c, 3h/4, 3w/4).
+    """
+    b, _, h, w = images.shape
+    high, wide = max(1, 3 * h // 4), max(1, 3 * w // 4)
+    tops = torch.randint(h - high + 1, (b,), generator=generator).tolist()
+    lefts = torch.randint(w - wide + 1, (b,), generator=generator).tolist()
+    mirrored = (torch.rand(b, generator=generator) < 0.5).tolist()
+    views = [
+        image[:, top : top + high, left : left + wide]
+        for image, top, left in zip(images, tops, lefts, strict=True)
+    ]
+    return torch.stack([v.flip(-1) if m else v for v, m in zip(views, mirrored, strict=True)])
