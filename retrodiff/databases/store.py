@@ -16,9 +16,10 @@ from torch import Tensor
 from retrodiff.databases.fingerprint import file_digest, rows_digest, rows_hash
 from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
+from retrodiff.databases.records import cast_table, one_schema, read_schema
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import map_tensors, one_schema
-from retrodiff.files import make_folder
+from retrodiff.databases.shards import map_tensors
+from retrodiff.files import REPLACED, make_folder
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -293,10 +294,9 @@ class EmbeddingDatabase(Searchable):
 
     @cached_property
     def _schema(self) -> Any:
-        import pyarrow.parquet as pq
 
         files = [self._here(str(shard.file("records"))) for shard in self.manifest.shards]
-        return one_schema([pq.read_schema(file) for file in files], [file.name for file in files])
+        return one_schema([read_schema(file) for file in files])
 
     def _schema_of(self, columns: Sequence[str] | None) -> Any:
         import pyarrow as pa
@@ -306,21 +306,14 @@ class EmbeddingDatabase(Searchable):
         return pa.schema([self._schema.field(name) for name in columns])
 
     def _read_records(self, shard: int, schema: Any = None) -> Any:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = self._here(str(self.manifest.shards[shard].file("records")))
         if schema is None:
             return pq.read_table(file)
-        has = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in schema.names if name in has])
-        arrays = [
-            table[field.name].cast(field.type)
-            if field.name in has
-            else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        return pa.table(arrays, schema=schema)
+        has = read_schema(file).names
+        wanted = [name for name in schema.names if name in has]
+        return cast_table(pq.read_table(file, columns=wanted), schema)
 
 
 def open_database(
@@ -362,6 +355,8 @@ def open_database(
 
 def unfinished(folder: Path) -> bool:
     """Whether a folder holds a build that was killed and can be resumed."""
+    if (folder / REPLACED).is_file():
+        return False  # an old database that a new one has replaced
     return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
 
 
