@@ -120,8 +120,19 @@ def save_index(
     }
 
     def write(partial: Path) -> None:
-        index.save(partial)
+        try:
+            index.save(partial)
+        except Exception as error:  # each library has its own for a full disk
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"the index {recipe.name} cannot be written into {partial} ({reason:.200}): make "
+                f"room, then try again; what {folder} holds stays"
+            ) from error
         write_json(partial / ABOUT, about)
+        mode = (partial / ABOUT).stat().st_mode
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # some libraries write for the owner only
 
     write_folder(folder, write, marker=ABOUT, own=_own_files, overwrite=True)
 
@@ -142,13 +153,32 @@ def _own_files(folder: Path) -> set[str]:
 
 def load_index(folder: Path, vectors: Vectors, rows: str) -> tuple[SavableIndex, Recipe, Recall]:
     """The index of a folder, refused if it was built from other rows."""
-    recipe, recall, built_from = saved_index(folder)
-    if built_from != rows:
-        raise ValueError(
-            f"index {folder} was built from rows {built_from[:12]}, the database has rows "
-            f"{rows[:12]}: build the index again"
-        )
-    return recipe.load(folder, vectors), recipe, recall
+    while True:
+        written = _when(folder)
+        try:
+            recipe, recall, built_from = saved_index(folder)
+            if built_from != rows:
+                raise ValueError(
+                    f"index {folder} was built from rows {built_from[:12]}, the database has rows "
+                    f"{rows[:12]}: build the index again"
+                )
+            index = recipe.load(folder, vectors)
+        except Exception:
+            if _when(folder) == written:
+                raise
+        else:
+            if _when(folder) == written:
+                return index, recipe, recall
+        # Built again meanwhile: what was read may be of both.
+
+
+def _when(folder: Path) -> tuple[int, int] | None:
+    """Tells one saved index at a place from the next."""
+    try:
+        about = (folder / ABOUT).stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
 
 
 def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
