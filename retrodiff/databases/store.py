@@ -31,7 +31,7 @@ from retrodiff.indexes import (
     save_index,
     saved_index,
 )
-from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
+from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex, check_index_place
 from retrodiff.interfaces import Index, Record
 from retrodiff.locks import writing
 
@@ -59,6 +59,16 @@ class EmbeddingDatabase(Searchable):
         self._starts = starts.cumsum(0)
         self._records_of = lru_cache(4)(self._read_records)
         self._thumbnails_of = lru_cache(64)(map_tensors)
+
+    def __copy__(self) -> EmbeddingDatabase:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> Any:
+        """Another process, such as a worker of a ``DataLoader``, opens the same rows again."""
+        about = (self.address, self.fingerprint.rows, self.recipe, self.root)
+        return _opened_again, about
 
     def __len__(self) -> int:
         return len(self.vectors) - (0 if self.hidden is None else len(self.hidden))
@@ -162,6 +172,7 @@ class EmbeddingDatabase(Searchable):
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
         _check_writable(self._home() / "indexes")  # before the work
+        check_index_place(self._home() / "indexes" / recipe.name)
         with writing(self._home()):
             return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
 
@@ -351,6 +362,18 @@ def open_database(
     if database.saved_indexes().get(index.name, (None,))[0] == index:
         return database.open_index(index.name)
     return database.build_index(index)
+
+
+def _opened_again(address: str, rows: str, recipe: Recipe, root: Path | None) -> EmbeddingDatabase:
+    """The rows that another process had open; an index that it did not save is built again."""
+    database = open_database(address, "exact", root=root)
+    if database.fingerprint.rows != rows:
+        raise ValueError(f"{address} has changed since it was opened: open it again")
+    if recipe.name == "exact":
+        return database.with_index(recipe, recipe.build(database.vectors), None)
+    if database.saved_indexes().get(recipe.name, (None,))[0] == recipe:
+        return database.open_index(recipe.name)
+    return database.build_index(recipe, progress=False, save=False)
 
 
 def unfinished(folder: Path) -> bool:

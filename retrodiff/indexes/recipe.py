@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from retrodiff.files import write_folder, write_json
+from retrodiff.files import check_free, write_folder, write_json
 from retrodiff.indexes.annoy import Annoy
 from retrodiff.indexes.cuvs import CuVS
 from retrodiff.indexes.exact import Exact
@@ -135,6 +135,11 @@ def save_index(
                 file.chmod(mode)  # some libraries write for the owner only
 
     write_folder(folder, write, marker=ABOUT, own=_own_files, overwrite=True)
+
+
+def check_index_place(folder: Path) -> None:
+    """Refuses, before the work, a folder that `save_index` could not replace."""
+    check_free(folder, ABOUT, True, _own_files)
 
 
 def own_index_files(folder: Path) -> set[str]:
