@@ -111,7 +111,7 @@ def import_embeddings(
             raise ValueError("no embeddings: give at least one row")
         _check_ids(work)
 
-    return make_database(Path(path), plan, fill, resume=resume, overwrite=overwrite)
+    return make_database(path, plan, fill, resume=resume, overwrite=overwrite)
 
 
 class _Writer:

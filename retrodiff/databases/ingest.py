@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -66,9 +68,25 @@ def build_database(
     settings = {"batch_size": batch_size, "shard_rows": shard_rows, "thumbnails": thumbnails}
     plan = Manifest(encoder.fingerprint, settings=settings, sources=(source.describe(),))
     build = Build(source, encoder, workers=workers, engine=engine, progress=progress)
-    database = make_database(Path(path), plan, build.fill, resume=resume, overwrite=overwrite)
+    options = {"resume": resume, "overwrite": overwrite, "state": state_of(source)}
+    database = make_database(path, plan, build.fill, **options)
     warn_of(database.manifest.skipped)
     return database
+
+
+def state_of(source: Source) -> str | None:
+    """Hash of the sizes and times of the files that a source reads; None where it reads none."""
+    paths = getattr(source, "paths", None)  # a foreign source need not know of it
+    if paths is None:
+        return None
+    digest = hashlib.sha256()
+    for path in paths():
+        try:
+            stat = os.stat(path)
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(b"missing\n")
+    return digest.hexdigest()
 
 
 def warn_of(skipped: Sequence[tuple[str, str]]) -> None:

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retrodiff.files import write_json
+from retrodiff.files import plain_json, write_json
 from retrodiff.interfaces import Fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 BUILD = "build.json"
+LOG = "shards.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Shard:
     files: dict[str, dict[str, Any]]
     next: tuple[int, int]
     source: int
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Shard:
+        """A shard as JSON holds it."""
+        files, following = value["files"], tuple(value["next"])
+        return cls(value["rows"], value["digest"], files, following, value["source"])
 
     def file(self, kind: str) -> str | None:
         """The file of a kind (``vectors``, ``records``, ``thumbnails``), None if there is none."""
@@ -80,7 +87,7 @@ class Manifest:
         value = {"format": FORMAT, "rows": self.rows, **asdict(self)}
         if self.shared is None:
             del value["shared"]
-        write_json(path, value)
+        write_json(path, plain_json(value))
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -109,10 +116,7 @@ class Manifest:
     def _of(cls, value: dict[str, Any]) -> Manifest:
         manifest = cls(
             fingerprint=Fingerprint(**value["fingerprint"]),
-            shards=tuple(
-                Shard(s["rows"], s["digest"], s["files"], tuple(s["next"]), s["source"])
-                for s in value["shards"]
-            ),
+            shards=tuple(Shard.of(shard) for shard in value["shards"]),
             settings=value["settings"],
             sources=tuple(value["sources"]),
             skipped=tuple((name, reason) for name, reason in value["skipped"]),

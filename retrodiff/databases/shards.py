@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from retrodiff.databases.fingerprint import file_digest, rows_digest
 from retrodiff.databases.manifest import Shard
+from retrodiff.databases.records import table_of
 from retrodiff.files import replacing
 
 
@@ -79,8 +79,8 @@ class ShardBuffer:
             files[name] = save_tensors(tensors, folder / name)
             reached("vectors written")
             name = f"records-{number:06d}.parquet"
-            with replacing(folder / name) as partial:
-                pq.write_table(_table(self.records), partial, compression="zstd")
+            with replacing(folder / name) as partial, partial.open("wb") as file:
+                pq.write_table(table_of(self.records), file, compression="zstd")
             files[name] = about_file(folder / name)
             reached("records written")
             if self.thumbnails:
@@ -164,57 +164,3 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or build again") from None
     return tensors
-
-
-def _table(records: list[Any]) -> Any:
-    """A pyarrow table from records, or tables, or both."""
-    import pyarrow as pa
-
-    tables = []
-    for plain, group in groupby(records, lambda one: isinstance(one, Mapping)):
-        of_one_kind = list(group)
-        tables += [_table_of(of_one_kind)] if plain else of_one_kind
-    one_schema([table.schema for table in tables], ["some records", "others"])
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
-def one_schema(schemas: Sequence[Any], names: Sequence[str]) -> Any:
-    """One pyarrow schema for the tables of all the schemas, refused where their types disagree.
-
-    Args:
-        schemas: at least one.
-        names: what errors call the tables; the last one stands for all that follow.
-    """
-    import pyarrow as pa
-
-    plain = [schema.remove_metadata() for schema in schemas]
-    try:
-        return pa.unify_schemas(plain, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        seen: dict[str, tuple[Any, str]] = {}
-        for number, schema in enumerate(plain):
-            name = names[min(number, len(names) - 1)]
-            for field in schema:
-                before, where = seen.setdefault(field.name, (field, name))
-                try:
-                    joined = pa.unify_schemas(
-                        [pa.schema([before]), pa.schema([field])], promote_options="permissive"
-                    )
-                except (pa.ArrowInvalid, pa.ArrowTypeError):
-                    raise ValueError(
-                        f"column {field.name!r} is {before.type} in {where} and {field.type} in "
-                        f"{name}: give one type per column"
-                    ) from None
-                seen[field.name] = (joined.field(0), where)
-        raise
-
-
-def _table_of(records: list[Mapping[str, Any]]) -> Any:
-    import pyarrow as pa
-
-    names = list(dict.fromkeys(name for record in records for name in record))
-    try:
-        columns = {name: pa.array([r.get(name) for r in records]) for name in names}
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"records cannot be stored: {error}: give one type per column") from None
-    return pa.table(columns) if columns else pa.table({"number": pa.nulls(len(records))})

@@ -16,9 +16,10 @@ from torch import Tensor
 from retrodiff.databases.fingerprint import file_digest, rows_digest, rows_hash
 from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
+from retrodiff.databases.records import cast_table, one_schema, read_schema
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import map_tensors, one_schema
-from retrodiff.files import make_folder
+from retrodiff.databases.shards import map_tensors
+from retrodiff.files import REPLACED, make_folder
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -30,7 +31,7 @@ from retrodiff.indexes import (
     save_index,
     saved_index,
 )
-from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
+from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex, check_index_place
 from retrodiff.interfaces import Index, Record
 from retrodiff.locks import writing
 
@@ -58,6 +59,16 @@ class EmbeddingDatabase(Searchable):
         self._starts = starts.cumsum(0)
         self._records_of = lru_cache(4)(self._read_records)
         self._thumbnails_of = lru_cache(64)(map_tensors)
+
+    def __copy__(self) -> EmbeddingDatabase:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> Any:
+        """Another process, such as a worker of a ``DataLoader``, opens the same rows again."""
+        about = (self.address, self.fingerprint.rows, self.recipe, self.root)
+        return _opened_again, about
 
     def __len__(self) -> int:
         return len(self.vectors) - (0 if self.hidden is None else len(self.hidden))
@@ -161,6 +172,7 @@ class EmbeddingDatabase(Searchable):
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
         _check_writable(self._home() / "indexes")  # before the work
+        check_index_place(self._home() / "indexes" / recipe.name)
         with writing(self._home()):
             return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
 
@@ -293,10 +305,9 @@ class EmbeddingDatabase(Searchable):
 
     @cached_property
     def _schema(self) -> Any:
-        import pyarrow.parquet as pq
 
         files = [self._here(str(shard.file("records"))) for shard in self.manifest.shards]
-        return one_schema([pq.read_schema(file) for file in files], [file.name for file in files])
+        return one_schema([read_schema(file) for file in files])
 
     def _schema_of(self, columns: Sequence[str] | None) -> Any:
         import pyarrow as pa
@@ -306,21 +317,14 @@ class EmbeddingDatabase(Searchable):
         return pa.schema([self._schema.field(name) for name in columns])
 
     def _read_records(self, shard: int, schema: Any = None) -> Any:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = self._here(str(self.manifest.shards[shard].file("records")))
         if schema is None:
             return pq.read_table(file)
-        has = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in schema.names if name in has])
-        arrays = [
-            table[field.name].cast(field.type)
-            if field.name in has
-            else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        return pa.table(arrays, schema=schema)
+        has = read_schema(file).names
+        wanted = [name for name in schema.names if name in has]
+        return cast_table(pq.read_table(file, columns=wanted), schema)
 
 
 def open_database(
@@ -360,8 +364,22 @@ def open_database(
     return database.build_index(index)
 
 
+def _opened_again(address: str, rows: str, recipe: Recipe, root: Path | None) -> EmbeddingDatabase:
+    """The rows that another process had open; an index that it did not save is built again."""
+    database = open_database(address, "exact", root=root)
+    if database.fingerprint.rows != rows:
+        raise ValueError(f"{address} has changed since it was opened: open it again")
+    if recipe.name == "exact":
+        return database.with_index(recipe, recipe.build(database.vectors), None)
+    if database.saved_indexes().get(recipe.name, (None,))[0] == recipe:
+        return database.open_index(recipe.name)
+    return database.build_index(recipe, progress=False, save=False)
+
+
 def unfinished(folder: Path) -> bool:
     """Whether a folder holds a build that was killed and can be resumed."""
+    if (folder / REPLACED).is_file():
+        return False  # an old database that a new one has replaced
     return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
 
 

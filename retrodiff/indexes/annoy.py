@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import principal_axes, rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
@@ -54,7 +55,7 @@ class Annoy:
                 for i, row in enumerate((unit_rows(rows, norms) @ axes).tolist(), start):
                     trees.add_item(i, row)
                 bar.update(len(rows))
-        trees.build(self.trees, n_jobs=1)
+        heard(trees.build, self.trees, n_jobs=1)
         return AnnoyIndex(self, vectors, axes, trees)
 
     def load(self, folder: Path, vectors: Vectors) -> AnnoyIndex:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
@@ -49,7 +50,7 @@ class Faiss:
             n = min(self.train_rows, len(vectors))
             sample = vectors.rows(torch.linspace(0, len(vectors) - 1, n).long())
             try:
-                index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
+                heard(index.train, unit_rows(sample, sample.norm(dim=1)).numpy())
             except RuntimeError as error:
                 reason = str(error).rpartition("failed: ")[2]
                 raise ValueError(
@@ -58,7 +59,7 @@ class Faiss:
                 ) from error
         with progress_bar(len(vectors), "faiss", progress, unit="rows") as bar:
             for _, rows, norms in vectors.blocks(8192):
-                index.add(unit_rows(rows, norms).numpy())
+                heard(index.add, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return FaissIndex(self, vectors, index)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
@@ -62,7 +63,7 @@ class ScaNN:
                 training_sample_size=min(self.train_rows, m),
             )
         plan = plan.score_ah(2, anisotropic_quantization_threshold=self.threshold / 100)
-        return ScaNNIndex(self, vectors, plan.build())
+        return ScaNNIndex(self, vectors, heard(plan.build))
 
     def load(self, folder: Path, vectors: Vectors) -> ScaNNIndex:
         """The index that `ScaNNIndex.save` wrote."""

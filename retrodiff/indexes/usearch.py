@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
 from retrodiff.interfaces import Index
@@ -45,7 +46,7 @@ class USearch:
         with progress_bar(len(vectors), "usearch", progress, unit="rows") as bar:
             for start, rows, norms in vectors.blocks(8192):
                 keys = np.arange(start, start + len(rows), dtype=np.uint64)
-                graph.add(keys, unit_rows(rows, norms).numpy())
+                heard(graph.add, keys, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return USearchIndex(self, vectors, graph)
 
