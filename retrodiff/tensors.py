@@ -1,7 +1,7 @@
 """Writes files of tensors (safetensors) whole and hashed, and opens only intact ones.
 
 They are opened by the safetensors library, under its rules: the tensors lie one behind the other
-without gaps, and the file ends where the last one does. A sealed file carries the SHA-256 of header
+without gaps, and the file ends where the last one does. A hashed file carries the SHA-256 of header
 and data in its own header, so that a changed byte is found when it is opened.
 """
 
@@ -24,11 +24,11 @@ from retrodiff.files import replacing
 HEADER = 64 * 1024**2
 """Longest header in bytes that is read; a thousand tensors take about a tenth of a megabyte."""
 
-SEAL = "sha256"
-"""Name of the seal in the header's metadata."""
+HASH = "sha256"
+"""Name of the hash in the header's metadata."""
 
 BLANK = "0" * 64
-"""What stands in the place of the seal while it is computed."""
+"""What stands in the place of the hash while it is computed."""
 
 AGAIN = "restore it, or make it again"
 
@@ -51,7 +51,7 @@ class Tensors(NamedTuple):
 
     Args:
         tensors: by name, mapped and not read: pages come when they are touched.
-        metadata: strings by name, without the seal.
+        metadata: strings by name, without the hash.
     """
 
     tensors: dict[str, Tensor]
@@ -82,26 +82,26 @@ def write_tensors(
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def write_sealed_tensors(
+def write_hashed_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a file that carries its SHA-256; arguments and errors are those of `write_tensors`."""
     with replacing(path) as partial, partial.open("wb") as file:
-        digest = _write(file, tensors, {**(metadata or {}), SEAL: BLANK})
-        put_seal(file, digest)
+        digest = _write(file, tensors, {**(metadata or {}), HASH: BLANK})
+        put_hash(file, digest)
 
 
-def put_seal(file: BinaryIO, digest: str) -> None:
-    """Puts the seal into the header of a file that was written with a blank one.
+def put_hash(file: BinaryIO, digest: str) -> None:
+    """Puts the hash into the header of a file that was written with a blank one.
 
     Args:
-        file: open for writing; its header must not hold `BLANK` before the seal.
+        file: open for writing; its header must not hold `BLANK` before the hash.
         digest: SHA-256 of header (with `BLANK`) and data.
     """
     with open(file.name, "rb") as written:
         file.flush()
         first = read_header(written, Path(file.name))
-    at = first.index(f'"{SEAL}":"{BLANK}"'.encode()) + len(SEAL) + 4
+    at = first.index(f'"{HASH}":"{BLANK}"'.encode()) + len(HASH) + 4
     file.seek(at)
     file.write(digest.encode())
 
@@ -161,14 +161,14 @@ def _bytes(tensor: Tensor) -> Any:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def map_file(path: str | Path, *, again: str = AGAIN, sealed: bool = False) -> Tensors:
+def map_file(path: str | Path, *, again: str = AGAIN, hashed: bool = False) -> Tensors:
     """Opens a file; its tensors are mapped, and changes to them stay in memory.
 
     Args:
         path: of the file; no descriptor stays open.
         again: what to do about a damaged file, the end of the error.
-        sealed: refuse a file without a seal. A seal that is there is always compared, which reads
-            the file once; see `check_seal`.
+        hashed: refuse a file without a hash. A hash that is there is always compared, which reads
+            the file once; see `check_hash`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -178,9 +178,9 @@ def map_file(path: str | Path, *, again: str = AGAIN, sealed: bool = False) -> T
     with opened(path, again) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if sealed or SEAL in metadata:
-        check_seal(path, again)
-    return Tensors(tensors, {name: text for name, text in metadata.items() if name != SEAL})
+    if hashed or HASH in metadata:
+        check_hash(path, again)
+    return Tensors(tensors, {name: text for name, text in metadata.items() if name != HASH})
 
 
 def map_tensors(path: str | Path, *, again: str = AGAIN) -> dict[str, Tensor]:
@@ -207,8 +207,8 @@ def opened(path: str | Path, again: str = AGAIN) -> Iterator[Any]:
         raise _damaged(path, " ".join(str(error).split())[:300], again) from None
 
 
-def check_seal(path: Path, again: str = AGAIN) -> None:
-    """Compares a file with its seal; the same state of a file is read for that once per process.
+def check_hash(path: Path, again: str = AGAIN) -> None:
+    """Compares a file with its hash; the same state of a file is read for that once per process.
 
     Raises:
         ValueError: it has none, or another byte than was written.
@@ -216,16 +216,16 @@ def check_seal(path: Path, again: str = AGAIN) -> None:
     with path.open("rb") as file:
         first = read_header(file, path, again)
         metadata = _metadata(first, path, again)
-        seal = metadata.get(SEAL)
-        if not isinstance(seal, str) or len(seal) != len(BLANK):
+        written = metadata.get(HASH)
+        if not isinstance(written, str) or len(written) != len(BLANK):
             raise _damaged(path, "it carries no SHA-256 of itself", again)
-        key = (seal, *_state(path))
+        key = (written, *_state(path))
         if key in _checked:
             return
-        digest = hashlib.sha256(first.replace(seal.encode(), BLANK.encode(), 1))
+        digest = hashlib.sha256(first.replace(written.encode(), BLANK.encode(), 1))
         while piece := file.read(1 << 20):
             digest.update(piece)
-    if digest.hexdigest() != seal:
+    if digest.hexdigest() != written:
         raise _damaged(path, "it is not as it was written, its SHA-256 differs", again)
     _checked.add(key)
 

@@ -32,11 +32,11 @@ from retrodiff.databases import (
     import_embeddings,
     open_database,
     read_image,
-    shards,
 )
 from retrodiff.databases import ingest as ingest_module
 from retrodiff.databases.work import MixedColumn
 from retrodiff.interfaces import Query
+from retrodiff.tensors import map_tensors, write_tensors
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -140,7 +140,7 @@ def test_files_of_tensors_are_those_of_safetensors(n, tmp_path):
         {"bytes": torch.arange(n, dtype=torch.uint8), "offsets": torch.arange(n)},
     ]
     for tensors in sets:
-        about = shards.save_tensors(tensors, tmp_path / "a")
+        about = write_tensors(tmp_path / "a", tensors)
         data = safetensors.torch.save(tensors)
         assert (tmp_path / "a").read_bytes() == data
         assert about == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -539,18 +539,18 @@ def test_a_damaged_file_of_tensors_is_one_line(damage, tmp_path):
     assert old in data
     (tmp_path / "x.safetensors").write_bytes(data.replace(old, new))
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged .*: restore it") as caught:
-        shards.map_tensors(tmp_path / "x.safetensors")
+        map_tensors(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
 
 
 def test_a_map_is_copied_on_write(tmp_path):
-    shards.save_tensors({"x": torch.arange(5)}, tmp_path / "x.safetensors")
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.arange(5)})
     before = (tmp_path / "x.safetensors").read_bytes()
-    mapped = shards.map_tensors(tmp_path / "x.safetensors")["x"]
+    mapped = map_tensors(tmp_path / "x.safetensors")["x"]
     mapped += 1
     assert mapped.tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert shards.map_tensors(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2, 3, 4]
+    assert map_tensors(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_column_of_another_type_becomes_text(tmp_path):

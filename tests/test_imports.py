@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
     {"devices", "interrupts", "locks", "numbers", "pickle_machine", "text"},
-    {"decoding", "files", "interfaces", "pickled", "progress"},
-    {"pictures", "sealed", "tensors"},
+    {"budget", "decoding", "files", "interfaces", "pickled", "progress", "seal", "untrusted"},
+    {"pictures", "hashed", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from retrodiff.databases.ingest import Build, Engine, state_of, warn_of
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
-from retrodiff.databases.shards import reached, save_tensors
+from retrodiff.databases.shards import reached
 from retrodiff.databases.sources import Source, check_ids
 from retrodiff.databases.store import EmbeddingDatabase, open_database
 from retrodiff.databases.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.files import make_folder, place, plain_json, replacing, room_for, sync_folder
 from retrodiff.interfaces import Encoder
 from retrodiff.locks import writing
+from retrodiff.tensors import write_tensors
 
 
 def append_to_database(
@@ -124,7 +125,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         if not len(chosen):
             return database
         name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
-        about = save_tensors({"rows": hidden}, path / name)
+        about = write_tensors(path / name, {"rows": hidden})
         reached("deletion written")
         deleted = {"file": name, "rows": len(hidden), **about}
         replace(database.manifest, deleted=deleted).write(path / MANIFEST)
