@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from retrodiff.databases.encoding import Batch, encode_here
 from retrodiff.databases.fingerprint import SHARD_ROWS
-from retrodiff.databases.manifest import MANIFEST, Manifest
+from retrodiff.databases.manifest import Manifest
 from retrodiff.databases.ray import encode_with_ray
 from retrodiff.databases.shards import ShardBuffer
+from retrodiff.databases.skipped import skipped_message, warn_of
 from retrodiff.databases.sources import Source, check_ids
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
@@ -22,10 +22,6 @@ from retrodiff.progress import progress_bar
 
 Engine = Literal["local", "ray"]
 ENGINES = {"local": encode_here, "ray": encode_with_ray}
-
-
-class SkippedPictures(UserWarning):
-    """Some pictures could not be read and are not in the database."""
 
 
 def build_database(
@@ -69,19 +65,6 @@ def build_database(
     database = make_database(Path(path), plan, build.fill, resume=resume, overwrite=overwrite)
     warn_of(database.manifest.skipped)
     return database
-
-
-def warn_of(skipped: Sequence[tuple[str, str]]) -> None:
-    """One warning for all pictures that were left out; none if there are none."""
-    if skipped:
-        warnings.warn(skipped_message(skipped), SkippedPictures, stacklevel=3)
-
-
-def skipped_message(skipped: Sequence[tuple[str, str]], most: int = 10) -> str:
-    """One line that counts and names the pictures that were left out."""
-    names = ", ".join(f"{name} ({reason})" for name, reason in skipped[:most])
-    more = f" and {len(skipped) - most} more (see skipped in {MANIFEST})"
-    return f"{len(skipped)} skipped: {names}{more if len(skipped) > most else ''}"
 
 
 class Build:
