@@ -1,7 +1,4 @@
-"""Rows of parquet and arrow files one at a time, so that memory does not follow what they claim.
-
-A parquet file of some kilobytes can stand for a hundred gigabytes: one long value and a count.
-"""
+"""Rows of parquet and arrow files one at a time, so that memory does not follow what they claim."""
 
 from __future__ import annotations
 
@@ -12,15 +9,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from retrodiff.databases.streams import one_line
+from retrodiff.databases.limits import one_line
 from retrodiff.decoding import UnreadableImage
 from retrodiff.text import escaped
-
-LARGE = 2**28
-"""Bytes that a column of a row group may decompress to, whatever its compressed size."""
-
-RATIO = 200
-"""How many times its compressed size a larger one may be; pictures and texts stay far below."""
 
 
 class RowGroups:
@@ -64,19 +55,6 @@ class RowGroups:
                 self._at += 1
                 if self._at > i:
                     return row
-
-
-def check_ratio(metadata: Any, file: Path) -> None:
-    """Refuses a parquet file that would decompress to far more than pictures and texts do."""
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for column in map(group.column, range(group.num_columns)):
-            large, small = column.total_uncompressed_size, max(column.total_compressed_size, 1)
-            if large > max(LARGE, RATIO * small):
-                raise ValueError(
-                    f"{file}: column {column.path_in_schema} would decompress {small} bytes to "
-                    f"{large} (row group {number}): write it again with smaller row groups"
-                )
 
 
 @lru_cache(64)

@@ -98,7 +98,7 @@ class ImageFolder(Source):
             image = read_image(self.path / file)
         except UnreadableImage:
             if is_tar(file):
-                raise UnreadableImage("an archive: open it by its own path") from None
+                raise UnreadableImage("a tar: open it by its own path") from None
             raise
         label = escaped(file.split("/", 1)[0]) if "/" in file else None
         return [Item(image, {"file": escaped(file), "label": label, **self.columns})]

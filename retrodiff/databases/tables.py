@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
@@ -14,17 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from retrodiff.databases.groups import (
-    RowGroups,
-    arrow_batches,
-    check_ratio,
-    checked_batch,
-    plain_value,
-)
+from retrodiff.databases.groups import RowGroups, arrow_batches, checked_batch, plain_value
+from retrodiff.databases.limits import check_ratio, one_line
 from retrodiff.databases.sources import Item, Source
-from retrodiff.databases.streams import one_line
 from retrodiff.decoding import UnreadableImage, read_image
-from retrodiff.pictures import to_image
+from retrodiff.pictures import to_image, warn_of_range
 from retrodiff.text import escaped
 
 
@@ -280,6 +275,7 @@ class DatasetImages(Source):
                 "that is loaded (streaming=False)"
             )
         self.dataset, self.column, self.keep = dataset, column, keep
+        self._warned = False
         names = self._names()
         if names is not None and column not in names:
             raise ValueError(f"the dataset has no column {column!r}; columns: {', '.join(names)}")
@@ -309,7 +305,8 @@ class DatasetImages(Source):
         except KeyError:
             raise UnreadableImage(f"the row has no column {self.column!r}") from None
         except Exception as error:  # whatever decodes the row may raise anything
-            raise UnreadableImage(f"{type(error).__name__}: {one_line(error)}") from None
+            reason = re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", one_line(error))
+            raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if image is None:
@@ -320,6 +317,9 @@ class DatasetImages(Source):
             raise
         except ValueError as error:
             raise UnreadableImage(str(error)) from None
+        if not self._warned and pixels.is_floating_point():
+            warn_of_range([pixels], f"column {self.column!r}")
+            self._warned = True
         names = self.keep or [n for n, v in row.items() if isinstance(v, _PLAIN)]
         record = {n: _item(row.get(n)) for n in names if n != self.column}
         return [Item(pixels.expand(3, -1, -1), {"number": i, **record})]
