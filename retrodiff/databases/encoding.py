@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.images import thumbnail
+from retrodiff.databases.limits import one_line
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
 from retrodiff.encoders.preprocessing import Preprocessing
@@ -84,9 +85,14 @@ class Reader:
     def __call__(self, i: int) -> list[Row] | str:
         """The rows of picture ``i``; the reason, where it cannot be read."""
         try:
-            return [self._row(item) for item in self.source.read(i)]
+            items = self.source.read(i)
         except UnreadableImage as error:
             return escaped(str(error))
+        except Exception as error:  # one broken picture never ends a build, whatever reads it
+            return escaped(f"{type(error).__name__}: {one_line(error)}")
+        if (reason := next(filter(None, map(_too_narrow, items)), None)) is not None:
+            return reason
+        return [self._row(item) for item in items]
 
     def name(self, i: int) -> str:
         """What picture ``i`` is called."""
@@ -100,14 +106,17 @@ class Reader:
     def _row(self, item: Item) -> Row:
         image = item.image
         h, w = image.shape[-2:]
-        if max(h, w) > NARROWEST * min(h, w):
-            raise UnreadableImage(
-                f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
-            )
         small = thumbnail(image, self.side) if self.side else None
         if self.prepare is None or h * w <= SMALL_PIXELS:
             return Row(image, False, item.record, small)
         return Row(self.prepare(image[None]), True, item.record, small)
+
+
+def _too_narrow(item: Item) -> str | None:
+    h, w = item.image.shape[-2:]
+    if max(h, w) <= NARROWEST * min(h, w):
+        return None
+    return f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
 
 
 def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:

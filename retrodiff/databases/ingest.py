@@ -18,6 +18,7 @@ from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
 from retrodiff.databases.work import Work, make_database
 from retrodiff.interfaces import Encoder
+from retrodiff.numbers import whole
 from retrodiff.progress import progress_bar
 
 Engine = Literal["local", "ray"]
@@ -59,7 +60,11 @@ def build_database(
         overwrite: replace what is there, once the new one is done.
         progress: show a bar.
     """
-    settings = {"batch_size": batch_size, "shard_rows": shard_rows, "thumbnails": thumbnails}
+    settings = {
+        "batch_size": whole("batch_size", batch_size),
+        "shard_rows": whole("shard_rows", shard_rows),
+        "thumbnails": None if thumbnails is None else whole("thumbnails", thumbnails),
+    }
     plan = Manifest(encoder.fingerprint, settings=settings, sources=(source.describe(),))
     build = Build(source, encoder, workers=workers, engine=engine, progress=progress)
     database = make_database(Path(path), plan, build.fill, resume=resume, overwrite=overwrite)
@@ -92,7 +97,7 @@ class Build:
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r}: give one of {', '.join(ENGINES)}")
         self.source, self.encoder = source, encoder
-        self.workers, self.engine, self.progress = workers, engine, progress
+        self.workers, self.engine, self.progress = whole("workers", workers, 0), engine, progress
         self.first_shard, self.first_row, self.source_number = first
         self.skipped: list[tuple[str, str]] = []
 
