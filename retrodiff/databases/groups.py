@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from retrodiff.databases.limits import one_line
+from retrodiff.databases.limits import one_line, open_parquet
 from retrodiff.decoding import UnreadableImage
 from retrodiff.text import escaped
 
@@ -23,10 +23,8 @@ class RowGroups:
     """
 
     def __init__(self, file: Path, columns: Sequence[str]):
-        import pyarrow.parquet as pq
-
         self.columns, self._lock = list(columns), Lock()
-        self._opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+        self._opened = open_parquet(file, pre_buffer=False, buffer_size=2**20)
         self._group, self._at = -1, 0
         self._rows: Iterator[Any] = iter(())
         self._broken: dict[int, tuple[int, str]] = {}
@@ -72,7 +70,9 @@ def arrow_batches(file: Path, mark: int) -> tuple[Any, list[Any]]:
                     )
         with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
             return stream.schema, list(stream)
-    except (pa.ArrowException, MemoryError, OSError, struct.error) as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, MemoryError, OSError, struct.error, IndexError) as error:
         raise ValueError(f"{file} is no whole arrow stream: {one_line(error)}") from None
 
 

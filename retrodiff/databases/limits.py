@@ -60,6 +60,35 @@ class Header:
             raise ValueError(f"it claims the shape {self.shape}, the file has {size} bytes")
 
 
+def open_parquet(file: Path, **options: Any) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` whose columns are of a size that fits the file.
+
+    Args:
+        file: the parquet file.
+        **options: of ``ParquetFile``.
+
+    Raises:
+        ValueError: it is no whole parquet file, or would unfold to far more than it holds.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        opened = pq.ParquetFile(file, **options)
+        opened.schema_arrow.names  # noqa: B018 (names that are no text are damage too)
+        check_ratio(opened.metadata, file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: check the path") from None
+    except Unfolds:
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
+    return opened
+
+
+class Unfolds(ValueError):
+    """A file that would take far more memory than its size."""
+
+
 def check_ratio(metadata: Any, file: Path) -> None:
     """Refuses a parquet file that would decompress to far more than pictures and texts do."""
     for number in range(metadata.num_row_groups):
@@ -69,7 +98,7 @@ def check_ratio(metadata: Any, file: Path) -> None:
             if "." in column.path_in_schema:  # a list may stand for any number of equal values
                 large = max(large, 8 * column.num_values)
             if large > max(LARGE, RATIO * small):
-                raise ValueError(
+                raise Unfolds(
                     f"{file}: column {column.path_in_schema} would decompress {small} bytes to "
                     f"{large} (row group {number}): write it again with smaller row groups"
                 )
@@ -82,16 +111,15 @@ def rows_at_a_time(file: Path, most: int) -> int:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    opened = pq.ParquetFile(file, pre_buffer=False)
+    opened = open_parquet(file, pre_buffer=False)
     texts = [
         field.name
         for field in opened.schema_arrow
         if pa.types.is_string(field.type) or pa.types.is_binary(field.type)
     ]
     longest = 1
-    opened = pq.ParquetFile(file, pre_buffer=False, read_dictionary=texts)
+    opened = open_parquet(file, pre_buffer=False, read_dictionary=texts)
     for number in range(opened.num_row_groups):
         group = opened.metadata.row_group(number)
         for column in map(group.column, range(group.num_columns)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retrodiff.databases.limits import Header, check_ratio, one_line, rows_at_a_time
+from retrodiff.databases.limits import Header, one_line, open_parquet, rows_at_a_time
 from retrodiff.pickled import read_plain_pickle
 
 HELD = 2**30
@@ -189,18 +189,8 @@ class ParquetRows:
     """
 
     def __init__(self, file: Path, names: Mapping[str, str] | None = None):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.file, self.names = file, dict(names or {})
-        try:
-            about = pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
-        check_ratio(about, file)
-        self.rows: int = about.num_rows
+        self.rows: int = open_parquet(file).metadata.num_rows
         self._batches: Any = None
         self._held: list[Any] = []
         self._at = 0
@@ -211,10 +201,9 @@ class ParquetRows:
     def __call__(self, start: int, end: int) -> Any:
         """Rows ``start`` to ``end`` as a pyarrow table."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if self._batches is None or start < self._at:
-            opened = pq.ParquetFile(self.file, memory_map=True, pre_buffer=False)
+            opened = open_parquet(self.file, memory_map=True, pre_buffer=False)
             self._batches = opened.iter_batches(rows_at_a_time(self.file, 8192))
             self._held, self._at = [], 0
         while self._at + sum(map(len, self._held)) < end:

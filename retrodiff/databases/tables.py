@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from retrodiff.databases.groups import RowGroups, arrow_batches, checked_batch, plain_value
-from retrodiff.databases.limits import check_ratio, one_line
+from retrodiff.databases.limits import one_line, open_parquet
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage, read_image
 from retrodiff.pictures import to_image, warn_of_range
@@ -128,25 +128,18 @@ class ParquetImages(_Tables):
         column: str = "image",
         columns: Mapping[str, Any] | None = None,
     ):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.files = [Path(file).expanduser() for file in files]
         if not self.files:
             raise ValueError("no parquet files: give at least one")
         self.groups: list[tuple[int, int]] = []
         sizes, schema = [], None
         for number, file in enumerate(self.files):
-            try:
-                opened = pq.ParquetFile(file)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
+            opened = open_parquet(file)
             schema = schema or opened.schema_arrow
             names = opened.schema_arrow.names
             if column not in names or not set(schema.names) <= set(names):
                 lacks = next(n for n in [column, *schema.names] if n not in names)
                 raise ValueError(f"{file} has no column {lacks!r}; columns: {', '.join(names)}")
-            check_ratio(opened.metadata, file)
             for group in range(opened.num_row_groups):
                 self.groups.append((number, group))
                 sizes.append(opened.metadata.row_group(group).num_rows)
@@ -165,11 +158,12 @@ class ParquetImages(_Tables):
         return self._ids() if "id" in self.plain else None
 
     def _ids(self) -> Iterator[Any]:
-        import pyarrow.parquet as pq
-
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["id"]):
-                yield from batch.column(0).to_pylist()
+            try:
+                for batch in open_parquet(file).iter_batches(columns=["id"]):
+                    yield from map(plain_value, batch.column(0))
+            except OSError as error:
+                raise ValueError(f"{file}: column id is damaged: {one_line(error)}") from None
 
     def describe(self) -> dict[str, Any]:
         """The files' names and the number of rows."""
