@@ -12,14 +12,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrodiff.databases.ingest import Build, Engine, state_of, warn_of
+from retrodiff.databases.ingest import Build, Engine
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
 from retrodiff.databases.shards import reached
-from retrodiff.databases.sources import Source, check_ids
+from retrodiff.databases.skipped import warn_of
+from retrodiff.databases.sources import Source, check_ids, state_of
 from retrodiff.databases.store import EmbeddingDatabase, open_database
 from retrodiff.databases.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.files import make_folder, place, plain_json, replacing, room_for, sync_folder
@@ -63,7 +65,7 @@ def append_to_database(
             if resume and recorded.sources == (described,):
                 warn_of(recorded.skipped)
                 return database
-        elif resume and not (partial / BUILD).is_file() and manifest.sources[-1] == described:
+        elif resume and not (partial / BUILD).is_file() and _is_last(described, manifest):
             return database  # finished: nothing of it was left to do
         if "id" in database.columns:
             check_ids(source, database.table(["id"])["id"])
@@ -149,6 +151,11 @@ def _recorded(partial: Path, manifest: Manifest) -> Manifest | None:
     begun = read_work(partial).manifest
     done = bool(begun.shards) and manifest.shards[-len(begun.shards) :] == begun.shards
     return begun if done else None
+
+
+def _is_last(described: dict[str, Any], manifest: Manifest) -> bool:
+    """Whether a source is the one that was added last, as far as its description can tell."""
+    return described == manifest.sources[-1] and described.get("mark") != ""
 
 
 def _remove(partial: Path) -> None:
