@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from retrodiff.files import replacing
+from retrodiff.hashed import HASH, compared, was_compared
 
 HEADER = 64 * 1024**2
 """Longest header in bytes that is read; a thousand tensors take about a tenth of a megabyte."""
-
-HASH = "sha256"
-"""Name of the hash in the header's metadata."""
 
 BLANK = "0" * 64
 """What stands in the place of the hash while it is computed."""
@@ -219,49 +217,14 @@ def check_hash(path: Path, again: str = AGAIN) -> None:
         written = metadata.get(HASH)
         if not isinstance(written, str) or len(written) != len(BLANK):
             raise _damaged(path, "it carries no SHA-256 of itself", again)
-        key = (written, *_state(path))
-        if key in _checked:
+        if was_compared(path, written):
             return
         digest = hashlib.sha256(first.replace(written.encode(), BLANK.encode(), 1))
         while piece := file.read(1 << 20):
             digest.update(piece)
     if digest.hexdigest() != written:
         raise _damaged(path, "it is not as it was written, its SHA-256 differs", again)
-    _checked.add(key)
-
-
-def check_file(path: Path, about: Mapping[str, Any], again: str = AGAIN) -> None:
-    """Compares a file with the size and SHA-256 that were kept of it.
-
-    The same state of a file (place, size, time of change) is read for that once per process.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not the one that was written.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {again}")
-    size = path.stat().st_size
-    if size != about["bytes"]:
-        raise ValueError(f"{path} has {size} bytes, expected {about['bytes']}: {again}")
-    key = (str(about["sha256"]), *_state(path))
-    if key in _checked:
-        return
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != about["sha256"]:
-        raise _damaged(path, "it is not as it was written, its SHA-256 differs", again)
-    _checked.add(key)
-
-
-_checked: set[tuple[object, ...]] = set()
-"""States of files that have been compared with their hashes."""
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, short of an attack on the clock."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    compared(path, written)
 
 
 def read_header(file: BinaryIO, path: Path, again: str = AGAIN) -> bytes:

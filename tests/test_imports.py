@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "retrodiff"
 LAYERS = [
     {"devices", "interrupts", "locks", "numbers", "pickle_machine", "text"},
     {"budget", "decoding", "files", "interfaces", "pickled", "progress", "seal", "untrusted"},
-    {"pictures", "hashed", "tensors"},
+    {"hashed"},
+    {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -92,7 +93,7 @@ class Manifest:
         """Stored rows, deleted ones among them."""
         return sum(shard.rows for shard in self.shards)
 
-    @property
+    @cached_property
     def files(self) -> dict[str, dict[str, Any]]:
         """Every file of the database but its indexes: name -> {"bytes", "sha256", ...}."""
         found = {name: about for shard in self.shards for name, about in shard.files.items()}

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import file_digest, rows_digest
+from retrodiff.databases.fingerprint import rows_digest
 from retrodiff.databases.manifest import AGAIN, Shard
 from retrodiff.databases.records import table_of
 from retrodiff.files import replacing
-from retrodiff.tensors import check_file, map_tensors, write_tensors
+from retrodiff.hashed import about_file, check_file
+from retrodiff.tensors import map_tensors, write_tensors
 from retrodiff.text import printable
 
 
@@ -95,11 +96,6 @@ class ShardBuffer:
         return shard
 
 
-def about_file(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as the manifest keeps them."""
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
 def map_shard(path: Path, rows: int, dim: int) -> tuple[Tensor, Tensor]:
     """Embeddings (rows, dim) and norms (rows,) of a vectors file, mapped and not read."""
     tensors = map_tensors(path, again=AGAIN)
@@ -126,12 +122,14 @@ class Thumbnails:
     def __getitem__(self, row: int) -> bytes:
         start, end = self.offsets[row : row + 2].tolist()
         if not 0 <= start <= end <= len(self.data):
-            raise ValueError(f"{self.path} is damaged (bytes {start} to {end} of row {row}): {AGAIN}")
+            raise ValueError(
+                f"{self.path} is damaged (bytes {start} to {end} of row {row}): {AGAIN}"
+            )
         return self.data[start:end].numpy().tobytes()
 
 
 def read_deleted(path: Path, about: Mapping[str, Any], rows: int) -> Tensor:
-    """The sorted row numbers (n,) that are deleted of so many; they are compared with their hash."""
+    """The sorted numbers (n,) of the deleted rows, from a file that is compared with its hash."""
     check_file(path, about, AGAIN)
     tensors = map_tensors(path, again=AGAIN)
     check_layout(path, tensors, {"rows": (torch.int64, (about["rows"],))})

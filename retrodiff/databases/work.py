@@ -20,7 +20,7 @@ from typing import Any
 
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest, Shard
 from retrodiff.databases.records import AS_TEXT, example, one_schema, read_schema
-from retrodiff.databases.shards import about_file, reached
+from retrodiff.databases.shards import reached
 from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
 from retrodiff.files import (
     REPLACED,
@@ -35,7 +35,8 @@ from retrodiff.files import (
     replacing,
     room_for,
 )
-from retrodiff.indexes.recipe import own_index_files
+from retrodiff.hashed import about_file
+from retrodiff.indexes.saved import own_index_files
 from retrodiff.locks import writing
 
 _FILES = re.compile(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.vectors import Vectors, check_loaded, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -66,6 +66,7 @@ class Faiss:
     def load(self, folder: Path, vectors: Vectors) -> FaissIndex:
         """The index that `FaissIndex.save` wrote."""
         index = _import_faiss().read_index(str(folder / "index.faiss"))
+        check_loaded(folder, index.ntotal, index.d, vectors)
         return FaissIndex(self, vectors, index)
 
 

@@ -7,6 +7,7 @@ exact cosine. It installs on Linux only.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.vectors import Vectors, check_loaded, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
+from retrodiff.text import printable
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class ScaNN:
             raise ValueError(
                 f"{folder} holds a pickle that retrodiff did not write: build the index again"
             )
+        _check_inside(folder / "scann" / "scann_assets.pbtxt")
         searcher = scann.scann_ops_pybind.load_searcher(str(folder / "scann"))
+        check_loaded(folder, searcher.size(), vectors.dim, vectors)
         return ScaNNIndex(self, vectors, searcher)
 
 
@@ -101,6 +105,18 @@ class ScaNNIndex(Index):
             for row, score in zip(np.asarray(ids), np.asarray(scores), strict=True)
         ]
         return rank_again(self.vectors, queries, found, k)
+
+
+def _check_inside(assets: Path) -> None:
+    """Refuses a list of files that lie elsewhere; ScaNN would read them."""
+    with assets.open("rb") as file:
+        text = file.read(2**20).decode("utf-8", "replace")
+    for name in re.findall(r"asset_path\s*:\s*[\"']([^\"']*)", text):
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"{assets} names {printable(name[:100])!r}, which does not lie beside it: build "
+                "the index again"
+            )
 
 
 def _import_scann() -> Any:

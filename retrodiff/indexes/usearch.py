@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.vectors import Vectors, check_loaded, check_numbers, check_search
 from retrodiff.interfaces import Index
 from retrodiff.progress import progress_bar
 
@@ -54,6 +54,7 @@ class USearch:
         """The index that `USearchIndex.save` wrote, memory-mapped."""
         graph = self._empty(vectors.dim)
         graph.view(str(folder / "graph.usearch"))
+        check_loaded(folder, len(graph), graph.ndim, vectors)
         return USearchIndex(self, vectors, graph)
 
     def _empty(self, dim: int) -> Any:
