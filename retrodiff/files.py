@@ -192,6 +192,14 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
 
 
+def given(path: str | Path) -> Path:
+    """A path to read from, with ``~`` as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user that there is not: a file may have that name
+        return Path(path)
+
+
 def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) -> None:
     """Refuse to write where something is, unless it is a folder of the same kind to overwrite.
 
@@ -202,7 +210,10 @@ def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) 
         own: names of the files that this format wrote; the folder may hold no others. None: the
             writer replaces single files and removes nothing.
     """
-    path = place(path)
+    _check_free(place(path), marker, overwrite, own)
+
+
+def _check_free(path: Path, marker: str, overwrite: bool, own: Own | None) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -319,7 +330,9 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
         sync_folder(path.parent)
         return
     try:
-        check_free(path, marker, overwrite, own)
+        _check_free(path, marker, overwrite, own)
+        if path.is_symlink():
+            raise FileExistsError(f"{path} has become a link meanwhile: move it away")
     except FileExistsError as error:
         raise FileExistsError(f"{error}; {kept}") from None
     (path / REPLACED).touch()

@@ -19,7 +19,7 @@ from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
 from retrodiff.databases.records import cast_table, one_schema, read_schema
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import map_tensors
-from retrodiff.files import REPLACED, make_folder
+from retrodiff.files import REPLACED, given, make_folder
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -47,7 +47,7 @@ class EmbeddingDatabase(Searchable):
 
     def __init__(self, path: Path, manifest: Manifest, root: str | Path | None = None):
         self.path, self.manifest = path, manifest
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else given(root)
         self.hidden: Tensor | None = None
         if manifest.deleted:
             self.hidden = map_tensors(self._here(manifest.deleted["file"]))["rows"]
@@ -352,7 +352,7 @@ def open_database(
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:
-        database = _open_folder(Path(path), root)
+        database = _open_folder(given(path), root)
     if index is None:
         return database if shared or len(database) <= EXACT_ROWS else _with_best_index(database)
     if isinstance(index, str):

@@ -209,8 +209,9 @@ def make_database(
     replacing_one = overwrite and unfinished(partial)
     if resume and (path / MANIFEST).is_file() and not replacing_one:
         found = open_database(path)
-        check_same(plan, found.manifest, path)
-        return found
+        with suppress(ValueError) if overwrite else nullcontext():
+            check_same(plan, found.manifest, path)
+            return found
     check_place(path, resume=resume, overwrite=overwrite)
     with writing(partial, make=make_folder):
         repair(path, MANIFEST, own_files)
