@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(partial, path)
             sync_folder(path.parent)
         finally:
@@ -76,12 +76,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[st
         partial.chmod(mode)  # the library's is readable by its owner only
 
 
+def sync(descriptor: int) -> None:
+    """Makes a file's bytes last if the power fails, on file systems that know how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last if the power fails, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -90,8 +99,8 @@ def sync_tree(folder: Path) -> None:
     """Makes every file below a folder last if the power fails."""
     for root, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError), Path(root, name).open("rb") as file:
-                os.fsync(file.fileno())
+            with Path(root, name).open("rb") as file:
+                sync(file.fileno())
         sync_folder(Path(root))
 
 

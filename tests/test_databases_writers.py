@@ -231,6 +231,18 @@ def test_file_systems_without_locks(code, photos, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "photos"]
 
 
+@pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
+def test_file_systems_that_cannot_sync(code, photos, tmp_path, monkeypatch):
+    def no_sync(descriptor):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "fsync", no_sync)
+    assert len(build_database(tmp_path / "d", ImageFolder(photos), Pooled(), **QUIET)) == 9
+    monkeypatch.setattr(os, "fsync", lambda d: (_ for _ in ()).throw(OSError(errno.EIO, "I/O")))
+    with pytest.raises(OSError, match="I/O"):  # a disk that fails is not passed over
+        build_database(tmp_path / "e", ImageFolder(photos), Pooled(), **QUIET)
+
+
 # --- values --------------------------------------------------------------------------------------
 
 
