@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(partial, path)
             sync_folder(path.parent)
         finally:
@@ -76,12 +76,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[st
         partial.chmod(mode)  # the library's is readable by its owner only
 
 
+def sync(descriptor: int) -> None:
+    """Makes a file's bytes last if the power fails, on file systems that know how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last if the power fails, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -90,8 +99,8 @@ def sync_tree(folder: Path) -> None:
     """Makes every file below a folder last if the power fails."""
     for root, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError), Path(root, name).open("rb") as file:
-                os.fsync(file.fileno())
+            with Path(root, name).open("rb") as file:
+                sync(file.fileno())
         sync_folder(Path(root))
 
 
@@ -192,6 +201,14 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
 
 
+def given(path: str | Path) -> Path:
+    """A path to read from, with ``~`` as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user that there is not: a file may have that name
+        return Path(path)
+
+
 def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) -> None:
     """Refuse to write where something is, unless it is a folder of the same kind to overwrite.
 
@@ -202,7 +219,10 @@ def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) 
         own: names of the files that this format wrote; the folder may hold no others. None: the
             writer replaces single files and removes nothing.
     """
-    path = place(path)
+    _check_free(place(path), marker, overwrite, own)
+
+
+def _check_free(path: Path, marker: str, overwrite: bool, own: Own | None) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -319,7 +339,9 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
         sync_folder(path.parent)
         return
     try:
-        check_free(path, marker, overwrite, own)
+        _check_free(path, marker, overwrite, own)
+        if path.is_symlink():
+            raise FileExistsError(f"{path} has become a link meanwhile: move it away")
     except FileExistsError as error:
         raise FileExistsError(f"{error}; {kept}") from None
     (path / REPLACED).touch()

@@ -66,7 +66,9 @@ def append_to_database(
                 warn_of(recorded.skipped)
                 return database
         elif resume and not (partial / BUILD).is_file() and _is_last(described, manifest):
-            return database  # finished: nothing of it was left to do
+            if partial.is_dir():
+                _remove(partial)
+            return database  # finished: only tidying up was left
         if "id" in database.columns:
             check_ids(source, database.table(["id"])["id"])
         if (partial / BUILD).is_file() and not resume:
