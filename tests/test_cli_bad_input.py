@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
 
 from retrodiff.cli import main
+from retrodiff.cli.words import in_options
 from retrodiff.encoders import TimmEncoder, save_encoder
 from retrodiff.generation import to_picture
 
@@ -64,24 +66,24 @@ TABLE = [
     (f"{TRAIN} --seed -1", "--seed: -1"),
     (f"{TRAIN} --seed {HUGE}", "--seed"),
     (f"{TRAIN} --k 0", "--k: 0"),
-    (f"{TRAIN} --k 100 --steps 1", "k=100"),
+    (f"{TRAIN} --k 100 --steps 1", "--k 100"),
     (f"{TRAIN.replace('--size 16', '--size 0')}", "--size: 0"),
     (f"{TRAIN.replace('--size 16', '--size 30')} --steps 1", "30"),
     (f"{TRAIN.replace('--channels 32', '--channels 40')} --steps 1", "40"),
-    (f"{TRAIN.replace('training m', 'one m')} --steps 1 --k 9", "k=9"),
+    (f"{TRAIN.replace('training m', 'one m')} --steps 1 --k 9", "--k 9"),
     (f"{TRAIN.replace('training m', 'empty m')} --steps 1", "empty"),
     (f"{TRAIN.replace('training m', 'training .')} --steps 1", "'.' has no name of its own"),
     (f"{TRAIN.replace('lib.rdb', 'nowhere.rdb')} --steps 1", "nowhere.rdb"),
-    (f"{TRAIN} --steps 30 --lr 1e30", "not finite"),
+    (f"{TRAIN} --steps 30 --lr 1e30", "the loss is"),
     (f"{SAMPLE} --seed -1", "--seed: -1"),
     (f"{SAMPLE} --seed {HUGE}", "--seed"),
     (f"{SAMPLE} --batch-size 0", "--batch-size: 0"),
     (f"{SAMPLE} --batch-size -3", "--batch-size: -3"),
     (f"{SAMPLE} --steps 0", "--steps: 0"),
     (f"{SAMPLE} --steps 2 --sampler nope", "'nope'"),
-    (f"{SAMPLE} --k 100", "k=100"),
+    (f"{SAMPLE} --k 100", "--k 100"),
     (f"{SAMPLE} --k -1", "--k: -1"),
-    (f"{SAMPLE} --k 0", "k=0"),
+    (f"{SAMPLE} --k 0", "--k 0"),
     (f"{SAMPLE} --n 0", "--n: 0"),
     (f"{SAMPLE} --device cuda", "cuda"),
     (f"{SAMPLE} --device mps", "mps"),
@@ -108,8 +110,8 @@ TABLE = [
     (f"{BUILD} --device cuda", "cuda"),
     (BUILD.replace("--encoder enc", "--encoder nowhere"), "nowhere"),
     (BUILD.replace("library", "nothing"), "nothing"),
-    (f"{SEARCH} -k 0", "-k: 0"),
-    (f"{SEARCH} -k 100", "k=100"),
+    (f"{SEARCH} -k 0", "--k: 0"),
+    (f"{SEARCH} -k 100", "--k 100"),
     (f"{SEARCH} -k 2 --out nowhere/x.png", "nowhere does not exist"),
     (f"{SEARCH} -k 2 --out sheet.xyz", "sheet.xyz"),
     (f"{SEARCH} -k 2 --out sheet", "sheet"),
@@ -119,7 +121,7 @@ TABLE = [
     ("database index lib.rdb annoy:trees=x", "trees"),
     ("database index lib.rdb annoy:trees=0", "trees"),
     ("database index lib.rdb usearch:rerank=-1", "rerank"),
-    ("database index lib.rdb annoy -k 0", "-k: 0"),
+    ("database index lib.rdb annoy -k 0", "--k: 0"),
     ("database index lib.rdb faiss:factory=IVF4096,SQ8", "IVF4096"),
     ("database index lib.rdb exact:device=cuda", "cuda"),
     ("database delete lib.rdb file", "file"),
@@ -148,9 +150,26 @@ def test_one_line_exit_code_2_and_nothing_written(command, word, desk, monkeypat
     assert code == 2
     assert len(told) == 1, told
     assert word in told[0]
+    python = r"\w\(" if " index " in command else r"\w+=|\w\("  # recipes are written trees=20
+    assert not re.search(python, told[0]), "a word of Python on the command line"
     left = [name for name in sorted(p.name for p in desk.rglob("*")) if name not in before]
     assert [name for name in left if ".training." not in name] == []
 
 
 def test_the_table_is_long_enough():
     assert len(TABLE) >= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("k=9 of 8 rows: use mode='text'", "--k 9 of 8 rows: use --mode text"),
+        ("exists (overwrite=True, --overwrite)", "exists (--overwrite)"),
+        ("set database=open_database(path), or", "set --database DATABASE, or"),
+        ("batch_size=0: 1 or more", "--batch-size 0: 1 or more"),
+        ("encoder.dim=3, other=4", "encoder.dim=3, other=4"),
+    ],
+)
+def test_errors_speak_in_options(text, said):
+    names = ["k", "mode", "overwrite", "database", "batch_size", "dim"]
+    assert in_options(text, names) == said

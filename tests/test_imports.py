@@ -18,7 +18,7 @@ LAYERS = [
     {"checkpoints", "checks"},
     {"model"},
     {"builder"},
-    {"training", "presets"},
+    {"training", "presets", "evaluation"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__", "testing"},

@@ -4,9 +4,9 @@
 
 One concept, such as "red apple", is drawn in four styles: Noto, Fluent 3D, Twemoji and OpenMoji.
 Each picture is put on white at 64x64 pixels. Skin tones and flags are left out. Concepts, not
-pictures, are split: ``train``, ``database`` (in D, never trained on) and ``held-out`` (nowhere before
-it is asked for). Needs ``npm`` and ``pip``; OpenMoji is SVG and needs ``resvg-py``, without which the
-other three are written.
+pictures, are split: ``train``, ``database`` (in D, never trained on), ``held-out`` (in neither).
+Needs ``npm`` and ``pip``. OpenMoji is SVG and needs ``resvg-py``; without it the other three sets
+are written.
 
 | set | package | license |
 |---|---|---|

@@ -12,19 +12,29 @@ from collections.abc import Callable, Sequence
 
 from retrodiff import interrupts
 from retrodiff.cli.options import Parser
+from retrodiff.cli.words import in_options
 
 
 def parser() -> Parser:
     """The whole command line."""
     from retrodiff import __version__
-    from retrodiff.cli import convert, database, demo, info, sample, train, train_encoder
+    from retrodiff.cli import (
+        convert,
+        database,
+        demo,
+        evaluate,
+        info,
+        sample,
+        train,
+        train_encoder,
+    )
 
     top = Parser(
         prog="retrodiff", description="Retrieval-augmented diffusion models on your own images."
     )
     top.add_argument("--version", action="version", version=f"retrodiff {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, database, train_encoder, train, sample, info, convert):
+    for module in (demo, database, train_encoder, train, sample, evaluate, info, convert):
         module.add_parser(commands)
     return top
 
@@ -38,13 +48,14 @@ def main(
         arguments: the command line; None: that of the program.
         before_run: called when the command line is read, before any work.
     """
-    resumable = False
+    resumable, names = False, list[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _shown
         try:
             options = parser().parse_args(arguments)
-            resumable = hasattr(options, "resume")
+            names = list(vars(options))
+            resumable = "resume" in names
             if before_run is not None:
                 before_run()
             return options.run(options) or 0
@@ -57,7 +68,7 @@ def main(
                 return _interrupted(number, resumable)
             if not _of_the_user(error):
                 raise
-            _line(str(error) or type(error).__name__)
+            _line(in_options(str(error) or type(error).__name__, names))
             return 2
 
 

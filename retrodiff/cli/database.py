@@ -107,7 +107,7 @@ def add_parser(subparsers: Any) -> None:
         "recipe", help="auto, annoy, usearch, faiss, scann, cuvs; annoy:trees=20,rerank=200"
     )
     index.add_argument(
-        "-k", type=types.count, default=20, help="neighbors that recall is measured at"
+        "-k", "--k", type=types.count, default=20, help="neighbors that recall is measured at"
     )
     index.set_defaults(run=_index)
 
@@ -117,7 +117,7 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument(
         "--image", type=types.path, action="append", default=[], help="a file; may be repeated"
     )
-    search.add_argument("-k", type=types.count, default=8, help="neighbors per query")
+    search.add_argument("-k", "--k", type=types.count, default=8, help="neighbors per query")
     search.add_argument("--index", help="a saved index, or exact; chosen by the rows if not given")
     search.add_argument("--where", help="condition on the columns")
     search.add_argument(

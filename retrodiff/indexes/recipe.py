@@ -185,5 +185,5 @@ def _whole(recipe: str, option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(
-            f"{recipe} takes a whole number as {option}, not {text!r}: {option}=20, for example"
+            f"{recipe} takes a whole number as {option}, not {text!r}: such as {recipe}:{option}=20"
         ) from None

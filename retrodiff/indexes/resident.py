@@ -44,7 +44,7 @@ class ResidentIndex(Index):
     ) -> ResidentIndex:
         """Copies the rows to the device, if they fit."""
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r}, but torch sees no GPU: use Exact()")
+            raise ValueError(f"device={str(device)!r}, but torch sees no GPU: leave the device out")
         row = vectors.dim * STORAGE[storage].itemsize + 4
         if not fits(len(vectors) * row, device):
             return cls(vectors, device, None)
