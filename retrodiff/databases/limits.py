@@ -116,7 +116,7 @@ def rows_at_a_time(file: Path, most: int) -> int:
     A text that occurs often is stored once; the longest of them counts.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
+    from pyarrow.compute import call_function
 
     opened = open_parquet(file, pre_buffer=False)
     texts = [
@@ -134,8 +134,8 @@ def rows_at_a_time(file: Path, most: int) -> int:
         first = opened.iter_batches(1, row_groups=[number], columns=texts, use_threads=False)
         for column in next(iter(first), pa.record_batch({})).columns:
             if pa.types.is_dictionary(column.type):
-                lengths = pc.max(pc.binary_length(column.dictionary)).as_py()
-                longest = max(longest, lengths or 1)
+                lengths = call_function("binary_length", [column.dictionary]).to_pylist()
+                longest = max(longest, *(length or 0 for length in lengths))
     return min(max(BATCH // longest, 1), most)
 
 
