@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from test_databases import Pooled, files_of, pictures
 
+from retrodiff import tensors as tensors_module
 from retrodiff.databases import (
     ImageFolder,
     Images,
@@ -267,7 +268,7 @@ def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "_safetensors", full)
+    monkeypatch.setattr(tensors_module, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         append_to_database(tmp_path / "d", source, Pooled(), progress=False)
     with pytest.raises(OSError, match="No space left"):

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
     {"devices", "interrupts", "locks", "numbers", "pickle_machine", "precision", "seal", "text"},
+    {"plain"},
     {"budget", "decoding", "files", "interfaces", "progress", "untrusted"},
     {"hashed", "pickled"},
     {"pictures", "tensors"},

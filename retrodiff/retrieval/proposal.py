@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retrodiff.files import write_safetensors
+from retrodiff.files import given, place, write_safetensors
 from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
@@ -110,14 +110,14 @@ class NeighborCounts(_Drawing):
     def save(self, path: str | Path) -> None:
         """One safetensors file with the fingerprint in its header."""
         header = {"format": str(FORMAT), "fingerprint": json.dumps(vars(self.fingerprint))}
-        write_safetensors(Path(path), {"rows": self.rows, "counts": self.counts}, header)
+        write_safetensors(place(path), {"rows": self.rows, "counts": self.counts}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> NeighborCounts:
         """What `save` wrote."""
         from safetensors import safe_open
 
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(given(path)), framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != str(FORMAT):
                 raise ValueError(
