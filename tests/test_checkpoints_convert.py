@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(
     out = str(tmp_path / "out")
     assert "--scale raw" in refused(capsys, ["convert", checkpoint, out, "--config", config])
     assert "none.ckpt is neither" in refused(capsys, ["convert", str(tmp_path / "none.ckpt"), out])
-    assert "hand in config=" in refused(capsys, ["convert", checkpoint, out])
+    assert "hand in --config" in refused(capsys, ["convert", checkpoint, out])
     text = Path(config).read_text()
     Path(config).write_text(text.replace("UNetModel", "Transformer"))
     line = refused(capsys, ["convert", checkpoint, out, "--config", config])
