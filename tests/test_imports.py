@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "locks", "numbers", "precision", "seal", "text"},
-    {"budget", "decoding", "files", "interfaces", "pickle_machine", "progress", "untrusted"},
-    {"pickled", "pictures"},
+    {"devices", "interrupts", "locks", "numbers", "pickle_machine", "precision", "seal", "text"},
+    {"budget", "decoding", "files", "interfaces", "progress", "untrusted"},
+    {"hashed", "pickled"},
+    {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
