@@ -40,7 +40,7 @@ CASES = {
     # width, heads, k, positions, regions, shape, mask, null rows
     "one group of heads": (48, 3, 4, 20, 1, None, True, 1),
     "several groups": (24, 12, 20, 18, 1, None, True, 0),
-    "k not a power of two, odd n": (40, 5, 10, 37, 1, None, False, 0),
+    "k not a power of two, odd n": (40, 5, 11, 37, 1, None, False, 0),
     "regions in runs": (32, 2, 3, 24, 2, None, True, 0),
     "regions in blocks": (32, 4, 4, 24, 4, (4, 6), True, 1),
     "one neighbor": (32, 4, 1, 16, 1, None, False, 2),
