@@ -23,7 +23,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +59,31 @@ class Fingerprint:
     dim: int
     scale: Scale = "raw"
     rows: str = ""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Fingerprint:
+        """A fingerprint as a file holds it.
+
+        Raises:
+            ValueError: a part is missing, unknown, or of another type.
+        """
+        kinds = {"encoder": str, "weights": str, "preprocessing": str, "dim": int, "rows": str}
+        if not isinstance(value, dict):
+            raise ValueError("the fingerprint is no JSON object")
+        about = cast("dict[str, Any]", value)
+        if unknown := about.keys() - {*kinds, "scale"}:
+            raise ValueError(f"the fingerprint has an unknown part {min(unknown)!r}")
+        about = {"scale": "raw", "rows": "", **about}
+        for name, kind in kinds.items():
+            if name not in about:
+                raise ValueError(f"the fingerprint lacks {name!r}")
+            if type(about[name]) is not kind:
+                raise ValueError(f"the fingerprint has {name}={about[name]!r}")
+        if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
+            raise ValueError(
+                f"the fingerprint has scale={about['scale']!r} and dim={about['dim']!r}"
+            )
+        return cls(**about)
 
     def disagreement(self, other: Fingerprint) -> str | None:
         """What differs about the *encoder* of two fingerprints, in words; None if nothing does."""
@@ -497,7 +522,20 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """In which space do we diffuse?"""
+    """In which space do we diffuse?
+
+    Both methods take tensors of any floating dtype, and return float32 (or float64) ones.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; float32 where there are none."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU where there are none."""
+        return torch.device("cpu")
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from retrodiff.checkpoints.card import model_card
+from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
-from retrodiff.checkpoints.native import load_components, save_components, shared_address
+from retrodiff.checkpoints.native import load_components, save_components
 from retrodiff.checks import check_components, encoder_disagreement
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
@@ -322,9 +323,22 @@ class Model:
         return Path(folder).expanduser()
 
     @classmethod
-    def load(cls, folder: str | Path, **components: Any) -> Model:
-        """What `save` wrote; components given here take the place of the saved ones."""
-        return cls._of(load_components(Path(folder).expanduser(), components))
+    def load(cls, folder: str | Path, *, trust_database: bool = False, **components: Any) -> Model:
+        """What `save` wrote; components given here take the place of the saved ones.
+
+        The folder may be a stranger's: nothing in it can run code, fetch an address or lead to a
+        file outside of it (see `retrodiff.checkpoints.native`).
+
+        Args:
+            folder: of a saved model.
+            trust_database: open the database wherever the folder says that it is. Without that,
+                only inside of the folder, or where you saved the model on this machine yourself.
+            components: take the place of the saved ones, ``database=...`` for example.
+        """
+        parts = load_components(
+            Path(folder).expanduser(), components, cls, trust_database=trust_database
+        )
+        return cls._of(parts)
 
     @classmethod
     def from_pretrained(
@@ -334,6 +348,7 @@ class Model:
         revision: str | None = None,
         cache: str | Path | None = None,
         token: str | None = None,
+        trust_database: bool = False,
         **components: Any,
     ) -> Model:
         """What `push_to_hub` uploaded or `save` wrote: safetensors and JSON, nothing else is read.
@@ -343,13 +358,16 @@ class Model:
             revision: branch, tag or commit.
             cache: folder of the cache; None: the usual one.
             token: for private repositories, the database's too; None: the one of ``hf auth login``.
+            trust_database: fetch the database from wherever the model says that it is, with your
+                token. Without that it is refused, unless you uploaded the model from this machine.
             components: take the place of the saved ones; a database is among those only if it is
                 on the Hub itself.
         """
         folder = fetch(
             str(repo_or_folder), revision=revision, cache=cache, token=token, patterns=SAVED
         )
-        return cls._of(load_components(folder, components, token=token))
+        parts = load_components(folder, components, cls, token=token, trust_database=trust_database)
+        return cls._of(parts)
 
     def push_to_hub(
         self,

@@ -10,15 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "locks", "numbers", "precision", "text"},
-    {"decoding", "files", "interfaces", "pickled", "progress"},
-    {"pictures"},
+    {"devices", "interrupts", "locks", "numbers", "pickle_machine", "precision", "seal", "text"},
+    {"budget", "decoding", "files", "interfaces", "progress", "untrusted"},
+    {"hashed", "pickled"},
+    {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
     {"model"},
     {"builder"},
-    {"training", "presets"},
+    {"training", "presets", "evaluation"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__", "testing"},

@@ -14,11 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import principal_axes, rank_again
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
+from retrodiff.tensors import map_tensors, write_tensors
 
 _works: bool | None = None
 
@@ -57,17 +66,19 @@ class Annoy:
                 for i, row in enumerate((unit_rows(rows, norms) @ axes).tolist(), start):
                     trees.add_item(i, row)
                 bar.update(len(rows))
-        trees.build(self.trees, n_jobs=1)
+        heard(trees.build, self.trees, n_jobs=1)
         return AnnoyIndex(self, vectors, axes, trees)
 
     def load(self, folder: Path, vectors: Vectors) -> AnnoyIndex:
         """The index that `AnnoyIndex.save` wrote; its trees stay on disk until touched."""
-        from safetensors.torch import load_file
-
         check_annoy()
-        axes = load_file(folder / "axes.safetensors")["axes"]
+        file = folder / "axes.safetensors"
+        axes = map_tensors(file, again="build the index again").get("axes")
+        if axes is None or axes.ndim != 2 or axes.dtype != torch.float32:
+            raise ValueError(f"{file} holds no axes: build the index again")
         trees = _empty(axes.shape[1])
         trees.load(str(folder / "trees.ann"))
+        check_loaded(folder, trees.get_n_items(), axes.shape[0], vectors)
         return AnnoyIndex(self, vectors, axes, trees)
 
 
@@ -79,9 +90,7 @@ class AnnoyIndex(Index):
 
     def save(self, folder: Path) -> None:
         """Writes axes and trees."""
-        from safetensors.torch import save_file
-
-        save_file({"axes": self.axes.contiguous()}, folder / "axes.safetensors")
+        write_tensors(folder / "axes.safetensors", {"axes": self.axes})
         self.trees.save(str(folder / "trees.ann"))
 
     @full_precision()

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again
 from retrodiff.indexes.vectors import (
     Vectors,
+    check_loaded,
     check_numbers,
     check_search,
     row_norms,
@@ -60,7 +62,7 @@ class Faiss:
             chosen = torch.linspace(0, len(vectors) - 1, n, dtype=torch.float64, device="cpu")
             sample = vectors.rows(chosen.long())
             try:
-                index.train(unit_rows(sample, row_norms(sample)).numpy())
+                heard(index.train, unit_rows(sample, row_norms(sample)).numpy())
             except RuntimeError as error:
                 reason = str(error).rpartition("failed: ")[2]
                 raise ValueError(
@@ -69,13 +71,14 @@ class Faiss:
                 ) from error
         with progress_bar(len(vectors), "faiss", progress, unit="rows") as bar:
             for _, rows, norms in vectors.blocks(8192):
-                index.add(unit_rows(rows, norms).numpy())
+                heard(index.add, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return FaissIndex(self, vectors, index)
 
     def load(self, folder: Path, vectors: Vectors) -> FaissIndex:
         """The index that `FaissIndex.save` wrote."""
         index = _import_faiss().read_index(str(folder / "index.faiss"))
+        check_loaded(folder, index.ntotal, index.d, vectors)
         return FaissIndex(self, vectors, index)
 
 

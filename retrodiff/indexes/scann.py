@@ -7,6 +7,7 @@ exact cosine. It installs on Linux only.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
+from retrodiff.text import printable
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class ScaNN:
                 training_sample_size=min(self.train_rows, m),
             )
         plan = plan.score_ah(2, anisotropic_quantization_threshold=self.threshold / 100)
-        return ScaNNIndex(self, vectors, plan.build())
+        return ScaNNIndex(self, vectors, heard(plan.build))
 
     def load(self, folder: Path, vectors: Vectors) -> ScaNNIndex:
         """The index that `ScaNNIndex.save` wrote."""
@@ -74,7 +84,9 @@ class ScaNN:
             raise ValueError(
                 f"{folder} holds a pickle that retrodiff did not write: build the index again"
             )
+        _check_inside(folder / "scann" / "scann_assets.pbtxt")
         searcher = scann.scann_ops_pybind.load_searcher(str(folder / "scann"))
+        check_loaded(folder, searcher.size(), vectors.dim, vectors)
         return ScaNNIndex(self, vectors, searcher)
 
 
@@ -102,6 +114,18 @@ class ScaNNIndex(Index):
             for row, score in zip(np.asarray(ids), np.asarray(scores), strict=True)
         ]
         return rank_again(self.vectors, queries, found, k)
+
+
+def _check_inside(assets: Path) -> None:
+    """Refuses a list of files that lie elsewhere; ScaNN would read them."""
+    with assets.open("rb") as file:
+        text = file.read(2**20).decode("utf-8", "replace")
+    for name in re.findall(r"asset_path\s*:\s*[\"']([^\"']*)", text):
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"{assets} names {printable(name[:100])!r}, which does not lie beside it: build "
+                "the index again"
+            )
 
 
 def _import_scann() -> Any:

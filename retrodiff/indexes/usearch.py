@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.native import heard
 from retrodiff.indexes.principal import rank_again
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
@@ -47,7 +55,7 @@ class USearch:
         with progress_bar(len(vectors), "usearch", progress, unit="rows") as bar:
             for start, rows, norms in vectors.blocks(8192):
                 keys = np.arange(start, start + len(rows), dtype=np.uint64)
-                graph.add(keys, unit_rows(rows, norms).numpy())
+                heard(graph.add, keys, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return USearchIndex(self, vectors, graph)
 
@@ -55,6 +63,7 @@ class USearch:
         """The index that `USearchIndex.save` wrote, memory-mapped."""
         graph = self._empty(vectors.dim)
         graph.view(str(folder / "graph.usearch"))
+        check_loaded(folder, len(graph), graph.ndim, vectors)
         return USearchIndex(self, vectors, graph)
 
     def _empty(self, dim: int) -> Any:

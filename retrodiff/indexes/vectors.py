@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +146,15 @@ def check_numbers(recipe: Any) -> None:
             raise ValueError(
                 f"{recipe.name} takes a whole number of at least {least} as {name}, not {value!r}"
             )
+
+
+def check_loaded(folder: Path, rows: int, dim: int, vectors: Vectors) -> None:
+    """Refuses a loaded index that holds other rows than the vectors."""
+    if (rows, dim) != (len(vectors), vectors.dim):
+        raise ValueError(
+            f"index {folder} holds {rows} rows of width {dim}, the database {len(vectors)} of "
+            f"width {vectors.dim}: build the index again"
+        )
 
 
 def check_search(queries: Tensor, k: int, rows: int, dim: int) -> int:
