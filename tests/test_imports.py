@@ -10,12 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "locks", "numbers", "text"},
-    {"decoding", "files", "interfaces", "pickled", "progress"},
-    {"pictures"},
+    {"devices", "interrupts", "locks", "numbers", "randomness", "text"},
+    {"components", "decoding", "files", "pickled", "progress", "values"},
+    {"interfaces", "pictures"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
+    {"asking", "placing", "saving"},
+    {"sampling"},
     {"model"},
     {"builder"},
     {"training", "presets"},

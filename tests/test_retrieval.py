@@ -10,6 +10,7 @@ import torch
 from parts import HashingEncoder
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
+from retrodiff.randomness import Randomness, normal
 from retrodiff.retrieval import (
     Diverse,
     ExcludeDuplicates,
@@ -193,7 +194,7 @@ def test_regions_end_to_end(model):
     assert [len(records) for records in out.neighbors.records] == [8, 8]
     for records, rows in zip(out.neighbors.records, found.indices, strict=True):
         assert [r["file"] for r in records] == [f"{row}.png" for row in rows.flatten().tolist()]
-    noise = torch.randn(2, *model.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    noise = normal(Randomness.of(0, range(2), "noise"), (2, *model.denoiser.shape))
     by_hand = model.sample_latents(context=found.embeddings, noise=noise)
     torch.testing.assert_close(out.latents, by_hand)
     everywhere = model.sample(query=Query(regions[:, :1].expand(-1, 4, -1)), **ask)
@@ -619,7 +620,7 @@ def test_more_rows_than_torch_multinomial_takes():
     # Every row once, the last ones twice more: a support of more than 2^24 rows.
     last = torch.arange(rows - 5, rows, dtype=torch.int32)
     table = torch.cat([torch.arange(rows, dtype=torch.int32), last, last, last[:1]]).view(-1, 2)
-    counts = NeighborCounts.of_table(table, database)
+    counts = NeighborCounts.from_table(table, database)
     assert len(counts.rows) == rows
     assert int(counts.counts.sum()) == table.numel()
     drawn = counts.propose(database, 1000, generator).ids
@@ -657,7 +658,7 @@ def test_top_m_has_the_order_of_a_stable_sort():
 
 def test_a_table_with_rows_that_do_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"row 32 of a database of 32 rows"):
-        NeighborCounts.of_table(torch.tensor([[0, 32]]), small_database())
+        NeighborCounts.from_table(torch.tensor([[0, 32]]), small_database())
 
 
 # --- values ------------------------------------------------------------------------------------

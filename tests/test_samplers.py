@@ -21,7 +21,7 @@ from retrodiff.diffusion import (
     LinearFlow,
     LogSpaced,
     ScaledLinear,
-    sampler_named,
+    get_sampler,
 )
 from retrodiff.interfaces import Context
 from retrodiff.testing import check_sampler, check_schedule
@@ -269,4 +269,4 @@ def test_twenty_steps_of_dpmpp_2m_are_nearer_than_a_hundred_of_ddim():
 
 def test_unknown_sampler_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown sampler 'k_lms'.*dpmpp_2m"):
-        sampler_named("k_lms")
+        get_sampler("k_lms")

@@ -1,0 +1,96 @@
+"""Saves models to folders and to the Hugging Face Hub, and opens them again."""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from retrodiff.checkpoints.card import model_card
+from retrodiff.checkpoints.hub import SAVED, fetch, publish
+from retrodiff.checkpoints.native import load_components, save_components, shared_address
+from retrodiff.checks import check_components
+
+
+class Saved:
+    """What `retrodiff.Model` can do about files."""
+
+    def parts(self) -> dict[str, Any]:
+        """The components and numbers by slot."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """A folder of safetensors and JSON; see `retrodiff.checkpoints.native`.
+
+        Of the database, the place and the fingerprint are kept. One that has no folder and is not
+        on the Hub has to be handed in again: ``Model.load(folder, database=...)``.
+        """
+        save_components(self.parts(), Path(folder), overwrite=overwrite)
+        return Path(folder).expanduser()
+
+    @classmethod
+    def load(cls, folder: str | Path, **components: Any) -> Self:
+        """Opens the folder written by `save`; components given here replace the saved ones."""
+        return cls._of(load_components(Path(folder).expanduser(), components))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache: str | Path | None = None,
+        token: str | None = None,
+        **components: Any,
+    ) -> Self:
+        """Opens a model from the Hub or from a folder: safetensors and JSON, nothing else is read.
+
+        Args:
+            repo_or_folder: ``owner/name`` on the Hugging Face Hub, or a folder.
+            revision: branch, tag or commit.
+            cache: folder of the cache; None: the usual one.
+            token: for private repositories, the database's too; None: the one of ``hf auth login``.
+            components: replace the saved ones; a database is among those only if it is
+                on the Hub itself.
+        """
+        folder = fetch(
+            str(repo_or_folder), revision=revision, cache=cache, token=token, patterns=SAVED
+        )
+        return cls._of(load_components(folder, components, token=token))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        message: str = "Upload a retrodiff model",
+    ) -> str:
+        """Uploads the model with a card that says what it is; returns the commit's address.
+
+        A database that is on the Hub itself comes with the model by its address. Any other stays
+        here: the card names its fingerprint, not its path. Weights of an earlier upload are
+        replaced; a card that is there already stays.
+
+        Args:
+            repo: ``owner/name``; made where it does not exist.
+            private: hide a new repository from others, and refuse one that everyone can see.
+            token: None: the one of ``hf auth login``.
+            message: of the commit.
+        """
+        parts = self.parts()
+        with TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            database = parts["database"]
+            kept = database if shared_address(database) else None
+            save_components({**parts, "database": kept}, folder)
+            (folder / "README.md").write_text(model_card(parts, repo), "utf-8")
+            return publish(folder, repo, private=private, token=token, message=message)
+
+    @classmethod
+    def _of(cls, parts: dict[str, Any]) -> Self:
+        check_components(parts)
+        return cls(**parts)
