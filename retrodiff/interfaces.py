@@ -307,9 +307,11 @@ class Denoiser(Protocol):
 
     Attributes:
         untrained: fresh weights that are meant to be replaced; sampling from them warns.
+        takes_float64: x and sigma may be float64, whatever the type of the weights.
     """
 
     untrained: bool = False
+    takes_float64: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -48,6 +48,8 @@ class Preconditioned(nn.Module):
         network: ``network(x, timesteps, context)`` with ``shape`` and ``widths``.
     """
 
+    takes_float64 = True
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -112,7 +114,9 @@ class Preconditioned(nn.Module):
         with exactly(x.device):
             s = self.scalings(sigma)
             skip, out, inp = (v.to(x.dtype).view(-1, 1, 1, 1) for v in s[:3])
-            scaled, noise = (inp * x).to(self.dtype or x.dtype), s.noise
+            scaled, noise = (inp * x).to(self.dtype or x.dtype), s.noise.to(x.dtype)
+            if self.dtype is not None:
+                noise = noise.to(torch.promote_types(self.dtype, torch.float32))
         if isinstance(context, Context):
             context = context.to(dtype=self.dtype)
             if not hasattr(self.network, "prepare"):

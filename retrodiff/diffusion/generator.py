@@ -27,8 +27,8 @@ from retrodiff.randomness import normal
 class DiffusionGenerator(Generator):
     """Runs a sampler on a guided denoiser.
 
-    x, the noise levels and the estimates are float32 at least; denoiser and autoencoder compute in
-    the type of their weights, and images are float32.
+    Networks compute in the type of their weights, everything between them in float64 where it can,
+    float32 elsewhere: rounding then hardly depends on the batch size. Images are float32.
 
     Args:
         denoiser: ``(x, sigma, context) -> denoised``.
@@ -79,9 +79,12 @@ class DiffusionGenerator(Generator):
         with evaluating(self.denoiser):
             sigmas = self.schedule.sigmas(steps)
             denoise = self.guidance.guide(self.denoiser, {"cond": context, "null": null})
+            kind = noise.dtype
+            if member(self.denoiser, Denoiser, "takes_float64") and noise.device.type != "mps":
+                noise = noise.double()
             x = self.schedule.start(noise, sigmas)
             x = self.sampler.sample(denoise, x, sigmas, generator, callback)
-            return self.schedule.finish(x, sigmas)
+            return self.schedule.finish(x, sigmas).to(kind)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ class Step:
         denoised: the denoiser's estimate there.
         sigma: the noise level.
         following: the level that the step leads to.
-        denoise: for further looks at the denoiser.
+        look: the denoiser's estimate for another x and level: one more network call.
         generator: randomness of the run.
     """
 
@@ -36,7 +36,7 @@ class Step:
     denoised: Tensor
     sigma: float
     following: float
-    denoise: Denoise
+    look: Callable[[Tensor, float], Tensor]
     generator: torch.Generator | None
 
     @property
@@ -46,7 +46,7 @@ class Step:
 
     def slope_at(self, x: Tensor) -> Tensor:
         """The slope of another x at the level that the step leads to: one more network call."""
-        return (x - look(self.denoise, x, self.following)) / self.following
+        return (x - self.look(x, self.following)) / self.following
 
 
 class Stepwise(Sampler):
@@ -73,22 +73,27 @@ class Stepwise(Sampler):
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One step for each pair of levels, in float32 at least; see `Sampler.sample`."""
+        """One step for each pair of levels; see `Sampler.sample`.
+
+        x is kept in float64: slopes are differences divided by noise levels down to a thousandth.
+        The denoiser sees it in the type that it came in.
+        """
         kind = x.dtype
-        x = x.to(torch.promote_types(kind, torch.float32))
+        x = x.to(torch.float64 if x.device.type != "mps" else torch.float32)
+
+        def look(x: Tensor, sigma: float) -> Tensor:
+            x, wide = x.to(kind), x.dtype
+            levels = torch.full((len(x),), sigma, dtype=torch.promote_types(kind, torch.float32))
+            return denoise(x, levels.to(x.device)).to(wide)
+
         past: list[Step] = []
         for number, (sigma, following) in enumerate(_levels(x, sigmas)):
-            now = Step(x, look(denoise, x, sigma), sigma, following, denoise, generator)
+            now = Step(x, look(x, sigma), sigma, following, look, generator)
             x = self.step(now, past)
             past = [*past, now][max(0, len(past) + 1 - self.memory) :]
             if callback is not None:
-                callback(number, now.denoised)
+                callback(number, now.denoised.to(kind))
         return x.to(kind)
-
-
-def look(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
-    """The denoiser at one noise level for all rows, in the type of x."""
-    return denoise(x, x.new_full((len(x),), sigma)).to(x.dtype)
 
 
 def _levels(x: Tensor, sigmas: Tensor) -> list[tuple[float, float]]:
