@@ -10,6 +10,7 @@ is wrong with them costs nothing. They stay on the CPU; a context moves to its g
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -34,6 +35,7 @@ from retrodiff.interfaces import (
     Retriever,
     TextEncoder,
 )
+from retrodiff.pictures import PixelRange
 from retrodiff.request import Request
 from retrodiff.retrieval.retriever import RandomOfTop
 
@@ -214,7 +216,8 @@ class Asker:
         from retrodiff.databases.encoding import encode_images
 
         encoder = self._encoder("images")
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PixelRange)  # said when the request was read
             embedding = encode_images(encoder, images)
         source = tuple(f"image {i}" for i in range(len(images)))
         return _new("images", embedding, source)
@@ -248,6 +251,13 @@ class Asker:
             difference = encoder_disagreement(self.encoder, database)
             if difference is not None:
                 raise ValueError(difference)
+        zero = (~query.embedding.flatten(1).any(1)).nonzero().flatten().tolist()
+        if zero:
+            warnings.warn(
+                f"query {zero[0]} is all zero, so that no row is nearer to it than another: its "
+                "neighbors mean nothing",
+                stacklevel=6,
+            )
         retriever = self.retriever
         if mode == "class":
             retriever = RandomOfTop(retriever, min(max(self.class_top, k), len(database)))

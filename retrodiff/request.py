@@ -126,7 +126,7 @@ def refuse_unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> None:
 def _value(kind: Kind, value: Any) -> tuple[Any, int]:
     """The value in the form that `Request` holds, and for how many images it asks."""
     if kind == "n":
-        number = whole("n", value, 0)
+        number = whole("n", value)
         return number, number
     if kind == "images":
         images = to_images(value, name="images")

@@ -242,7 +242,7 @@ class Blind:
         ({"prompts": ["a"], "n": 2}, "got prompts, n"),
         ({"prompts": "a cat"}, r"one string.*\['a cat'\]"),
         ({"prompts": []}, "prompts asks for 0 images"),
-        ({"n": 0}, "n asks for 0 images"),
+        ({"n": 0}, "n=0: give a whole number, at least 1"),
         ({"prompts": ["a"], "mode": "txt"}, "unknown mode 'txt': choose one of text"),
         ({"prompts": ["a"], "mode": "image"}, "mode 'image' does not go with prompts: give images"),
         ({"prompts": ["a"], "mode": ["text", "text"]}, "mode has 2 words for 1 rows"),
