@@ -411,7 +411,20 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Maps images to the latents that are generated, and back."""
+    """Maps images to the latents that are generated, and back.
+
+    Both methods take tensors of any floating dtype, and return float32 (or float64) ones.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; float32 where there are none."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU where there are none."""
+        return torch.device("cpu")
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:

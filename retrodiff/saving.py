@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from retrodiff.checkpoints.card import model_card
+from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
-from retrodiff.checkpoints.native import load_components, save_components, shared_address
+from retrodiff.checkpoints.native import load_components, save_components
 from retrodiff.checks import check_components
 
 
@@ -32,9 +33,22 @@ class Saved:
         return Path(folder).expanduser()
 
     @classmethod
-    def load(cls, folder: str | Path, **components: Any) -> Self:
-        """Opens the folder written by `save`; components given here replace the saved ones."""
-        return cls._of(load_components(Path(folder).expanduser(), components))
+    def load(cls, folder: str | Path, *, trust_database: bool = False, **components: Any) -> Self:
+        """Opens the folder written by `save`.
+
+        The folder may be a stranger's: nothing in it can run code, fetch an address or lead to a
+        file outside of it (see `retrodiff.checkpoints.native`).
+
+        Args:
+            folder: of a saved model.
+            trust_database: open the database wherever the folder says that it is. Without that,
+                only inside of the folder, or where you saved the model on this machine yourself.
+            components: replace the saved ones, ``database=...`` for example.
+        """
+        parts = load_components(
+            Path(folder).expanduser(), components, cls, trust_database=trust_database
+        )
+        return cls._of(parts)
 
     @classmethod
     def from_pretrained(
@@ -44,6 +58,7 @@ class Saved:
         revision: str | None = None,
         cache: str | Path | None = None,
         token: str | None = None,
+        trust_database: bool = False,
         **components: Any,
     ) -> Self:
         """Opens a model from the Hub or from a folder: safetensors and JSON, nothing else is read.
@@ -53,13 +68,16 @@ class Saved:
             revision: branch, tag or commit.
             cache: folder of the cache; None: the usual one.
             token: for private repositories, the database's too; None: the one of ``hf auth login``.
+            trust_database: fetch the database from wherever the model says that it is, with your
+                token. Without that it is refused, unless you uploaded the model from this machine.
             components: replace the saved ones; a database is among those only if it is
                 on the Hub itself.
         """
         folder = fetch(
             str(repo_or_folder), revision=revision, cache=cache, token=token, patterns=SAVED
         )
-        return cls._of(load_components(folder, components, token=token))
+        parts = load_components(folder, components, cls, token=token, trust_database=trust_database)
+        return cls._of(parts)
 
     def push_to_hub(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,31 @@ class Fingerprint:
     dim: int
     scale: Scale = "raw"
     rows: str = ""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Fingerprint:
+        """A fingerprint as a file holds it.
+
+        Raises:
+            ValueError: a part is missing, unknown, or of another type.
+        """
+        kinds = {"encoder": str, "weights": str, "preprocessing": str, "dim": int, "rows": str}
+        if not isinstance(value, dict):
+            raise ValueError("the fingerprint is no JSON object")
+        about = cast("dict[str, Any]", value)
+        if unknown := about.keys() - {*kinds, "scale"}:
+            raise ValueError(f"the fingerprint has an unknown part {min(unknown)!r}")
+        about = {"scale": "raw", "rows": "", **about}
+        for name, kind in kinds.items():
+            if name not in about:
+                raise ValueError(f"the fingerprint lacks {name!r}")
+            if type(about[name]) is not kind:
+                raise ValueError(f"the fingerprint has {name}={about[name]!r}")
+        if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
+            raise ValueError(
+                f"the fingerprint has scale={about['scale']!r} and dim={about['dim']!r}"
+            )
+        return cls(**about)
 
     def disagreement(self, other: Fingerprint) -> str | None:
         """What differs about the *encoder* of two fingerprints, in words; None if nothing does."""

@@ -10,9 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "locks", "numbers", "randomness", "text"},
-    {"components", "decoding", "files", "pickled", "progress", "values"},
-    {"interfaces", "pictures"},
+    {
+        "devices",
+        "interrupts",
+        "locks",
+        "numbers",
+        "pickle_machine",
+        "precision",
+        "randomness",
+        "seal",
+        "text",
+    },
+    {"budget", "components", "decoding", "files", "progress", "untrusted", "values"},
+    {"hashed", "interfaces", "pickled"},
+    {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
     {"networks", "databases"},
     {"checkpoints", "checks"},
@@ -20,7 +31,7 @@ LAYERS = [
     {"sampling"},
     {"model"},
     {"builder"},
-    {"training", "presets"},
+    {"training", "presets", "evaluation"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__", "testing"},

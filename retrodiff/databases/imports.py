@@ -24,6 +24,7 @@ from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
 from retrodiff.databases.work import Work, make_database
 from retrodiff.interfaces import Fingerprint
+from retrodiff.numbers import whole
 from retrodiff.progress import progress_bar
 
 PIECE = 8_192
@@ -95,7 +96,7 @@ def import_embeddings(
         source |= {"parts": len(parts), "rows": total, "first": names[:1], "last": names[-1:]}
     if root is not None:
         source["root"] = str(Path(root).resolve())
-    settings = {"shard_rows": shard_rows}
+    settings = {"shard_rows": whole("shard_rows", shard_rows)}
     plan = Manifest(replace(fingerprint, rows=""), settings=settings, sources=(source,))
 
     def fill(work: Work) -> None:
@@ -111,7 +112,7 @@ def import_embeddings(
             raise ValueError("no embeddings: give at least one row")
         _check_ids(work)
 
-    return make_database(Path(path), plan, fill, resume=resume, overwrite=overwrite)
+    return make_database(path, plan, fill, resume=resume, overwrite=overwrite)
 
 
 class _Writer:
@@ -171,6 +172,8 @@ def _pieces(
         while first < rows:
             last = min(first + min(PIECE, room()), rows)
             piece = part.embeddings[first:last]
+            if piece.dtype.kind not in "fiu" or piece.dtype.itemsize > 8:
+                raise ValueError(f"{part.name} holds {piece.dtype}, expected numbers: give floats")
             if not piece.dtype.isnative or not piece.flags.writeable:
                 piece = piece.astype(piece.dtype.newbyteorder("="))
 

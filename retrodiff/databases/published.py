@@ -21,6 +21,9 @@ from retrodiff.databases.streams import NpyArray, NpzArray, ParquetRows, npz_nam
 from retrodiff.interfaces import Database
 from retrodiff.pickled import read_plain_pickle
 
+ROW_BYTES = 2**16
+"""Bytes of the longest id or box."""
+
 
 def npy_parts(
     files: Sequence[str | Path], metadata: Sequence[str | Path] | None = None
@@ -72,6 +75,12 @@ def rdm_parts(folder: str | Path) -> list[Part]:
         }
         embeddings = NpzArray(file, "embedding")
         for array in columns.values():
+            row = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+            if row > ROW_BYTES or len(array.shape) > 2:
+                raise ValueError(
+                    f"{file}: {array.name} has the shape {array.shape} of {array.dtype}, which is "
+                    "no column of ids or boxes"
+                )
             if len(array) != len(embeddings):
                 have = f"{len(embeddings)} embeddings, but {len(array)} {array.name}"
                 raise ValueError(f"{file}: {have}")

@@ -18,8 +18,6 @@ numbers is wrong by half. Only the network itself sees its own type.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from retrodiff.components import summary
 from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
 from retrodiff.interfaces import Context, Schedule
 from retrodiff.numbers import real
+from retrodiff.precision import full_precision
 
 
 class Scalings(NamedTuple):
@@ -111,7 +110,7 @@ class Preconditioned(nn.Module):
 
     def _output(self, x: Tensor, sigma: Tensor, context: Any) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out and the network's output, all in the type of x."""
-        with exactly(x.device):
+        with full_precision():
             s = self.scalings(sigma)
             skip, out, inp = (v.to(x.dtype).view(-1, 1, 1, 1) for v in s[:3])
             scaled, noise = (inp * x).to(self.dtype or x.dtype), s.noise.to(x.dtype)
@@ -139,7 +138,7 @@ class Preconditioned(nn.Module):
         kind = x.dtype
         x, sigma = _exact(x), _exact(sigma)
         skip, out, output = self._output(x, sigma, context)
-        with exactly(x.device):
+        with full_precision():
             clean = skip * x
             branches = len(output) // len(x)
             if branches == 1:
@@ -150,22 +149,12 @@ class Preconditioned(nn.Module):
     def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
         """Squared error (b,) of the network's output, averaged over c, h, w; float32 at least."""
         x0, sigma, noise = _exact(x0), _exact(sigma), _exact(noise)
-        with exactly(x0.device):
+        with full_precision():
             x = x0 + sigma.to(x0.dtype).view(-1, 1, 1, 1) * noise
         skip, out, output = self._output(x, sigma, context)
-        with exactly(x0.device):
+        with full_precision():
             target = (x0 - skip * x) / out
             return (output - target).square().flatten(1).mean(1)
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Computes in the types that are there, outside autocast."""
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _exact(values: Tensor) -> Tensor:

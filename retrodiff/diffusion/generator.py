@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from retrodiff.components import evaluating, where
-from retrodiff.diffusion.denoiser import exactly
 from retrodiff.interfaces import (
     Autoencoder,
     Callback,
@@ -20,6 +19,7 @@ from retrodiff.interfaces import (
     Schedule,
     member,
 )
+from retrodiff.precision import full_precision
 from retrodiff.randomness import normal
 
 
@@ -102,7 +102,7 @@ class DiffusionGenerator(Generator):
             ValueError: the latents have another shape than the denoiser's.
         """
         device, kind = where(self.autoencoder) or (self.device, None)
-        with torch.no_grad(), exactly(device):
+        with torch.no_grad(), full_precision():
             x0 = self.autoencoder.encode(images.to(device, kind)).to(self.device)
         if tuple(x0.shape[1:]) != tuple(self.shape):
             raise ValueError(
