@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retrodiff.components import inside
+from retrodiff.diffusion.conditioner import refusal
 from retrodiff.encoders.fingerprint import difference
 from retrodiff.interfaces import (
     Autoencoder,
@@ -19,7 +19,6 @@ from retrodiff.interfaces import (
     ProposalDistribution,
     Retriever,
     Sampler,
-    Scale,
     Schedule,
     member,
 )
@@ -241,22 +240,6 @@ def _scale(parts: Mapping[str, Any]) -> list[str]:
         return []
     line = refusal(conditioner, database.fingerprint.scale)
     return [] if line is None else [line]
-
-
-def refusal(conditioner: Conditioner, stored: Scale) -> str | None:
-    """Why a conditioner does not take embeddings stored at a scale, in a line; None: it does.
-
-    A wrapper that says nothing of its own is asked for what the conditioners inside it say.
-    """
-    spoken_for: set[int] = set()
-    for part in inside(conditioner):
-        own = getattr(type(part), "refuses", None)
-        if id(part) in spoken_for or own is None or own is Conditioner.refuses:
-            continue
-        if (line := part.refuses(stored)) is not None:
-            return line
-        spoken_for |= {id(inner) for inner in inside(part)}
-    return None
 
 
 def _proposal(parts: Mapping[str, Any]) -> list[str]:

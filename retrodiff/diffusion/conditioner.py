@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from retrodiff.components import inside
 from retrodiff.interfaces import (
     Conditioner,
     Context,
@@ -152,7 +153,7 @@ class Wrapper(Conditioner):
 
     def refuses(self, stored: Scale) -> str | None:
         """As the inner conditioner."""
-        return member(self.conditioner, Conditioner, "refuses")(stored)
+        return refusal(self.conditioner, stored)
 
     def widths(self, dim: int) -> dict[str, int]:
         """As the inner conditioner."""
@@ -239,3 +240,19 @@ class Dropped(Wrapper):
         if vector is not None and null.vector is not None and self.stream is None:
             vector = torch.where(kept.to(vector.device).view(-1, 1), vector, null.vector)
         return Context(streams, vector)
+
+
+def refusal(conditioner: Conditioner, stored: Scale) -> str | None:
+    """Why a conditioner does not take embeddings stored at a scale, in a line; None: it does.
+
+    A wrapper that says nothing of its own is asked for what the conditioners inside it say.
+    """
+    spoken_for: set[int] = set()
+    for part in inside(conditioner):
+        own = getattr(type(part), "refuses", None)
+        if id(part) in spoken_for or own is None or own is Conditioner.refuses:
+            continue
+        if (line := part.refuses(stored)) is not None:
+            return line
+        spoken_for |= {id(inner) for inner in inside(part)}
+    return None
