@@ -163,13 +163,13 @@ class Builder:
         for name, value in slots.items():
             if _is_recipe(value):
                 parts[name] = value()
-            elif name in TRAINED and any(module in _OWNED for module in modules(value)):
+            elif name in TRAINED and any(module in _OWNED for module in _networks(value)):
                 parts[name] = copy.deepcopy(value)
             else:
                 parts[name] = value
         check_components(parts)
         for name in TRAINED:
-            _OWNED.update(modules(parts.get(name)))
+            _OWNED.update(_networks(parts.get(name)))
         return Model(**parts)
 
     @classmethod
@@ -220,6 +220,11 @@ def preset(recipe: Callable[P, Builder]) -> Callable[P, Model]:
     build.recipe = recipe  # type: ignore[attr-defined]
     build.__annotations__ = {**recipe.__annotations__, "return": "Model"}
     return build
+
+
+def _networks(component: Any) -> list[nn.Module]:
+    """Every torch module inside a component, those inside of modules, too."""
+    return [inner for module in modules(component) for inner in module.modules()]
 
 
 def _itself(component: T) -> T:
