@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         every=options.checkpoint_every,
         resume=options.resume,
     )
-    proposal = NeighborCounts.of_table(data.table, database)
+    proposal = NeighborCounts.from_table(data.table, database)
     fitted.model.replace(proposal=proposal).save(out, overwrite=options.overwrite)
     checkpoint.unlink()
     print(f"trained on {len(images)} images for {options.steps} steps: {out}")
