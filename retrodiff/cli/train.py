@@ -90,11 +90,11 @@ def run(options: argparse.Namespace) -> int:
         data,
         steps=options.steps,
         batch_size=options.batch_size,
-        rate=cosine(options.lr, options.steps, min(100, options.steps // 10)),
+        lr=cosine(options.lr, options.steps, min(100, options.steps // 10)),
         ema=options.ema,
         seed=options.seed,
         checkpoint=checkpoint,
-        every=options.checkpoint_every,
+        checkpoint_every=options.checkpoint_every,
         resume=options.resume,
     )
     proposal = NeighborCounts.from_table(data.table, database)
