@@ -50,7 +50,7 @@ trained = fit(
     checkpoint=options.out / "training.safetensors",
     resume=True,
 ).model
-counts = NeighborCounts.of_table(data.table, database)
+counts = NeighborCounts.from_table(data.table, database)
 trained = trained.replace(proposal=TopM(counts, fraction=0.5))
 trained.save(options.out / "model")
 trained.sample(n=16).save(options.out / "samples")

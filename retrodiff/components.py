@@ -22,7 +22,7 @@ DEEPEST = 16
 def inside(component: Any) -> Iterator[Any]:
     """The component itself and every object that its attributes hold, each once, outermost first.
 
-    Lists, tuples and dictionaries are looked into; tensors, text and numbers are left out.
+    Lists, tuples, sets and dictionaries are looked into; tensors, text and numbers are left out.
     """
     yield from _inside(component, set(), 0)
 
@@ -100,7 +100,7 @@ def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
     seen.add(id(value))
     if isinstance(value, Mapping):
         held = list(cast("Mapping[Any, Any]", value).values())
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, frozenset)):
         held = list(cast("list[Any]", value))
     elif inspect.isroutine(value) or inspect.ismodule(value):
         return

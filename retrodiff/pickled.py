@@ -1,43 +1,23 @@
 """Reads a pickle of plain containers, numbers and numpy arrays without running what is in it.
 
-A pickle may name any function of any package and call it. Here nothing is imported: arrays are
-rebuilt by functions of ours from their bytes, and everything else that is called is refused.
+Arrays are rebuilt by functions of ours from their bytes, and everything else that is called or
+changed is refused.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from retrodiff.pickle_machine import MOST, PLAIN, READING, PlainUnpickler, Rebuilt, Refused
+from retrodiff.text import printable
 
-def _encoded(text: str, encoding: str) -> bytes:
-    del encoding  # always latin1: how old pickle protocols spell bytes
-    return text.encode("latin1")
-
-
-PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("_codecs", "encode"): _encoded,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): defaultdict,
-    ("collections", "Counter"): Counter,
-    **{
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (bool, int, float, complex, str, list, tuple, dict, set, frozenset)
-    },
-}
-"""Classes that are rebuilt as they are, and bytes."""
-
-READING = (
-    pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
-    OverflowError, TypeError, UnicodeError,
-)  # fmt: skip
-"""What Python's unpickler raises on damaged bytes."""
+DEEPEST = 64
+"""Levels of containers within containers."""
 
 
 def read_plain_pickle(file: BinaryIO, name: str) -> Any:
@@ -48,58 +28,88 @@ def read_plain_pickle(file: BinaryIO, name: str) -> Any:
         name: what it is called in errors.
 
     Raises:
-        ValueError: it is damaged, or would run code.
+        ValueError: it is damaged, larger than 512 MB, or would run code.
     """
+    data = file.read(MOST + 1)
+    if len(data) > MOST:
+        raise ValueError(f"{name} is a pickle of more than {MOST >> 20} MB: save it as arrays")
     try:
-        return _Plain(file).load()
+        content = _Plain(data).load()
+        _expanded(content, 4 * len(data) + (1 << 20))
+        return content
     except Refused as error:
         raise ValueError(
             f"{name} wants to call {error} while it is read: refused, nothing was run. Data has "
             "no need to; don't use this file unless you know its maker"
         ) from None
-    except (*READING, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except READING as error:
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise ValueError(f"{name} is damaged, or no pickle: {reason}") from None
 
 
-class Refused(Exception):
-    """A pickle asked for something that is neither a plain class nor part of an array."""
+def _expanded(content: Any, most: int) -> None:
+    """Refuses containers that hold each other so often that a reader of them would never end."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, depth: int) -> int:
+        known = sizes.get(id(value))
+        if known is not None:
+            return known
+        if depth == 0:
+            raise pickle.UnpicklingError(f"containers are nested deeper than {DEEPEST} levels")
+        parts: Any = [*value, *value.values()] if isinstance(value, dict) else value
+        if isinstance(value, Array):
+            parts = value.values.tolist() if value.values.dtype.hasobject else ()
+        total = 1 + len(parts)
+        for part in parts:
+            if isinstance(part, (list, tuple, dict, set, frozenset, Array)):
+                total += size(part, depth - 1)
+        if total > most:
+            raise pickle.UnpicklingError("a few containers hold each other over and over")
+        if not isinstance(value, Array):
+            sizes[id(value)] = total
+        return total
+
+    if isinstance(content, (list, tuple, dict, set, frozenset, Array)):
+        size(content, DEEPEST)
 
 
-class _Plain(pickle.Unpickler):
+class _Plain(PlainUnpickler):
     def find_class(self, module: str, name: str) -> Any:
+        origin = f"{module}.{name}"
         if (module, name) in PLAIN:
-            return PLAIN[module, name]
+            return self.call(origin, PLAIN[module, name])
         if (module, name) in (("numpy", "dtype"), ("numpy", "ndarray")):
-            return {"dtype": _Kind, "ndarray": _Array}[name]
+            return self.call(origin, {"dtype": Kind, "ndarray": Array}[name])
         if re.fullmatch(r"numpy\._?core\.(multiarray|numeric)", module) and name in _NUMPY:
-            return _NUMPY[name]
-        raise Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"refers to data outside of it: {pid!r:.80}")
+            return self.call(origin, _NUMPY[name])
+        raise Refused(printable(origin[:200]))
 
 
-class _Kind:
+class Kind(Rebuilt):
     """A numpy data type of numbers, text or objects."""
 
-    def __init__(self, text: str, *_: Any):
-        if not re.fullmatch(r"[<>|=]?([?bBiufcSUM]\d*|O\d?)", text):
-            raise pickle.UnpicklingError(f"data type {text!r:.20}")
+    def __init__(self, text: Any, *_: Any):
+        if not isinstance(text, str) or not re.fullmatch(
+            r"[<>|=]?([?bBiufcSUM]\d{0,9}|O\d?)", text
+        ):
+            raise pickle.UnpicklingError("a data type that is neither of numbers nor of text")
         self.dtype = np.dtype(object if "O" in text else text)
 
-    def __setstate__(self, state: Any) -> None:
+    def rebuild(self, state: Any) -> None:
+        """The byte order."""
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
+class Array(Rebuilt):
     """A numpy array that is being rebuilt."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: Any) -> None:
         self.values: np.ndarray = np.empty(0)
 
-    def __setstate__(self, state: Any) -> None:
+    def rebuild(self, state: Any) -> None:
+        """Shape, type, order and bytes."""
         _, shape, kind, fortran, data = state
         self.values = _array(data, kind, shape, "F" if fortran else "C").values
 
@@ -107,24 +117,26 @@ class _Array:
         return np.array(self.values, dtype, copy=copy)
 
 
-def _array(data: Any, kind: _Kind, shape: Any, order: Any = "C") -> _Array:
+def _array(data: Any, kind: Kind, shape: Any, order: Any = "C") -> Array:
     if isinstance(data, list):
         flat = np.empty(len(data), object)
         for i, value in enumerate(data):
             flat[i] = value
+    elif kind.dtype.hasobject:
+        raise pickle.UnpicklingError("an array of objects without objects")
     else:
         flat = np.frombuffer(data, kind.dtype)
-    made = _Array()
+    made = Array()
     made.values = flat.reshape(shape, order=order)
     return made
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
-def _scalar(kind: _Kind, data: bytes) -> Any:
+def _scalar(kind: Kind, data: bytes) -> Any:
     return np.frombuffer(data, kind.dtype)[0].item()
 
 
-_NUMPY = {"_reconstruct": _reconstruct, "scalar": _scalar, "_frombuffer": _array}
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "_reconstruct": Array,
+    "scalar": _scalar,
+    "_frombuffer": _array,
+}

@@ -125,7 +125,7 @@ def test_preprocessing_of_ones_own(images):
     ("bad", "message"),
     [
         (torch.zeros(3, 8, 8), "add the batch axis"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "images / 127.5 - 1"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "images / 127.5 - 1"),
         (torch.zeros(1, 4, 8, 8), "4 channels"),
     ],
 )

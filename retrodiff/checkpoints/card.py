@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from retrodiff.checkpoints.native import shared_address
+from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.published import Architecture, Schedule, recognized
 from retrodiff.encoders.fingerprint import known_fingerprint
 from retrodiff.interfaces import Fingerprint

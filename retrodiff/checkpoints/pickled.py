@@ -3,12 +3,13 @@
 A checkpoint is a zip of one pickle and of raw tensor bytes. The pickle may name any function of any
 package and call it; here nothing is imported: tensors and plain containers are rebuilt, other
 classes (trainer callbacks, configuration objects) become empty stand-ins, and a call to anything
-else is refused. The tensors are views of the memory-mapped file: what nobody reads costs no memory.
+else, or a change of it, is refused. The tensors are views of the memory-mapped file: what nobody
+reads costs no memory.
 """
 
 from __future__ import annotations
 
-import io
+import math
 import mmap
 import pickle
 import struct
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.pickled import PLAIN
+from retrodiff.pickle_machine import MOST, PLAIN, PlainUnpickler, Rebuilt, Refused
+from retrodiff.text import printable
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -32,7 +34,16 @@ DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
 }
+
+NAMES = 10_000
+"""Different classes that a checkpoint may name."""
+
+SPREAD = 1 << 24
+"""Elements that a tensor may have beyond those of its data: expanded tensors repeat them."""
 
 PACKAGES = frozenset(
     "argparse datetime enum ldm lightning lightning_fabric numpy omegaconf pathlib "
@@ -66,6 +77,8 @@ def read_pickled(path: Path) -> Any:
         raise FileNotFoundError(f"{path} is not a file: check the path of the checkpoint")
     try:
         return _Unpickler(_Archive(path)).load()
+    except Refused as error:
+        raise ValueError(f"{path}: {_refusal(str(error))}") from None
     except ValueError as error:
         line = _one_line(error)
         raise ValueError(line if str(path) in line else f"{path}: {line}") from error
@@ -87,10 +100,13 @@ class _Archive:
                 pickles = [name for name in self.entries if name.endswith("data.pkl")]
                 if len(pickles) != 1:
                     raise ValueError(f"{path} is a zip file, but not one that PyTorch wrote")
+                size = self.entries[pickles[0]].file_size
+                if size > MOST:
+                    raise ValueError(f"{path} holds a pickle of {size:,} bytes: no checkpoint does")
                 self.pickle = archive.read(pickles[0])
                 self.prefix = pickles[0].removesuffix("data.pkl")
                 order = f"{self.prefix}byteorder"
-                if order in self.entries and archive.read(order) != b"little":
+                if order in self.entries and archive.open(order).read(16) != b"little":
                     raise ValueError(
                         f"{path} was written on a big-endian machine: convert it there"
                     )
@@ -137,55 +153,72 @@ class _Foreign(type):
         return object.__new__(cls)
 
 
-class _StandIn:
+class _StandIn(Rebuilt):
     """An object of a class we don't import: it takes its state and forgets it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
         return object.__new__(cls)
 
-    def __setstate__(self, state: Any) -> None: ...
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(PlainUnpickler):
     def __init__(self, archive: _Archive):
-        super().__init__(io.BytesIO(archive.pickle))
+        super().__init__(archive.pickle)
         self.archive = archive
+        self.classes: dict[str, _Foreign] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in PLAIN:
-            return PLAIN[module, name]
-        if (module, name) in CALLS:
-            return CALLS[module, name]
+        origin = f"{module}.{name}"
+        if (call := PLAIN.get((module, name)) or CALLS.get((module, name))) is not None:
+            return self.call(origin, call)
         if module in ("torch", "torch.storage") and name in DTYPES:
             return DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        origin = f"{module}.{name}"
-        known = module.split(".")[0] in PACKAGES and name[:1].isupper()
-        known = known or (module, name) in LOWER_CASE
-        return _Foreign(name, (_StandIn,), {"known": known, "origin": origin})
+        if origin not in self.classes:
+            if len(self.classes) == NAMES:
+                raise pickle.UnpicklingError(f"more than {NAMES:,} classes are named")
+            known = module.split(".")[0] in PACKAGES and name[:1].isupper()
+            known = known or (module, name) in LOWER_CASE
+            made = _Foreign("StandIn", (_StandIn,), {"known": known, "origin": origin})
+            self.classes[origin] = made
+        return self.classes[origin]
 
     def persistent_load(self, pid: Any) -> Tensor:
         match pid:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
                 return self.archive.tensor(key, dtype, numel)
             case _:
-                raise pickle.UnpicklingError(f"tensor data described as {pid!r:.80}")
+                raise pickle.UnpicklingError("tensor data described in an unknown way")
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    if any(n == 0 for n in size):
-        return storage.new_empty(size)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if offset < 0 or min(stride, default=0) < 0 or last >= storage.numel():
-        raise ValueError(f"a tensor of shape {tuple(size)} reaches out of its data: damaged file")
-    return storage.as_strided(size, stride, offset)
+    shape, steps = [int(n) for n in size], [int(step) for step in stride]
+    if not isinstance(storage, Tensor) or min(shape, default=1) < 0 or len(shape) > 64:
+        raise ValueError("a tensor is described in an unknown way: damaged file")
+    if 0 in shape:
+        return storage.new_empty(0).view(shape)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    if offset < 0 or min(steps, default=0) < 0 or last >= storage.numel():
+        raise ValueError(f"a tensor of shape {tuple(shape)} reaches out of its data: damaged file")
+    if math.prod(shape) > storage.numel() + SPREAD:
+        raise ValueError(f"a tensor of shape {tuple(shape)} repeats a few numbers: damaged file")
+    return storage.as_strided(shape, steps, offset)
+
+
+def _rebuild_typed(
+    storage: Tensor,
+    offset: int,
+    size: tuple,
+    stride: tuple,
+    _: Any,
+    hooks: Any,
+    dtype: Any,
+    *__: Any,
+) -> Tensor:
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor's data type is described in an unknown way: damaged file")
+    whole = storage.numel() // dtype.itemsize * dtype.itemsize
+    return _rebuild_tensor(storage[:whole].view(dtype), offset, size, stride)
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
@@ -195,18 +228,20 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 CALLS = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
 }
 """Calls that are allowed, as functions of ours."""
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    return printable(" ".join(str(error).split())[:500])
 
 
 def _refusal(origin: str) -> ValueError:
     return ValueError(
-        f"the checkpoint wants to call {origin} while it is read: refused, nothing was run. A "
-        "checkpoint of weights has no need to; don't use this file unless you know its maker, and "
-        "then only after saving its tensors again as safetensors"
+        f"the checkpoint wants to call {printable(origin[:200])} while it is read: refused, "
+        "nothing was run. A checkpoint of weights has no need to; don't use this file unless you "
+        "know its maker, and then only after saving its tensors again as safetensors"
     )

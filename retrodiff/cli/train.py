@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     nearest = NearestNeighbors()
     retriever = ExcludeSelf(nearest) if options.exclude_self else nearest
     data = TrainingSet.of(images, encoder, database, retriever, options.k)
-    model = model.replace(proposal=NeighborCounts.of_table(data.table, database))
+    model = model.replace(proposal=NeighborCounts.from_table(data.table, database))
     if not (options.resume and unfinished.is_unfinished(out)):
         unfinished.begin(model, out)
     trained = fit(

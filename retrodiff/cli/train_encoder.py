@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         lr=cosine(options.lr, options.steps, min(50, options.steps // 10)),
         seed=options.seed,
     )
-    save_encoder(encoder, out)
+    save_encoder(encoder, out, overwrite=options.overwrite)
     last = losses[-max(1, len(losses) // 10) :].mean()
     print(f"trained on {len(images)} images for {options.steps} steps (loss {last:.2f}): {out}")
     return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from retrodiff.databases.filters import parse_filter
 from retrodiff.indexes import Exact, Vectors
 from retrodiff.interfaces import Database, Fingerprint, Index, Neighbors, Query, Record
+from retrodiff.text import printable, unescaped
 
 if TYPE_CHECKING:
     from retrodiff.databases.views import Subset
@@ -162,9 +163,11 @@ def show(record: Record, root: str | Path | None) -> Tensor:
             "the row has neither a thumbnail nor a file: build the database with thumbnails=SIZE"
         )
     path = Path(file) if root is None else Path(root) / file
+    if not path.is_file():  # a name that is no UTF-8 is kept with escapes
+        path = Path(unescaped(str(path)))
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not here, and its row has no thumbnail: open the database with root= the "
-            "files' folder"
+            f"{printable(path)} is not here, and its row has no thumbnail: open the database with "
+            "root= the files' folder"
         )
     return to_float(cut_record(read_image(path), record))

@@ -96,6 +96,9 @@ class Subset(Searchable):
         fingerprint = replace(database.fingerprint, rows=digest.hexdigest()[:32])
         super().__init__(database.vectors.select(database.stored(self.rows)), fingerprint)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.database, self.rows)  # the vectors are those of the database
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of what is known about every row."""

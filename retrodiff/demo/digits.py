@@ -342,7 +342,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     """The whole digits half."""
     fitted, parts, database, data = trained(folder, settings, seed, progress)
     judge = Judge(parts)
-    counts = NeighborCounts.of_table(data.table, database)
+    counts = NeighborCounts.from_table(data.table, database)
     model = fitted.model.replace(proposal=TopM(counts, fraction=TOP_M))
     seen = [digit for digit in range(10) if digit not in UNSEEN]
     n, sampling = settings.per_mode, {"batch_size": 256, "progress": progress}

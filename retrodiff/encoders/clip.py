@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.preprocessing import Preprocessing, preprocessing_from
 from retrodiff.interfaces import Fingerprint, TextEncoder
+from retrodiff.precision import full_precision
 
 
 class CLIPEncoder(nn.Module, TextEncoder):
@@ -206,11 +207,14 @@ class CLIPEncoder(nn.Module, TextEncoder):
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode, until the end of the block."""
+    """No gradients, no autocast and evaluation mode, until the end of the block.
+
+    Embeddings that a database stores and those that are asked of it must be of one precision.
+    """
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             yield
     finally:
         module.train(training)

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from retrodiff.interfaces import Encoder, Fingerprint
 
+COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts before the names of a module that it has wrapped."""
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors under the names that they have without ``torch.compile``."""
+    return {k.replace(COMPILED, ""): v for k, v in module.state_dict().items()}
+
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Hash of names, types, shapes and bytes of a state dict, whatever its order and device.
@@ -20,8 +28,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         The first 32 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
+    plain = {name.replace(COMPILED, ""): tensor for name, tensor in state.items()}
+    for name in sorted(plain):
+        tensor = plain[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.cpu().contiguous().reshape(-1)
         if flat.numel():
