@@ -132,7 +132,9 @@ def test_a_damaged_checkpoint_is_one_line(room, stopped, capsys):
         assert "c.training.safetensors is damaged" in line
 
 
-@pytest.mark.parametrize("kills", [["before"], ["after"], ["before", "before"], ["before", "after"]])
+@pytest.mark.parametrize(
+    "kills", [["before"], ["after"], ["before", "before"], ["before", "after"]]
+)
 def test_killed_at_the_very_end(room, kills, monkeypatch, capsys):
     """After the model was saved, before or after the checkpoint is gone; once or twice."""
     out = "d" + "".join(kill[0] for kill in kills)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from parts import HashingEncoder, small_network
+from torch import nn
 
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, constant, fit
@@ -14,9 +15,7 @@ def small_data(database, encoder=None, n=20, k=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = (torch.rand(n, 1, 1, 1, generator=generator) * 2 - 1).expand(-1, 1, 8, 8)
     encoder = encoder or HashingEncoder()
-    return TrainingSet.of(
-        images.clone(), encoder, database, NearestNeighbors(), k, progress=False
-    )
+    return TrainingSet.of(images.clone(), encoder, database, NearestNeighbors(), k, progress=False)
 
 
 def run(recipe, data, **options):
@@ -54,3 +53,15 @@ def interrupted(recipe, data, path, at=6, **options):
     except KeyboardInterrupt:
         return
     raise AssertionError("the training was not interrupted")
+
+
+def linear(path, **options):
+    """Nine steps of the loop on a module of three weights."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+
+    def loss(step, generator):
+        return (module(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+
+    settings = {"steps": 9, "lr": 1e-2, "progress": False, "checkpoint": path}
+    return module, loss, {**settings, "checkpoint_every": 2, **options}
