@@ -131,7 +131,7 @@ def problem(config: Mapping[str, Any], without: Collection[str] = ()) -> str | N
         without: arguments that may be missing, since the caller gives them.
     """
     kind = config.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         return f"unknown kind of encoder {_shown(kind)}"
     given = {k: v for k, v in config.items() if k not in ("kind", "preprocessing")}
     if (wrong := _first_wrong(given, KINDS[kind], f"the {kind} encoder")) is not None:

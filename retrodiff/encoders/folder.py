@@ -86,17 +86,17 @@ def load_encoder(
     path = Path(path).expanduser()
     config = _described(path)
     kind, weights = config.pop("kind"), config.pop("weights")
-    state = _weights(path)
-    if (found := weights_hash(state)) != weights:
-        raise ValueError(
-            f"{path}: encoder.safetensors has weights {found}, encoder.json expects "
-            f"{_shown(weights)}: the two files are not from one encoder"
-        )
     config = {k: v for k, v in config.items() if k not in confirmed and k != "pretrained"}
     if (reason := problem({"kind": kind, **config}, without=confirmed)) is not None:
         raise ValueError(
             f"{path / MARKER}: {reason}. A file cannot ask for that; if you know what it is, "
             "repeat it in code: load_encoder(path, name=..., ...)"
+        )
+    state = _weights(path)
+    if (found := weights_hash(state)) != weights:
+        raise ValueError(
+            f"{path}: encoder.safetensors has weights {found}, encoder.json expects "
+            f"{_shown(weights)}: the two files are not from one encoder"
         )
     encoder = _built(kind, {**config, **confirmed}, state, path, device)
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
