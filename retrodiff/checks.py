@@ -20,7 +20,10 @@ from retrodiff.interfaces import (
 )
 
 ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
+    "encoder": (
+        Encoder,
+        ("dim", "fingerprint", "encode_image", "loaded", "identity", "preparation", "to"),
+    ),
     "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
     "retriever": (Retriever, ("retrieve",)),
     "proposal": (ProposalDistribution, ("support", "propose")),

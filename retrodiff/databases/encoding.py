@@ -8,7 +8,6 @@ where shards end, so that a build that was interrupted gives the same bytes as o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from retrodiff.databases.images import thumbnail
 from retrodiff.databases.limits import one_line
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
-from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.pictures import to_float, to_images
@@ -124,17 +122,7 @@ def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
 
     It takes uint8 in [0, 255] and floats in [-1, 1].
     """
-    if not hasattr(encoder, "encode_prepared"):
-        return None
-    steps = getattr(encoder, "preprocessing", None)
-    if isinstance(steps, Preprocessing):  # smaller to send than an encoder, and takes bytes
-        return steps.apply
-    prepare = getattr(encoder, "prepare", None)
-    return None if prepare is None else partial(_prepare, prepare)
-
-
-def _prepare(prepare: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return prepare(to_float(images))
+    return encoder.preparation
 
 
 def encode_here(
