@@ -92,7 +92,9 @@ def test_every_configuration_of_open_clip_is_as_open_clip_transforms():
     assert levels_apart(of_open_clip(longest, (48, 40)), theirs, (0.3,) * 3) < 1.6
 
 
-@pytest.mark.parametrize("sides", [((70, 50), (48, 48)), ((33, 40), (60, 50)), ((90, 91), (30, 31))])
+@pytest.mark.parametrize(
+    "sides", [((70, 50), (48, 48)), ((33, 40), (60, 50)), ((90, 91), (30, 31))]
+)
 def test_resizes_are_those_of_pillow_rows_first(sides):
     """Noise from black to white, whose overshoot is cut off after each direction."""
     (h, w), (height, width) = sides
@@ -249,7 +251,9 @@ def test_timm_names_on_a_command_line_have_tags_and_sources():
         "hf-hub:timm/test_resnet.r160_in1k",
     ):
         assert encoder_from_string(text, pretrained=False).fingerprint == plain.fingerprint
-    small = encoder_from_string("timm:test_resnet,image_size=64,preprocessing=plain", pretrained=False)
+    small = encoder_from_string(
+        "timm:test_resnet,image_size=64,preprocessing=plain", pretrained=False
+    )
     assert small.fingerprint.preprocessing == "plain-64"
     assert small.image_size == 64
 

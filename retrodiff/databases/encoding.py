@@ -233,11 +233,15 @@ def encode_images(encoder: Encoder, images: Any) -> Tensor:
 
 def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
     """Images (c, h, w) of any sizes, uint8 or floats in [-1, 1] -> embeddings (b, d)."""
-    if len({(image.shape, image.dtype) for image in images}) == 1:
-        return encoder.encode_image(to_float(torch.stack(list(images))))
+    alike = len({(image.shape, image.dtype) for image in images}) == 1
     if preparation(encoder) is not None:
         prepare, encode = _two_steps(encoder)
+        if alike:
+            parts = [torch.stack(list(images[i : i + 64])) for i in range(0, len(images), 64)]
+            return torch.cat([encode(prepare(part)) for part in parts])
         return encode(torch.cat([prepare(image[None]) for image in images]))
+    if alike:
+        return encoder.encode_image(to_float(torch.stack(list(images))))
     out = torch.empty(len(images), encoder.dim)
     for shape in dict.fromkeys(image.shape for image in images):
         same = [i for i, image in enumerate(images) if image.shape == shape]

@@ -264,7 +264,9 @@ def _configured(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict
     kind, _, place = name.partition(":")
     if place:
         if pretrained is not None:
-            raise ValueError(f"{name!r} brings its own weights: leave pretrained={pretrained!r} out")
+            raise ValueError(
+                f"{name!r} brings its own weights: leave pretrained={pretrained!r} out"
+            )
         about = _described(kind, place)
         config = about.get("model_cfg", about)
         if config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("trust_remote_code"):

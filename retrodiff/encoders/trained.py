@@ -104,7 +104,7 @@ def trained(
     if interpolation not in ("bicubic", "bilinear") or mode not in ("short", "inside", "squash"):
         raise ValueError(
             f"the weights ask for a resize by {interpolation!r} and {mode!r}, which is not known "
-            "here: choose a preprocessing yourself, preprocessing=\"openai\" for example"
+            'here: choose a preprocessing yourself, preprocessing="openai" for example'
         )
     height, width = (size, size) if isinstance(size, int) else size
     around = floor(height / crop), floor(width / crop)
