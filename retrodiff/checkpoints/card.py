@@ -15,7 +15,6 @@ from torch import nn
 
 from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.published import Architecture, Schedule, recognized
-from retrodiff.encoders.fingerprint import known_fingerprint
 from retrodiff.interfaces import Fingerprint
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
@@ -36,7 +35,7 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
         ("denoiser", _network(parts["denoiser"])),
         ("first stage", _network(parts["autoencoder"])),
         ("condition", repr(parts["conditioner"])),
-        ("encoder", "none" if encoder is None else _made(known_fingerprint(encoder))),
+        ("encoder", "none" if encoder is None else _made(encoder.identity)),
         ("database", "none" if database is None else _stored(database)),
         ("retriever", repr(parts["retriever"])),
         ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),
