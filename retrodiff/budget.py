@@ -56,7 +56,7 @@ def within(weights: Mapping[str, Tensor], what: str) -> Iterator[None]:
             return
         built["numbers"] += value.numel()
         built["tensors"] += 1
-        if built["tensors"] > 2 * tensors + 16:
+        if built["tensors"] > 4 * tensors + 1024:
             refuse(f"the {tensors:,} tensors")
         if built["numbers"] > 2 * numbers + SPARE:
             refuse(f"the {numbers:,} numbers")
@@ -64,7 +64,7 @@ def within(weights: Mapping[str, Tensor], what: str) -> Iterator[None]:
     def inner(module: nn.Module, name: str, value: Any) -> None:
         if threading.get_ident() == mine:
             built["modules"] += 1
-            if built["modules"] > MODULES * (tensors + 16):
+            if built["modules"] > MODULES * (tensors + 1024):
                 refuse(f"the {tensors:,} tensors")
 
     hooks = [

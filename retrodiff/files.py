@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import errno
 import json
-import math
-import numbers
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import date, time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from retrodiff.locks import writing
-from retrodiff.text import escaped
+from retrodiff.plain import plain_json as plain_json
 
 Own = Callable[[Path], set[str]]
 """Folder -> names of the files in it that its format wrote, relative to it, with slashes."""
@@ -51,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(partial, path)
             sync_folder(path.parent)
         finally:
@@ -76,12 +72,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[st
         partial.chmod(mode)  # the library's is readable by its owner only
 
 
+def sync(descriptor: int) -> None:
+    """Makes a file's bytes last if the power fails, on file systems that know how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last if the power fails, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -90,52 +95,9 @@ def sync_tree(folder: Path) -> None:
     """Makes every file below a folder last if the power fails."""
     for root, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError), Path(root, name).open("rb") as file:
-                os.fsync(file.fileno())
+            with Path(root, name).open("rb") as file:
+                sync(file.fileno())
         sync_folder(Path(root))
-
-
-# --- plain values --------------------------------------------------------------------------------
-
-DEEPEST = 64
-DATES = ("datetime", "timedelta")
-
-
-def plain_json(value: Any, depth: int = 0) -> Any:
-    """The nearest value that JSON can hold.
-
-    Dates become ISO text, NaN and infinities null, bytes hexadecimal text, numbers, arrays and
-    tensors of numpy and torch plain numbers and lists; names that are not valid Unicode get
-    backslash escapes; sets become lists; the rest becomes ``str(value)``.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return escaped(value)
-    if isinstance(value, (np.ndarray, Tensor)):
-        values = value.detach().cpu() if isinstance(value, Tensor) else cast("Any", value)
-        values = values.astype(str) if str(values.dtype).startswith(DATES) else values
-        return plain_json(values.tolist(), depth)
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value).hex()
-    if depth >= DEEPEST and isinstance(value, (Mapping, list, tuple, set, frozenset)):
-        return f"(nested deeper than {DEEPEST} levels)"
-    if isinstance(value, Mapping):
-        items = cast("Mapping[Any, Any]", value).items()
-        return {plain_json(str(key)): plain_json(entry, depth + 1) for key, entry in items}
-    if isinstance(value, (set, frozenset)):
-        value = sorted(cast("set[Any]", value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [plain_json(entry, depth + 1) for entry in cast("list[Any]", value)]
-    return plain_json(str(value), depth)
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -192,6 +154,14 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
 
 
+def given(path: str | Path) -> Path:
+    """A path to read from, with ``~`` as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user that there is not: a file may have that name
+        return Path(path)
+
+
 def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) -> None:
     """Refuse to write where something is, unless it is a folder of the same kind to overwrite.
 
@@ -202,7 +172,10 @@ def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) 
         own: names of the files that this format wrote; the folder may hold no others. None: the
             writer replaces single files and removes nothing.
     """
-    path = place(path)
+    _check_free(place(path), marker, overwrite, own)
+
+
+def _check_free(path: Path, marker: str, overwrite: bool, own: Own | None) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -319,7 +292,9 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
         sync_folder(path.parent)
         return
     try:
-        check_free(path, marker, overwrite, own)
+        _check_free(path, marker, overwrite, own)
+        if path.is_symlink():
+            raise FileExistsError(f"{path} has become a link meanwhile: move it away")
     except FileExistsError as error:
         raise FileExistsError(f"{error}; {kept}") from None
     (path / REPLACED).touch()

@@ -408,13 +408,18 @@ def check_sampler(sampler: Sampler, steps: int = 200) -> None:
 
 
 def check_autoencoder(autoencoder: Autoencoder, shape: tuple[int, int, int]) -> None:
-    """Latents keep the batch, decode returns the image's shape, both deterministic.
+    """Latents keep the batch, decode returns the image's shape, both deterministic; dtype, device.
 
     Args:
         autoencoder: to be checked.
         shape: (c, h, w) of an image.
     """
+    _require(
+        isinstance(autoencoder.dtype, torch.dtype) and isinstance(autoencoder.device, torch.device),
+        "an autoencoder has dtype and device; subclassing Autoencoder gives the defaults",
+    )
     images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = images.to(autoencoder.device)
     with torch.no_grad():
         latents = autoencoder.encode(images)
         decoded = autoencoder.decode(latents)

@@ -628,9 +628,7 @@ def test_bad_manifests(remote, local, change, message):
 
 def test_a_manifest_that_counts_other_rows_is_refused(remote, local):
     local.push_to_hub("me/photos")
-    edit_manifest(
-        remote, lambda v: (v["shards"][1].update(rows=15), v.update(rows=v["rows"] - 1))
-    )
+    edit_manifest(remote, lambda v: (v["shards"][1].update(rows=15), v.update(rows=v["rows"] - 1)))
     shared = open_database("hf://datasets/me/photos")
     message = r"vectors-000001.*holds embeddings \(16, 48\).* says embeddings \(15, 48\)"
     with pytest.raises(ValueError, match=message):

@@ -87,6 +87,13 @@ def test_second_pictures_of_a_sample_are_named(tmp_path):
     assert "a.tar:c.png (a link to ../elsewhere.png, which the tar does not hold)" in text
 
 
+def test_tars_within_a_tar_are_named(tmp_path):
+    inner = tar_bytes(("a.png", encoded(0)))
+    members = [("a.png", encoded(1)), ("x/b.tar", inner), ("c.tgz", gzip.compress(inner))]
+    with pytest.warns(SkippedPictures, match=r"2 .*x/b\.tar \(a tar within the tar: unpack it\)"):
+        assert keys(opened(tmp_path, *members)) == ["a"]
+
+
 def test_hidden_members_are_passed_over(tmp_path):
     source = opened(
         tmp_path,

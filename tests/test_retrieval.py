@@ -1,5 +1,6 @@
 """Retrievers, proposals and neighbor tables: contracts, brute-force oracles, statistics, errors."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from parts import HashingEncoder
 from safetensors import safe_open
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
+from retrodiff.randomness import Randomness, normal
 from retrodiff.retrieval import (
     Diverse,
     ExcludeDuplicates,
@@ -195,7 +197,7 @@ def test_regions_end_to_end(model):
     assert [len(records) for records in out.neighbors.records] == [8, 8]
     for records, rows in zip(out.neighbors.records, found.indices, strict=True):
         assert [r["file"] for r in records] == [f"{row}.png" for row in rows.flatten().tolist()]
-    noise = torch.randn(2, *model.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    noise = normal(Randomness.of(0, range(2), "noise"), (2, *model.denoiser.shape))
     by_hand = model.sample_latents(context=found.embeddings, noise=noise)
     torch.testing.assert_close(out.latents, by_hand)
     everywhere = model.sample(query=Query(regions[:, :1].expand(-1, 4, -1)), **ask)
@@ -630,7 +632,7 @@ def test_more_rows_than_torch_multinomial_takes():
     # Every row once, the last ones twice more: a support of more than 2^24 rows.
     last = torch.arange(rows - 5, rows, dtype=torch.int32)
     table = torch.cat([torch.arange(rows, dtype=torch.int32), last, last, last[:1]]).view(-1, 2)
-    counts = NeighborCounts.of_table(table, database)
+    counts = NeighborCounts.from_table(table, database)
     assert len(counts.rows) == rows
     assert int(counts.counts.sum()) == table.numel()
     drawn = counts.propose(database, 1000, generator).ids
@@ -668,7 +670,7 @@ def test_top_m_has_the_order_of_a_stable_sort():
 
 def test_a_table_with_rows_that_do_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"row 32 of a database of 32 rows"):
-        NeighborCounts.of_table(torch.tensor([[0, 32]]), small_database())
+        NeighborCounts.from_table(torch.tensor([[0, 32]]), small_database())
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -691,3 +693,89 @@ def test_neighbors_take_rows_and_join():
     assert [r[0]["row"] for r in some.records] == found.indices[[2, 0], 0].tolist()
     joined = Neighbors.cat([found.take(torch.tensor([0])), found.take(torch.tensor([1, 2]))])
     assert torch.equal(joined.indices, found.indices[:, :3])
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [
+        ExcludeSelf(NearestNeighbors()),
+        ExcludeGroup(NearestNeighbors(), "label"),
+        Diverse(ExcludeSelf(NearestNeighbors()), 0.5, 10),
+        MaxSimilarity(ExcludeSelf(NearestNeighbors()), 5),
+    ],
+    ids=repr,
+)
+def test_queries_without_ids_are_refused_where_ids_matter(retriever, model):
+    """They were searched as if nothing were excluded: an image conditioned its own training."""
+    database = small_database()
+    query = Query(database.embeddings(torch.tensor([0, 1])))
+    name = "ExcludeGroup" if "Group" in repr(retriever) else "ExcludeSelf"
+    with pytest.raises(ValueError, match=f"{name} leaves out .*has no ids: give Query") as error:
+        retriever.retrieve(query, database, 3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"{name} leaves out"):
+        neighbor_table(query, database, 3, retriever)
+    new = retriever.retrieve(dataclasses.replace(query, ids=torch.tensor([-1, 1])), database, 3)
+    assert 0 in new.indices[0].tolist()
+    assert 1 not in new.indices[1].tolist()
+    # A prompt or a picture is no row; a drawn row is one.
+    asking = model.replace(retriever=retriever, proposal=Uniform())
+    assert asking.sample(prompts=["a"], k=3).neighbors.k == 3
+    out = asking.sample(n=5, k=3)
+    for row, found in zip(out.query.ids.tolist(), out.neighbors.indices.tolist(), strict=True):
+        assert row not in found
+    with pytest.raises(ValueError, match="has no ids"):
+        asking.sample(query=Query(torch.randn(1, 8)))
+
+
+def test_how_far_one_query_has_to_look_changes_nothing_for_another():
+    database = small_database(rows=40, dim=8)
+    near = database.embeddings(torch.tensor([3]))
+    queries = torch.cat([near, -near, torch.randn(3, 8)])
+    for retriever in (
+        ExcludeDuplicates(RandomOfTop(NearestNeighbors(), 40), 0.0),
+        ExcludeGroup(NearestNeighbors(), "label"),
+        ExcludeSelf(RandomOfTop(NearestNeighbors(), 20)),
+    ):
+        ids = torch.tensor([3, -1, 5, 6, -1])
+
+        def ask(rows, retriever=retriever, ids=ids):
+            seeded = Randomness.of(0, rows, "retrieval")
+            query = Query(queries[rows], ids=ids[rows], generator=seeded)
+            return retriever.retrieve(query, database, 4)
+
+        whole = ask(list(range(5)))
+        for row in range(5):
+            alone = ask([row])
+            assert torch.equal(alone.indices[0], whole.indices[row])
+            assert torch.equal(alone.embeddings[0], whole.embeddings[row])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Diverse(NearestNeighbors(), 1.5, 5), "diversity=1.5"),
+        (lambda: Diverse(NearestNeighbors(), float("nan"), 5), "diversity=nan"),
+        (lambda: Diverse(NearestNeighbors(), 0.5, 0), "top=0"),
+        (lambda: RandomOfTop(NearestNeighbors(), 0), "top=0: give a whole number, at least 1"),
+        (lambda: RandomOfTop(NearestNeighbors(), 2.5), "top=2.5"),
+        (lambda: ExcludeDuplicates(NearestNeighbors(), float("nan")), "threshold=nan"),
+        (lambda: ExcludeDuplicates(NearestNeighbors(), 95), "threshold=95: give .*at most 1"),
+        (lambda: ReciprocalRankFusion(NearestNeighbors(), 5, -1.0), "constant=-1.0"),
+        (lambda: ReciprocalRankFusion(NearestNeighbors(), 0), "top=0"),
+        (lambda: MaxSimilarity(NearestNeighbors(), -1), "top=-1"),
+        (lambda: TopM(Uniform(), fraction=float("nan")), "fraction=nan"),
+        (lambda: neighbor_table(ASKED, small_database(), 0, NearestNeighbors()), "k=0"),
+        (
+            lambda: neighbor_table(ASKED, small_database(), 2, NearestNeighbors(), batch_size=0),
+            "batch_size=0",
+        ),
+        (
+            lambda: neighbor_table(ASKED, small_database(), 2, NearestNeighbors(), seed=-1),
+            "seed=-1",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from retrodiff.checkpoints.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
+from retrodiff.text import printable
+from retrodiff.untrusted import inside
+
 SAFE = ("*.json", "*.safetensors", "*.md", "*.yaml")
 """Files that hold no code."""
 
@@ -19,16 +23,6 @@ SAVED = (
 
 STALE = ("weights*.safetensors", "weights.safetensors.index.json", "encoder/*")
 """What an earlier upload may have left: loading would prefer its index, or mix in its encoder."""
-
-_PARTS, _NAME = ("unet", "vae", "vqvae"), "diffusion_pytorch_model"
-DIFFUSERS = (
-    "model_index.json", "scheduler/*.json", *(f"{part}/*.json" for part in _PARTS),
-    *(f"{part}/{_NAME}{end}.safetensors" for part in _PARTS for end in ("", "-*-of-*")),
-)  # fmt: skip
-"""What `load_diffusers` reads of a pipeline: not the text encoder."""
-
-PICKLED = tuple(f"{part}/{_NAME}.bin" for part in _PARTS)
-"""Its weights in older repositories, which are then read as tensors only."""
 
 
 def fetch(
@@ -51,8 +45,8 @@ def fetch(
     Raises:
         FileNotFoundError: the repository does not exist, or there is no network.
     """
-    if Path(repo).is_dir():
-        return Path(repo)
+    if Path(repo).expanduser().is_dir():
+        return Path(repo).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -68,23 +62,29 @@ def fetch(
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{repo} is neither a folder here nor to be had from the Hub "
+            f"{printable(repo)} is neither a folder here nor to be had from the Hub "
             f"({type(error).__name__}): check name and network, or hand in a local folder"
         ) from error
 
 
-def fetch_pipeline(repo: str) -> Path:
+def fetch_pipeline(repo: str, variant: str | None = None) -> Path:
     """What `load_diffusers` reads of a pipeline such as ``fusing/rdm``; see `fetch`.
 
-    Pickled weights are fetched only for the parts that have no safetensors.
+    Pickled weights are fetched only for the parts that have no safetensors, and variants (``fp16``)
+    only for those that have no full weights, unless ``variant`` asks for one.
     """
-    folder = fetch(repo, patterns=DIFFUSERS)
-    wanting = [
-        file
-        for file, part in zip(PICKLED, _PARTS, strict=True)
-        if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))
-    ]
-    return fetch(repo, patterns=(*DIFFUSERS, *wanting)) if wanting else folder
+    patterns = DESCRIPTIONS
+    first, *later = stages(variant)
+    patterns = (*patterns, *(f"{part}/{name}" for part in PARTS for name in first))
+    folder = fetch(repo, patterns=patterns)
+    for stage in later:
+        parts = [part for part in PARTS if (folder / part).is_dir()]
+        wanting = [part for part in parts if not has_weights(folder / part, variant)]
+        if not wanting:
+            break
+        patterns = (*patterns, *(f"{part}/{name}" for part in wanting for name in stage))
+        folder = fetch(repo, patterns=patterns)
+    return folder
 
 
 def publish(
@@ -112,12 +112,16 @@ def publish(
 
     Raises:
         FileNotFoundError: the folder holds no saved model.
+        ValueError: a link in it leads out of it.
         PermissionError: ``private``, but everyone can see the repository.
         OSError: the Hub refuses, or cannot be reached.
     """
     folder = Path(folder)
     if not (folder.is_dir() and any(folder.rglob("*.safetensors")) and any(folder.glob("*.json"))):
         raise FileNotFoundError(f"{folder} holds no saved model: save one there first")
+    for file in folder.rglob("*"):  # a link may lead to what is nobody else's business
+        if any(file.match(pattern) for pattern in SAFE):
+            inside(folder, file.relative_to(folder).as_posix())
     from huggingface_hub import HfApi
 
     from retrodiff.databases.hub import hub_errors

@@ -10,12 +10,14 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from retrodiff.files import replacing, write_json
+from retrodiff.text import printable
+from retrodiff.untrusted import inside, read_json, read_tensors
 
 NAMES = {
     torch.float64: "F64",
@@ -106,41 +108,49 @@ def load_shards(path: str | Path, name: str = "model") -> dict[str, Tensor]:
         FileNotFoundError: there is none, or a shard is missing.
         ValueError: a file is damaged, or lacks a tensor that the index promises.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
-        single, index = path / f"{name}.safetensors", path / f"{name}.safetensors.index.json"
-        path = index if index.is_file() else single
+        single, index = f"{name}.safetensors", f"{name}.safetensors.index.json"
+        path = inside(path, index if (path / index).is_file() else single)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: check the path of the weights")
+        raise FileNotFoundError(f"{printable(path)} is not a file: check the path of the weights")
     if path.suffix != ".json":
-        return _opened(path)
-    try:
-        places: dict[str, str] = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of safetensors files: {error}") from error
+        return read_tensors(path)
+    places = _places(path)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{path} names {file!r}: shards lie beside their index")
         if not (path.parent / file).is_file():
-            raise FileNotFoundError(f"{path.parent / file} is missing, {path.name} names it")
-        tensors |= _opened(path.parent / file)
+            raise FileNotFoundError(
+                f"{printable(path.parent / file)} is missing, {path.name} names it"
+            )
+        found = read_tensors(inside(path.parent, file))
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(
+                f"{printable(path.parent / file)} holds {printable(min(twice)[:200])} once more, "
+                "which another shard holds already: fetch the files again"
+            )
+        tensors |= found
     absent = places.keys() - tensors.keys()
     if absent:
         raise ValueError(
-            f"{path} promises {len(absent)} tensors that its files lack: "
-            f"{', '.join(sorted(absent)[:10])}"
+            f"{printable(path)} promises {len(absent)} tensors that its files lack: "
+            f"{printable(', '.join(sorted(absent)[:10])[:500])}"
         )
     return tensors
 
 
-def _opened(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
+def _places(index: Path) -> dict[str, str]:
+    """The shard of each tensor, all of them beside their index."""
+    places: Any = read_json(index)
+    places = places.get("weight_map") if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is no safetensors file, or truncated: {error}"
-        ) from error
+            f"{printable(index)} is no index of safetensors files: it has no weight_map of names"
+        )
+    for file in cast("set[str]", set(places.values())):
+        if "/" in file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{printable(index)} names {printable(file[:200])!r}: shards are safetensors files "
+                "beside their index"
+            )
+    return cast("dict[str, str]", places)

@@ -60,6 +60,11 @@ def add_parser(commands: Any) -> None:
         help="for a model that was saved without one: open_clip:NAME:TAG, timm:NAME or a folder",
     )
     parser.add_argument(
+        "--trust-database",
+        action="store_true",
+        help="open the database wherever a model that others saved says that it is",
+    )
+    parser.add_argument(
         "--batch-size", type=types.count, default=64, help="images per network call"
     )
     parser.add_argument(
@@ -85,7 +90,8 @@ def run(options: argparse.Namespace) -> int:
         parts["proposal"] = Uniform()
     if options.encoder is not None:
         parts["encoder"] = encoder_from_string(options.encoder)
-    model = Model.load(options.model, **parts).to(options.device)
+    model = Model.load(options.model, trust_database=options.trust_database, **parts)
+    model = model.to(options.device)
     asked = _asked(options)
     out = model.sample(
         **asked,
@@ -96,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
+        progress=True,
     )
     folder = out.save(options.out, overwrite=options.overwrite)
     _save_sheet(folder / SHEET, model, out, asked)

@@ -66,7 +66,9 @@ def append_to_database(
                 warn_of(recorded.skipped)
                 return database
         elif resume and not (partial / BUILD).is_file() and _is_last(described, manifest):
-            return database  # finished: nothing of it was left to do
+            if partial.is_dir():
+                _remove(partial)
+            return database  # finished: only tidying up was left
         if "id" in database.columns:
             check_ids(source, database.table(["id"])["id"])
         if (partial / BUILD).is_file() and not resume:
@@ -127,10 +129,11 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         if not len(chosen):
             return database
         name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
-        about = write_tensors(path / name, {"rows": hidden})
-        reached("deletion written")
-        deleted = {"file": name, "rows": len(hidden), **about}
-        replace(database.manifest, deleted=deleted).write(path / MANIFEST)
+        with room_for(path, "make room, then try again; nothing was deleted"):
+            about = write_tensors(path / name, {"rows": hidden})
+            reached("deletion written")
+            deleted = {"file": name, "rows": len(hidden), **about}
+            replace(database.manifest, deleted=deleted).write(path / MANIFEST)
     return open_database(path, "exact")
 
 

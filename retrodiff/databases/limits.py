@@ -18,6 +18,9 @@ LARGE = 2**28
 RATIO = 200
 """How many times its compressed size a larger one may be; pictures and texts stay far below."""
 
+BATCH = 2**26
+"""Bytes of a column that are decoded at a time."""
+
 HEADER = 10_000
 """Bytes of the longest header of an npy file, as numpy has it."""
 
@@ -43,12 +46,15 @@ class Header:
         if length > min(HEADER, size):
             raise ValueError(f"its header claims {length} bytes")
         stream.seek(0)
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        self.shape, self.fortran, self.dtype = read(stream)
+        try:
+            version = np.lib.format.read_magic(stream)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            self.shape, self.fortran, self.dtype = read(stream)
+        except Exception:  # its text is parsed as Python's own, which may fail in many ways
+            raise ValueError("its header is damaged") from None
         self.fortran = self.fortran and len(self.shape) > 1
         if self.dtype.kind not in "fiubSUO" or not self.dtype.itemsize:
             raise ValueError(f"it holds {self.dtype}, no numbers or texts")
@@ -105,12 +111,12 @@ def check_ratio(metadata: Any, file: Path) -> None:
 
 
 def rows_at_a_time(file: Path, most: int) -> int:
-    """Rows of a parquet file that take at most `LARGE` bytes per column, however they are stored.
+    """Rows of a parquet file that take at most `BATCH` bytes per column, however they are stored.
 
     A text that occurs often is stored once; the longest of them counts.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
+    from pyarrow.compute import call_function
 
     opened = open_parquet(file, pre_buffer=False)
     texts = [
@@ -128,9 +134,9 @@ def rows_at_a_time(file: Path, most: int) -> int:
         first = opened.iter_batches(1, row_groups=[number], columns=texts, use_threads=False)
         for column in next(iter(first), pa.record_batch({})).columns:
             if pa.types.is_dictionary(column.type):
-                lengths = pc.max(pc.binary_length(column.dictionary)).as_py()
-                longest = max(longest, lengths or 1)
-    return min(max(LARGE // longest, 1), most)
+                lengths = call_function("binary_length", [column.dictionary]).to_pylist()
+                longest = max(longest, *(length or 0 for length in lengths))
+    return min(max(BATCH // longest, 1), most)
 
 
 def one_line(error: BaseException) -> str:

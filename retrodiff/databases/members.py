@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, NamedTuple
 
-from retrodiff.databases.walk import ENDINGS, is_picture
+from retrodiff.databases.walk import ENDINGS, is_picture, is_tar
 from retrodiff.decoding import looks_like_picture
 from retrodiff.text import escaped
 
@@ -173,6 +173,9 @@ def _members(file: Path, tar: tarfile.TarFile, opened: TarBytes) -> Iterator[_Me
             to = posixpath.normpath(posixpath.join(str(path.parent), about.linkname))
             yield _Member(name, None, escaped(to), picture, None)
         elif about.isfile() and not about.issparse():
+            if is_tar(name):
+                yield _Member(name, None, None, True, "a tar within the tar: unpack it")
+                continue
             ending = path.name.rpartition(".")[2].lower() if "." in path.name else ""
             if not picture and ending not in NO_PICTURES and about.size:
                 opened.seek(about.offset_data)

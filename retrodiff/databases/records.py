@@ -144,7 +144,7 @@ def _column(values: list[Any], records: Sequence[Mapping[str, Any]]) -> tuple[An
     if array is None:
         array = _array(plain := [_simple(value) for value in values])
         if array is None:
-            why = _reason(plain, records)
+            why = _reason(plain, values, records)
             return pa.array([as_text(value) for value in values], pa.string()), why
     return array, None
 
@@ -179,11 +179,13 @@ def _simple(value: Any) -> Any:
     return plain_json(value)
 
 
-def _reason(values: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _reason(
+    plain: Sequence[Any], values: Sequence[Any], records: Sequence[Mapping[str, Any]]
+) -> str:
     """Which two values do not fit into one column, or which one fits into none."""
 
     def fails(last: int) -> bool:
-        return _array(values[: last + 1]) is None
+        return _array(plain[: last + 1]) is None
 
     bad = bisect.bisect_left(range(len(values)), True, key=fails)
     bad = min(bad, len(values) - 1)

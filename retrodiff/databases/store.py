@@ -19,7 +19,7 @@ from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import Thumbnails, map_shard, read_deleted
-from retrodiff.files import REPLACED, make_folder
+from retrodiff.files import REPLACED, given, make_folder
 from retrodiff.hashed import check_file
 from retrodiff.indexes import (
     TARGET,
@@ -49,7 +49,7 @@ class EmbeddingDatabase(Searchable):
 
     def __init__(self, path: Path, manifest: Manifest, root: str | Path | None = None):
         self.path, self.manifest = path, manifest
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else given(root)
         self.hidden: Tensor | None = None
         if manifest.deleted:
             file = self._here(manifest.deleted["file"])
@@ -334,7 +334,7 @@ def open_database(
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:
-        database = _open_folder(Path(path), root)
+        database = _open_folder(given(path), root)
     if index is None:
         return database if shared or len(database) <= EXACT_ROWS else _with_best_index(database)
     if isinstance(index, str):

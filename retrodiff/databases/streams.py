@@ -14,8 +14,11 @@ import numpy as np
 from retrodiff.databases.limits import Header, one_line, open_parquet, rows_at_a_time
 from retrodiff.pickled import read_plain_pickle
 
-HELD = 2**30
-"""Bytes of the largest array, or piece of records, that has to be in memory as a whole."""
+WHOLE = 2**29
+"""Bytes of the largest array that has to be in memory as a whole."""
+
+HELD = 2**28
+"""Bytes of the largest piece of records."""
 
 INFLATED = 1_100
 """How many times its compressed size an array may be; DEFLATE reaches 1,032."""
@@ -68,7 +71,7 @@ class NpzArray:
 
     Compressed or not, the file is read once from its beginning to its end, and its checksum is
     compared. An array of objects or in Fortran's order has to be read whole, and may take a
-    gigabyte at most.
+    half a gigabyte at most.
 
     Args:
         file: the npz file.
@@ -122,7 +125,7 @@ class NpzArray:
     def _read_whole(self) -> np.ndarray:
         if self._whole is None:
             stream = self._open()
-            if self._size > HELD:
+            if self._size > WHOLE:
                 raise ValueError(
                     f"{self.name} of {self.file} takes {self._size} bytes, and its order asks for "
                     "all at once: save it in C order, in smaller parts"
@@ -146,8 +149,8 @@ class NpzArray:
                 raise ValueError("it is compressed as numpy never does")
             if about.file_size > INFLATED * about.compress_size:
                 raise ValueError(f"{about.compress_size} bytes claim to be {about.file_size}")
-            stream: Any = self._zip.open(about)
-            header = Header(stream, about.file_size)
+            self._stream = self._zip.open(about)
+            header = Header(self._stream, about.file_size)
         except FileNotFoundError:
             raise
         except _DAMAGED as error:
@@ -158,11 +161,12 @@ class NpzArray:
             ) from None
         self.shape, self.dtype, self._fortran = header.shape, header.dtype, header.fortran
         self._size = about.file_size
-        return stream
+        return self._stream
 
     def _close(self) -> None:
-        if self._zip is not None:
-            self._zip.close()
+        for opened in (self._stream, self._zip):
+            if opened is not None:
+                opened.close()
         self._stream = self._zip = None
 
 
@@ -203,16 +207,12 @@ class ParquetRows:
         import pyarrow as pa
 
         if self._batches is None or start < self._at:
-            opened = open_parquet(self.file, memory_map=True, pre_buffer=False)
-            self._batches = opened.iter_batches(rows_at_a_time(self.file, 8192))
-            self._held, self._at = [], 0
+            self._batches, self._held, self._at = self._open(), [], 0
         while self._at + sum(map(len, self._held)) < end:
             try:
                 self._held.append(next(self._batches))
             except (pa.ArrowException, OSError, StopIteration) as error:
-                raise ValueError(
-                    f"{self.file} is damaged ({one_line(error)}): fetch it again"
-                ) from None
+                raise self._damaged(error) from None
             self._forget(start)
             if sum(batch.nbytes for batch in self._held) > HELD:
                 raise ValueError(
@@ -224,6 +224,16 @@ class ParquetRows:
         if end == self.rows:
             self._batches = None  # closes the file
         return table.rename_columns([self.names.get(n, n) for n in table.column_names])
+
+    def _open(self) -> Any:
+        try:
+            rows = rows_at_a_time(self.file, 8192)
+            return open_parquet(self.file, memory_map=True, pre_buffer=False).iter_batches(rows)
+        except OSError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.file} is damaged ({one_line(error)}): fetch it again")
 
     def _forget(self, row: int) -> None:
         """Lets go of what lies wholly before a row."""

@@ -15,7 +15,7 @@ ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "avifs", "jfif", "jpe"),
     *("jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "heic", "heif", "jxl", "ppm", "pgm", "pbm", "pnm"),
     *("pfm", "apng", "ico", "icns", "cur", "dib", "tga", "dds", "psd", "pcx", "qoi", "sgi", "mpo"),
-    *("bw", "ras", "xbm", "xpm", "im", "fits", "fit"),
+    *("bw", "ras", "xbm", "xpm", "im"),
 )
 """Endings of picture files, the most usual first."""
 

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from retrodiff.files import (
     repair,
     replacing,
     room_for,
+    sync,
 )
 from retrodiff.hashed import about_file
 from retrodiff.indexes.saved import own_index_files
@@ -165,7 +166,7 @@ class Work:
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         self._logged += len(skipped)
 
     def _compare(self, shard: Shard) -> None:
@@ -210,24 +211,39 @@ def make_database(
     replacing_one = overwrite and unfinished(partial)
     if resume and (path / MANIFEST).is_file() and not replacing_one:
         found = open_database(path)
-        check_same(plan, found.manifest, path)
-        return found
+        with suppress(ValueError) if overwrite else nullcontext():
+            check_same(plan, found.manifest, path)
+            return found
     check_place(path, resume=resume, overwrite=overwrite)
-    with writing(partial, make=make_folder):
+    with (
+        writing(path) if path.exists() else nullcontext(),
+        writing(partial, make=make_folder),
+        _no_empty_folder(partial),
+    ):
         repair(path, MANIFEST, own_files)
-        with writing(path) if path.exists() else nullcontext():
-            check_place(path, resume=resume, overwrite=overwrite)
-            if (partial / REPLACED).is_file():
-                clear(partial)  # killed when it had changed places with the new one
-            with room_for(partial, MAKE_ROOM):
-                done = Work(partial, plan, state=state).run(resume, fill)
-                if not (partial / MANIFEST).is_file():
-                    done.write(partial / MANIFEST)
-                reached("manifest written")
-                for name in (BUILD, LOG):
-                    (partial / name).unlink(missing_ok=True)
-                put(partial, path, MANIFEST, own_files, overwrite)
+        check_place(path, resume=resume, overwrite=overwrite)
+        if (partial / REPLACED).is_file():
+            clear(partial)  # killed when it had changed places with the new one
+        with room_for(partial, MAKE_ROOM):
+            done = Work(partial, plan, state=state).run(resume, fill)
+            if not (partial / MANIFEST).is_file():
+                done.write(partial / MANIFEST)
+            reached("manifest written")
+            for name in (BUILD, LOG):
+                (partial / name).unlink(missing_ok=True)
+            put(partial, path, MANIFEST, own_files, overwrite)
     return open_database(path)
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes a folder if the block fails before anything is in it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tells whether two sets of weights, or two encoders, are the same ones."""
+"""Tells whether two sets of weights, or two encoders, are the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from retrodiff.interfaces import Encoder, Fingerprint
 
+COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts before the names of a module that it has wrapped."""
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors under the names that they have without ``torch.compile``."""
+    return {k.replace(COMPILED, ""): v for k, v in module.state_dict().items()}
+
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Hash of names, types, shapes and bytes of a state dict, whatever its order and device.
@@ -20,8 +28,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         The first 32 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
+    plain = {name.replace(COMPILED, ""): tensor for name, tensor in state.items()}
+    for name in sorted(plain):
+        tensor = plain[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.cpu().contiguous().reshape(-1)
         if flat.numel():
@@ -29,19 +38,12 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def known_fingerprint(encoder: Encoder) -> Fingerprint:
-    """An encoder's fingerprint, with an empty weights hash while its weights are not here yet."""
-    if getattr(encoder, "loaded", True):
-        return encoder.fingerprint
-    return encoder.identity  # type: ignore[attr-defined]
-
-
 def difference(encoder: Encoder, stored: Fingerprint) -> str | None:
     """What differs between an encoder and the one a fingerprint is of, in words; None: nothing.
 
     Weights are compared where both sides know theirs.
     """
-    mine = known_fingerprint(encoder)
+    mine = encoder.identity
     if not (mine.weights and stored.weights):
         mine, stored = replace(mine, weights=""), replace(stored, weights="")
     return mine.disagreement(stored)

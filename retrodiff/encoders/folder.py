@@ -2,129 +2,187 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from retrodiff.budget import TooLarge, within
 from retrodiff.encoders.clip import CLIPEncoder
-from retrodiff.encoders.fingerprint import weights_hash
+from retrodiff.encoders.described import problem
+from retrodiff.encoders.fingerprint import plain_state, weights_hash
 from retrodiff.encoders.timm import TimmEncoder
-from retrodiff.files import write_json, write_safetensors
-
-E = TypeVar("E", CLIPEncoder, TimmEncoder)
+from retrodiff.files import plain_json, write_folder, write_json, write_safetensors
+from retrodiff.text import printable
+from retrodiff.untrusted import inside, read_json, read_tensors
 
 FORMAT = 1
+MARKER, WEIGHTS = "encoder.json", "encoder.safetensors"
+OURS = ("format", "weights")
+"""Entries of the description that are not arguments."""
 
 
-def save_encoder(encoder: CLIPEncoder | TimmEncoder, path: str | Path) -> None:
-    """Writes the encoder's configuration, weights and fingerprint into a folder."""
-    path = Path(path)
+def save_encoder(
+    encoder: CLIPEncoder | TimmEncoder, path: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Writes the encoder's configuration, weights and fingerprint into a folder.
+
+    Args:
+        encoder: to be kept.
+        path: the folder; it appears whole or not at all.
+        overwrite: replace an earlier encoder there.
+
+    Returns:
+        The folder.
+    """
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
-    write_safetensors(path / "encoder.safetensors", module.state_dict(), {"format": str(FORMAT)})
-    config = {"format": FORMAT, **encoder.config(), "weights": encoder.fingerprint.weights}
-    write_json(path / "encoder.json", config)
+    state = plain_state(module)
+    config = {**plain_json(encoder.config()), "weights": weights_hash(state)}
+    reason = problem({k: v for k, v in config.items() if k not in (*OURS, "pretrained")})
+    if reason is not None:
+        warnings.warn(
+            f"the encoder is saved, but no file may describe it ({reason}): load it with "
+            "load_encoder(path, name=..., ...), which repeats that",
+            stacklevel=2,
+        )
+
+    def write(folder: Path) -> None:
+        write_safetensors(folder / WEIGHTS, state, {"format": str(FORMAT)})
+        write_json(folder / MARKER, {"format": FORMAT, **config})
+
+    return write_folder(path, write, marker=MARKER, own=own_files, overwrite=overwrite)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of an encoder's folder that `save_encoder` wrote."""
+    del folder
+    return {MARKER, WEIGHTS}
 
 
 def load_encoder(
-    path: str | Path, *, device: torch.device | str = "cpu"
+    path: str | Path, *, device: torch.device | str = "cpu", **confirmed: Any
 ) -> CLIPEncoder | TimmEncoder:
-    """The encoder that `save_encoder` wrote; its weights are checked against their hash."""
-    path = Path(path)
+    """The encoder that `save_encoder` wrote; its weights are checked against their hash.
+
+    Of what the folder says, only names that open_clip and timm know themselves are taken, and
+    arguments of a fixed list (see `retrodiff.encoders.described`): nothing in it can fetch a file
+    or run code.
+
+    Args:
+        path: the folder.
+        device: where the weights live.
+        **confirmed: arguments of the encoder that take the place of the folder's own. They are
+            yours, so any is taken: ``name="hf-hub:OWNER/NAME"``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: it is damaged, or describes what only a caller may ask for.
+    """
+    path = Path(path).expanduser()
     config = _described(path)
-    if config.pop("format") > FORMAT:
-        raise ValueError(f"{path} has a newer format than {FORMAT}: upgrade retrodiff")
     kind, weights = config.pop("kind"), config.pop("weights")
-    state = _weights(path / "encoder.safetensors")
+    config = {k: v for k, v in config.items() if k not in confirmed and k != "pretrained"}
+    if (reason := problem({"kind": kind, **config}, without=confirmed)) is not None:
+        raise ValueError(
+            f"{path / MARKER}: {reason}. A file cannot ask for that; if you know what it is, "
+            "repeat it in code: load_encoder(path, name=..., ...)"
+        )
+    state = _weights(path)
     if (found := weights_hash(state)) != weights:
         raise ValueError(
-            f"{path}: encoder.safetensors has weights {found}, encoder.json expects {weights}: "
-            "the two files are not from one encoder"
+            f"{path}: encoder.safetensors has weights {found}, encoder.json expects "
+            f"{_shown(weights)}: the two files are not from one encoder"
         )
-    config.pop("pretrained", None)  # whatever was downloaded then is in the folder now
-    if kind == "clip":
-        encoder = CLIPEncoder.from_config(config.pop("config"), device=device, **config)
-    elif kind == "open_clip":
-        encoder = CLIPEncoder(device=device, **config)
-    elif kind == "timm":
-        encoder = TimmEncoder(device=device, **config)
-    else:
-        raise ValueError(f"{path / 'encoder.json'}: unknown kind of encoder {kind!r}")
+    encoder = _built(kind, {**config, **confirmed}, state, path, device)
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split())[:500])
         raise ValueError(
             f"{path}: encoder.safetensors does not fit encoder.json, was one of them edited? "
-            f"{reason:.500}"
+            f"{reason}"
         ) from error
     return encoder
 
 
-def _described(path: Path) -> dict[str, Any]:
-    file = path / "encoder.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no encoder.json: not a folder made by save_encoder")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged") from None
-    if not (isinstance(config, dict) and {"format", "kind", "weights"} <= set(config)):
-        raise ValueError(f"{file} does not describe an encoder: the file is damaged")
-    return cast("dict[str, Any]", config)
+def named_encoder(config: Any) -> CLIPEncoder:
+    """An encoder of published weights that a file names; they are fetched when it is first used.
 
+    Args:
+        config: what its ``config()`` returned.
 
-def _weights(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: copy the whole folder")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
+    Raises:
+        ValueError: it is none of open_clip's own models and weights.
+    """
+    reason = "it is no description of one"
+    if isinstance(config, dict) and config.get("kind") == "open_clip":
+        reason = problem(cast("dict[str, Any]", config))
+        if reason is None and config.get("pretrained") is None:
+            reason = "it names no weights"
+    if reason is not None:
         raise ValueError(
-            f"{file} ({file.stat().st_size:,} bytes) is no safetensors file, or truncated: {error}"
+            f"the encoder that the file names cannot be taken from a file: {reason}; pass it in "
+            "code, encoder=..."
+        )
+    return CLIPEncoder(**{k: v for k, v in config.items() if k != "kind"})
+
+
+def _built(
+    kind: str,
+    arguments: dict[str, Any],
+    state: dict[str, Tensor],
+    path: Path,
+    device: torch.device | str,
+) -> CLIPEncoder | TimmEncoder:
+    try:
+        with within(state, str(path)):
+            if kind == "clip":
+                return CLIPEncoder.from_config(arguments.pop("config"), device=device, **arguments)
+            if kind == "open_clip":
+                return CLIPEncoder(device=device, **arguments)
+            return TimmEncoder(device=device, **arguments)
+    except TooLarge as error:
+        raise ValueError(
+            f"{path}: encoder.safetensors does not fit encoder.json: {error}"
+        ) from None
+    except Exception as error:  # numbers that do not go together: whatever it raises, one line
+        reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
+        raise ValueError(
+            f"{path / MARKER}: no encoder can be made from this description: {reason}"
         ) from error
 
 
-def encoder_from_string(
-    text: str, *, pretrained: bool = True, device: torch.device | str = "cpu", **options: Any
-) -> CLIPEncoder | TimmEncoder:
-    """The encoder that a command line names.
+def _described(path: Path) -> dict[str, Any]:
+    if not (path / MARKER).is_file():
+        raise FileNotFoundError(f"{path} holds no encoder.json: not a folder made by save_encoder")
+    file = inside(path, MARKER)
+    config = read_json(file, largest=1 << 20)
+    if not (isinstance(config, dict) and {"format", "kind", "weights"} <= set(config)):
+        raise ValueError(f"{file} does not describe an encoder: the file is damaged")
+    number = config.pop("format")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{file} has the format {_shown(number)}: the file is damaged")
+    if number > FORMAT:
+        raise ValueError(f"{path} has a newer format than {FORMAT}: upgrade retrodiff")
+    return cast("dict[str, Any]", config)
 
-    Args:
-        text: ``open_clip:NAME:TAG``, ``timm:NAME`` or a folder made by `save_encoder`.
-        pretrained: False: random weights, whatever the name says.
-        device: where the weights live.
-        **options: further arguments of the encoder, such as ``image_size`` or ``preprocessing``.
-    """
-    kind, _, rest = text.partition(":")
-    if kind == "open_clip" and rest:
-        name, _, tag = rest.partition(":")
-        if pretrained and not tag:
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not (path / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{path / WEIGHTS} is missing: copy the whole folder")
+    state = read_tensors(inside(path, WEIGHTS))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise ValueError(
-                f"{text!r} names no weights: add a tag (open_clip:{name}:TAG) or --no-pretrained"
+                f"{path / WEIGHTS}: {_shown(name)} holds numbers that are not finite: the training "
+                "diverged, or the file is damaged"
             )
-        tag = tag if pretrained else None
-        return _seeded(lambda: CLIPEncoder(name, tag, device=device, **options))
-    if kind == "timm" and rest:
-        return _seeded(lambda: TimmEncoder(rest, pretrained, device=device, **options))
-    if not Path(text).exists():
-        raise FileNotFoundError(
-            f"no encoder {text!r}: give open_clip:NAME:TAG, timm:NAME or a folder of save_encoder"
-        )
-    if options:
-        raise ValueError(f"{text} is a saved encoder, its {', '.join(options)} cannot be changed")
-    return load_encoder(text, device=device)
+    return state
 
 
-def _seeded(make: Callable[[], E]) -> E:
-    """Random weights must be the same ones every time a name is given, or nothing would match."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make()
+def _shown(value: Any) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

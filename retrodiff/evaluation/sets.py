@@ -12,7 +12,7 @@ from torch import Tensor
 from retrodiff.databases import ImageFolder, Searchable, Source, open_database
 from retrodiff.databases.encoding import encode_here, encode_images
 from retrodiff.databases.images import thumbnail, to_bytes
-from retrodiff.databases.ingest import SkippedPictures, skipped_message
+from retrodiff.databases.skipped import SkippedPictures, skipped_message
 from retrodiff.interfaces import Database, Encoder
 from retrodiff.pictures import to_image
 from retrodiff.progress import progress_bar

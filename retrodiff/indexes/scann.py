@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.native import heard
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_loaded, check_numbers, check_search
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 from retrodiff.text import printable
 
@@ -47,6 +55,7 @@ class ScaNN:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> ScaNNIndex:
         """Partitions and codes of every row; they are all in memory in float32 meanwhile."""
         scann = _import_scann()
@@ -92,12 +101,12 @@ class ScaNNIndex(Index):
         (folder / "scann").mkdir()
         self.searcher.serialize(str(folder / "scann"), relative_path=True)
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        cpu = queries.detach().cpu().float()
-        points = unit_rows(cpu, cpu.norm(dim=1)).numpy()
+        points = unit64(queries.cpu()).float().numpy()
         ids, scores = self.searcher.search_batched(points, final_num_neighbors=n)
         # Where fewer are found, the rest is row 0 with a score of NaN.
         found = [

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.native import heard
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_loaded, check_numbers, check_search
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
 
@@ -40,6 +48,7 @@ class USearch:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> USearchIndex:
         """Inserts every row into the graph."""
         graph = self._empty(vectors.dim)
@@ -84,12 +93,12 @@ class USearchIndex(Index):
         """Writes the graph."""
         self.graph.save(str(folder / "graph.usearch"))
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        cpu = queries.detach().cpu().float()
-        points = unit_rows(cpu, cpu.norm(dim=1)).numpy()
+        points = unit64(queries.cpu()).float().numpy()
         found = [
             torch.from_numpy(self.graph.search(point, n).keys.astype(np.int64)) for point in points
         ]

@@ -2,7 +2,8 @@
 
 from retrodiff.networks.dit import DiT
 from retrodiff.networks.kl import KLAutoencoder
+from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 
-__all__ = ["DiT", "KLAutoencoder", "UNet", "VQAutoencoder"]
+__all__ = ["DiT", "KLAutoencoder", "PrincipalPatches", "UNet", "VQAutoencoder"]
