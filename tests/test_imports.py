@@ -21,7 +21,7 @@ LAYERS = [
         "seal",
         "text",
     },
-    {"budget", "components", "decoding", "files", "progress", "untrusted", "values"},
+    {"budget", "components", "decoding", "files", "progress", "untrusted"},
     {"hashed", "interfaces", "pickled"},
     {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
