@@ -1,4 +1,4 @@
-"""Roles of generation: conditioners, generators, and the parts that a diffusion model is made of."""
+"""Roles of generation: conditioners, generators, and the parts of a diffusion model."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
