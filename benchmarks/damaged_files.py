@@ -278,7 +278,7 @@ def use_model(folder: Path) -> Any:
     """One image."""
     loaded = Model.load(folder / "m", database=small())
     query = Query(torch.ones(1, 8))
-    return loaded.sample(query, seed=0, progress=False).images
+    return loaded.sample(query=query, seed=0, progress=False).images
 
 
 def make_encoder(folder: Path) -> None:
