@@ -45,7 +45,7 @@ trained = fit(
     data,
     steps=options.steps,
     batch_size=32,
-    rate=cosine(1e-3, options.steps, warmup=min(100, options.steps // 10)),
+    lr=cosine(1e-3, options.steps, warmup=min(100, options.steps // 10)),
     ema=0.999 if options.steps >= 2000 else 0.9,
     checkpoint=options.out / "training.safetensors",
     resume=True,

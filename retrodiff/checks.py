@@ -26,7 +26,10 @@ from retrodiff.interfaces import (
 from retrodiff.numbers import whole
 
 ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
+    "encoder": (
+        Encoder,
+        ("dim", "fingerprint", "encode_image", "loaded", "identity", "preparation", "to"),
+    ),
     "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
     "retriever": (Retriever, ("retrieve",)),
     "proposal": (ProposalDistribution, ("support", "propose")),

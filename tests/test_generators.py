@@ -235,7 +235,6 @@ RAW = NeighborEmbeddings("raw")
         QueryAndNeighbors("raw"),
         Forgetful(QueryAndNeighbors("raw")),
     ],
-    ids=summary,
 )
 def test_no_wrapper_switches_the_scale_check_off(conditioner, recipe):
     assert "norms are lost" in refusal(conditioner, "unit")

@@ -21,6 +21,7 @@ LAYERS = [
         "seal",
         "text",
     },
+    {"plain"},
     {"budget", "components", "decoding", "files", "progress", "untrusted"},
     {"hashed", "interfaces", "pickled"},
     {"pictures", "tensors"},

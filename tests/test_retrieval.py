@@ -1,6 +1,7 @@
 """Retrievers, proposals and neighbor tables: contracts, brute-force oracles, statistics, errors."""
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parts import HashingEncoder
+from safetensors import safe_open
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
 from retrodiff.randomness import Randomness, normal
@@ -418,10 +420,15 @@ def test_rows_beyond_31_bits_are_kept_whole(tmp_path):
 
 
 def test_a_table_killed_at_any_moment_is_finished_to_the_same_bytes(tmp_path):
-    """What a killed process leaves is a prefix of the file: every one of them is tried."""
+    """What a killed process leaves is a prefix of the file, and of its batches' hashes."""
     table_in(tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
+    blank = whole.replace(
+        safe_open(tmp_path / "whole", "pt").metadata()["sha256"].encode(), b"0" * 64
+    )
+    ends = [header + min(5 * i, 23) * 3 * 4 for i in range(1, 6)]
+    hashes = [f"{hashlib.sha256(blank[:end]).hexdigest()}\n" for end in ends]
     asked = []
 
     class Asked(Retriever):
@@ -435,12 +442,13 @@ def test_a_table_killed_at_any_moment_is_finished_to_the_same_bytes(tmp_path):
     data = range(header, len(whole) + 1)
     for length in [0, 4, 8, header - 1, *data[::7], len(whole)]:
         path = tmp_path / "killed"
-        (tmp_path / "killed.partial").write_bytes(whole[:length])
+        logged = sum(end <= length for end in ends)
+        (tmp_path / "killed.partial").write_bytes((blank, whole)[length == len(whole)][:length])
+        (tmp_path / "killed.batches.partial").write_text("".join(hashes[:logged]))
         asked.clear()
         table_in(path, retriever=Asked(), resume=True)
         assert path.read_bytes() == whole
-        batches = max(0, length - header) // (5 * 3 * 4)
-        assert sum(asked) == (0 if length == len(whole) else 23 - 5 * batches)
+        assert sum(asked) == 23 - min(5 * logged, 23)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
         path.unlink()
 
@@ -463,7 +471,10 @@ table_in(__import__("pathlib").Path({str(tmp_path / "killed")!r}), retriever=Kil
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["killed.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "killed.batches.partial",
+        "killed.partial",
+    ]
     table_in(tmp_path / "killed", resume=True)
     table_in(tmp_path / "whole")
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -500,7 +511,7 @@ def test_a_table_of_something_else_is_refused(tmp_path):
     table_in(path, overwrite=True, seed=1)
     assert path.read_bytes() != kept
     path.write_bytes(kept[:-1])
-    with pytest.raises(ValueError, match=r"no whole table"):
+    with pytest.raises(ValueError, match=r"damaged or no file of tensors"):
         open_neighbor_table(path, small_database())
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,10 @@ from retrodiff.interfaces.values import Fingerprint, Neighbors, Query, Record
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Maps images to embeddings (φ)."""
+    """Maps images to embeddings (φ in the paper).
+
+    Three members must be written; the rest has defaults, and what wraps an encoder forwards it.
+    """
 
     @property
     def dim(self) -> int:
@@ -33,6 +36,34 @@ class Encoder(Protocol):
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] of any size -> embeddings (b, d), raw scale."""
         ...
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory; False while published ones wait for the first use."""
+        return True
+
+    @property
+    def identity(self) -> Fingerprint:
+        """The fingerprint, the hash of its weights empty while they are not loaded."""
+        return self.fingerprint
+
+    @property
+    def preparation(self) -> Callable[[Tensor], Tensor] | None:
+        """A function from images to what `encode_prepared` takes; None: those take images.
+
+        It takes images (b, c, h, w) of any size, uint8 or in [-1, 1], works on each alone, and can
+        be sent to other processes, which decode and resize ahead of the encoder.
+        """
+        return None
+
+    def encode_prepared(self, prepared: Tensor) -> Tensor:
+        """Prepared images (b, ...) -> embeddings (b, d), raw scale."""
+        return self.encode_image(prepared)
+
+    def to(self, device: torch.device | str) -> Encoder:
+        """Moves the weights, where there are any; returns the encoder itself."""
+        del device
+        return self
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retrodiff.files import given, place
 from retrodiff.interfaces import Database, Query, Randomness, Retriever
 from retrodiff.numbers import LARGEST_SEED, whole
 from retrodiff.retrieval.table import map_table, tabulated
@@ -80,7 +81,7 @@ def neighbor_table(
         batch_size=batch_size,
         what="neighbors",
         progress=progress,
-        path=None if path is None else Path(path),
+        path=None if path is None else place(path),
         about=about,
         resume=resume,
         overwrite=overwrite,
@@ -95,7 +96,7 @@ def open_neighbor_table(path: str | Path, database: Database, k: int | None = No
         database: the one that the rows are of; any other is refused.
         k: neighbors per query, the first of those in the file; None: all.
     """
-    table, about = map_table(Path(path))
+    table, about = map_table(given(path))
     for name, value in _of_database(database).items():
         if about.get(name) != str(value):
             raise ValueError(

@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retrodiff.files import write_safetensors
+from retrodiff.files import given, place
 from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
 from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
+from retrodiff.tensors import map_file, write_hashed_tensors
 
 FORMAT = 1
 
@@ -113,22 +114,33 @@ class NeighborCounts(_Drawing):
     def save(self, path: str | Path) -> None:
         """One safetensors file with the fingerprint in its header."""
         header = {"format": str(FORMAT), "fingerprint": json.dumps(vars(self.fingerprint))}
-        write_safetensors(Path(path), {"rows": self.rows, "counts": self.counts}, header)
+        write_hashed_tensors(place(path), {"rows": self.rows, "counts": self.counts}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> NeighborCounts:
-        """What `save` wrote."""
-        from safetensors import safe_open
+        """The proposal in a file written by `save`.
 
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != str(FORMAT):
-                raise ValueError(
-                    f"{path} has format {header.get('format')}, but this version reads proposals "
-                    f"of format {FORMAT}"
-                )
-            fingerprint = Fingerprint(**json.loads(header["fingerprint"]))
-            return cls(file.get_tensor("rows"), file.get_tensor("counts"), fingerprint)
+        Raises:
+            ValueError: the file is damaged, or of another format.
+        """
+        again = "fit the proposal again"
+        found = map_file(given(path), again=again)
+        if found.metadata.get("format") != str(FORMAT):
+            raise ValueError(
+                f"{path} has format {found.metadata.get('format')!r:.40}, but this version reads "
+                f"proposals of format {FORMAT}"
+            )
+        try:
+            fingerprint = Fingerprint.from_json(json.loads(found.metadata["fingerprint"]))
+            rows, counts = found.tensors["rows"].clone(), found.tensors["counts"].clone()
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no proposal ({error}): {again}") from None
+        whole = rows.dtype == counts.dtype == torch.int64
+        if not whole or rows.ndim != 1 or rows.shape != counts.shape or not len(rows):
+            raise ValueError(f"{path} holds no counts of rows: {again}")
+        if int(rows[0]) < 0 or bool((rows.diff() <= 0).any()) or int(counts.min()) < 1:
+            raise ValueError(f"{path} is damaged (rows and counts out of range): {again}")
+        return cls(rows, counts, fingerprint)
 
 
 @dataclass(frozen=True)
