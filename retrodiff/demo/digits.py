@@ -34,9 +34,8 @@ from retrodiff.interfaces import Database, Mode, Query
 from retrodiff.model import Model
 from retrodiff.networks.unet import UNet
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM
-from retrodiff.training import TrainingSet, cosine, fit
+from retrodiff.training import FitResult, TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_clip
-from retrodiff.training import FitResult
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNSEEN = (8, 9)

@@ -155,7 +155,7 @@ def read_state(path: Path) -> State:
                     f"this version reads format {FORMAT}: continue it with the version that wrote "
                     "it, or delete it and start anew"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except PermissionError:
         raise PermissionError(f"{path} cannot be read: permission denied") from None
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:

@@ -121,8 +121,10 @@ def fit_views(
     Returns:
         The loss of every step (steps,).
     """
-
-    batch_size, temperature = whole("batch_size", batch_size, 2), real("temperature", temperature, above=0)
+    batch_size, temperature = (
+        whole("batch_size", batch_size, 2),
+        real("temperature", temperature, above=0),
+    )
     images = as_images(images)
     if len(images) < 2:
         raise ValueError("one image has no others to be compared with: give two or more")

@@ -91,7 +91,9 @@ def pixels(images: Images, rows: Tensor) -> Tensor:
 def embedded(images: Images, encoder: Encoder, rows: Tensor) -> Tensor:
     """Embeddings (b, d) of some images, all finite."""
     own = getattr(images, "embed", None)
-    found: Tensor = encoder.encode_image(pixels(images, rows)) if own is None else own(encoder, rows)
+    found: Tensor = (
+        encoder.encode_image(pixels(images, rows)) if own is None else own(encoder, rows)
+    )
     found = found.detach().float().cpu()
     finite = found.flatten(1).isfinite().all(1)
     _refuse(rows, finite, "has an embedding that is not finite: look at the encoder's weights")
