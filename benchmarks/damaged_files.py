@@ -256,7 +256,7 @@ def train(folder: Path, steps: int, resume: bool) -> Any:
 
     options = {"ema": average, "checkpoint": folder / "t.safetensors", "progress": False}
     with contextlib.suppress(KeyboardInterrupt):
-        optimize(module, loss, steps=5, rate=constant(1e-2), resume=resume, **options)
+        optimize(module, loss, steps=5, lr=constant(1e-2), resume=resume, **options)
     return tuple(p.detach() for p in module.parameters())
 
 

@@ -28,6 +28,7 @@ from retrodiff.interfaces import (
     Generator,
     Mode,
     Neighbors,
+    Prior,
     ProposalDistribution,
     Query,
     Randomness,
@@ -94,6 +95,7 @@ class Asker:
     database: Database | None
     retriever: Retriever
     proposal: ProposalDistribution | None
+    prior: Prior | None
     conditioner: Conditioner
     prompt_template: str
     class_top: int
@@ -193,6 +195,9 @@ class Asker:
             query = self._images(request.value)
         else:
             query = self._texts(kind, request.value)
+            if self.prior is not None:
+                randomness = Randomness.of(request.seed, range(total), "prior")
+                query = _translated(self.prior, query, randomness)
         return Query(
             query.embedding.detach().cpu().float(),
             query.source,
@@ -279,6 +284,17 @@ def conditioned(conditioner: Conditioner, query: Query, neighbors: Neighbors) ->
     if query.embedding.device != device:
         query = dataclasses.replace(query, embedding=query.embedding.to(device))
     return conditioner.condition(query, neighbors.to(device))
+
+
+@torch.no_grad()
+def _translated(prior: Prior, query: Query, randomness: Randomness) -> Query:
+    embedding = prior.translate(query.embedding, randomness)
+    if embedding.shape != query.embedding.shape or not bool(embedding.isfinite().all()):
+        raise ValueError(
+            f"{type(prior).__name__} made embeddings {tuple(embedding.shape)} of "
+            f"{tuple(query.embedding.shape)}, expected finite ones of the same shape"
+        )
+    return dataclasses.replace(query, embedding=embedding)
 
 
 def _new(kind: str, embedding: Tensor, source: tuple[str, ...]) -> Query:

@@ -37,6 +37,7 @@ from retrodiff.interfaces import (
     Encoder,
     Generator,
     Guidance,
+    Prior,
     ProposalDistribution,
     Retriever,
     Sampler,
@@ -110,6 +111,10 @@ class Builder:
     def proposal(self, proposal: Slot[ProposalDistribution]) -> Builder:
         """Distribution of the queries of unconditional sampling."""
         return self.set(proposal=proposal)
+
+    def prior(self, prior: Slot[Prior]) -> Builder:
+        """What turns embeddings of prompts into embeddings of images; none unless set."""
+        return self.set(prior=prior)
 
     def conditioner(self, conditioner: Slot[Conditioner]) -> Builder:
         """What the network attends to, made of query and neighbors."""

@@ -16,6 +16,7 @@ from retrodiff.interfaces import (
     Encoder,
     Generator,
     Guidance,
+    Prior,
     ProposalDistribution,
     Retriever,
     Sampler,
@@ -25,10 +26,14 @@ from retrodiff.interfaces import (
 from retrodiff.numbers import whole
 
 ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
+    "encoder": (
+        Encoder,
+        ("dim", "fingerprint", "encode_image", "loaded", "identity", "preparation", "to"),
+    ),
     "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
     "retriever": (Retriever, ("retrieve",)),
     "proposal": (ProposalDistribution, ("support", "propose")),
+    "prior": (Prior, ("translate",)),
     "conditioner": (Conditioner, ("uses_neighbors", "widths", "condition", "null", "drop")),
     "generator": (Generator, ("shape", "widths", "generate", "decode")),
     "denoiser": (Denoiser, ("shape", "widths", "schedule", "denoise", "prepare")),

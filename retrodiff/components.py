@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -51,7 +51,7 @@ def where(component: Any) -> tuple[torch.device, torch.dtype] | None:
 
 
 @contextmanager
-def evaluating(*components: Any) -> Iterator[None]:
+def evaluating(*components: Any) -> Generator[None]:
     """Evaluation mode for all modules inside, and back to the mode of each afterwards."""
     all_modules = [m for part in components for top in modules(part) for m in top.modules()]
     training = [module for module in all_modules if module.training]

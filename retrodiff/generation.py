@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retrodiff.files import plain_json, write_folder, write_json
-from retrodiff.interfaces import Database, Neighbors, Query
+from retrodiff.interfaces import Database, Neighbors, Query, Value
 from retrodiff.pictures import to_bytes
 from retrodiff.text import printable
-from retrodiff.values import Value
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -34,6 +34,7 @@ from retrodiff.interfaces import (
     Guidance,
     Mode,
     Neighbors,
+    Prior,
     ProposalDistribution,
     Query,
     Retriever,
@@ -66,6 +67,8 @@ class Model(Saved, Placed):
         encoder: places images and prompts; None where nothing is ever encoded.
         database: what is retrieved from; None: only modes without a search work.
         proposal: distribution of the queries of unconditional sampling; None: it is refused.
+        prior: turns embeddings of prompts into embeddings of images, before anything is retrieved
+            for them; None: prompts are asked as they are encoded.
         k: tokens that condition an image, unless asked otherwise.
         prompt_template: turns a class name into a prompt.
         class_top: l, the nearest rows of a class prompt that k are drawn from.
@@ -83,6 +86,7 @@ class Model(Saved, Placed):
     encoder: Encoder | None = None
     database: Database | None = None
     proposal: ProposalDistribution | None = None
+    prior: Prior | None = None
     k: int = 4
     prompt_template: str = "A photo of {}"
     class_top: int = 20

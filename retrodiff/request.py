@@ -187,4 +187,4 @@ def _modes(kind: Kind, total: int, mode: Mode | Sequence[Mode] | None) -> tuple[
                 f"mode {word!r} does not go with {kind}: give {other}, or use "
                 f"{' or '.join(fitting)}"
             )
-    return cast("tuple[Mode, ...]", modes)
+    return modes

@@ -31,8 +31,9 @@ from retrodiff.interfaces import (
 )
 from retrodiff.model import Model
 from retrodiff.networks.unet import UNet
+from retrodiff.randomness import normal_like
 from retrodiff.retrieval import Uniform
-from retrodiff.testing import check_conditioner, small_database
+from retrodiff.testing import check_conditioner, check_generator, small_database
 
 
 class Painter(nn.Module):
@@ -360,3 +361,39 @@ def test_a_vector_joins_the_time_embedding(recipe, encoder):
         recipe.denoiser(network(8)).build()
     with pytest.raises(ValueError, match=r"context has no vector.*takes a vector of width 8"):
         model.sample_latents(context=torch.ones(1, 2, 8), noise=noise)
+
+
+# --- priors ------------------------------------------------------------------------------------
+
+
+class Wandering:
+    """A prior that draws: image i of a seed has its own."""
+
+    def translate(self, embedding, generator=None):
+        return embedding + normal_like(embedding, generator)
+
+
+def test_a_prior_stands_between_prompt_and_search(recipe):
+    plain, model = recipe.build(), recipe.prior(Wandering()).build()
+    whole = model.sample(prompts=["a", "b", "c"], mode="neighbors", seed=1)
+    part = model.sample(prompts=["a", "b"], mode="neighbors", seed=1, batch_size=1)
+    assert torch.equal(whole.query.embedding[:2], part.query.embedding)
+    encoded = model.encoder.encode_text(["a", "b", "c"])
+    assert 0.1 < float((whole.query.embedding - encoded).abs().mean()) < 3
+    found = model.database.search(Query(whole.query.embedding), 4)
+    assert torch.equal(whole.neighbors.indices, found.indices)
+    images = torch.rand(2, 1, 8, 8) * 2 - 1  # pictures need no prior
+    assert model.sample(images=images).query == plain.sample(images=images).query
+
+    class Wrong:
+        def translate(self, embedding, generator=None):
+            return embedding[:, :3]
+
+    with pytest.raises(ValueError, match=r"Wrong made embeddings \(1, 3\) of \(1, 8\)"):
+        recipe.prior(Wrong()).build().sample(prompts=["a"])
+
+
+def test_generator_contract(model, foreign):
+    check_generator(model.generating())
+    check_generator(model.generating("ddpm"))
+    check_generator(foreign.build().generating())

@@ -15,6 +15,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -176,7 +177,7 @@ def _component(description: Any, expected: Any, weights: Mapping[str, Tensor], p
 
 def _built(kind: type, given: dict[str, Any], state: Mapping[str, Tensor], prefix: str) -> Any:
     try:
-        with within(state, prefix):
+        with within(state, prefix) if issubclass(kind, nn.Module) else nullcontext():
             return kind(**given)
     except TooLarge:
         raise

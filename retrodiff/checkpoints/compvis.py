@@ -20,9 +20,10 @@ from retrodiff.checkpoints.compvis_config import read_config
 from retrodiff.checkpoints.lookalikes import check_weights_file
 from retrodiff.checkpoints.names import published_autoencoder, published_unet
 from retrodiff.checkpoints.pickled import read_pickled
-from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel, Schedule
+from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel
 from retrodiff.checkpoints.states import EMA, FIRST_STAGE, RAW, beginnings, ema_name, state_of
 from retrodiff.checkpoints.transfer import Transfer, their_names
+from retrodiff.diffusion.schedule import ScaledLinear
 
 __all__ = ["ema_name", "load_compvis", "read_config", "read_tensors"]
 
@@ -194,7 +195,7 @@ def _scaled(path: Path, tensors: Mapping[str, Tensor], architecture: Architectur
     return architecture
 
 
-def _check_schedule(path: Path, tensors: Mapping[str, Tensor], schedule: Schedule) -> None:
+def _check_schedule(path: Path, tensors: Mapping[str, Tensor], schedule: ScaledLinear) -> None:
     """The noise levels in the file, where it has them, against the configuration's."""
     ours = schedule.alphas_cumprod
     for name, expected in (("alphas_cumprod", ours), ("betas", schedule.betas)):

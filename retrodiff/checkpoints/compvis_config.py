@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrodiff.checkpoints.parsed import read_yaml
-from retrodiff.checkpoints.published import Architecture, Schedule, recognized
+from retrodiff.checkpoints.published import Architecture, recognized
 from retrodiff.checkpoints.settings import Settings
+from retrodiff.diffusion.schedule import ScaledLinear
 
 OTHER_SECTIONS = ("data", "lightning", "init_weights")
 """How training was run, and on what."""
@@ -98,16 +99,14 @@ def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
     return recognized(found) if _embeddings(params) else found
 
 
-def _schedule(params: Settings) -> Schedule:
+def _schedule(params: Settings) -> ScaledLinear:
     params.only({"beta_schedule": "linear", "given_betas": None})
-    schedule = Schedule(
-        length=params.whole("timesteps", 1000, least=2, most=100_000),
-        start=params.number("linear_start", above=0, below=1),
-        end=params.number("linear_end", above=0, below=1),
-    )
-    if schedule.end < schedule.start:
-        params.wrong("linear_end", schedule.end, f"at least linear_start={schedule.start:g}")
-    return schedule
+    length = params.whole("timesteps", 1000, least=2, most=100_000)
+    start = params.number("linear_start", above=0, below=1)
+    end = params.number("linear_end", above=0, below=1)
+    if end < start:
+        params.wrong("linear_end", end, f"at least linear_start={start:g}")
+    return ScaledLinear(start, end, length)
 
 
 def _process(params: Settings) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrodiff.checkpoints.parsed import read_json
-from retrodiff.checkpoints.published import PUBLISHED, Architecture, Schedule, recognized
+from retrodiff.checkpoints.published import PUBLISHED, Architecture, recognized
 from retrodiff.checkpoints.settings import Settings
+from retrodiff.diffusion.schedule import ScaledLinear
 
 ABOUT = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
 """Who wrote the file."""
@@ -244,7 +245,7 @@ def _autoencoder(file: Path) -> tuple[Literal["vq", "kl"], dict[str, Any]]:
     return kind, numbers
 
 
-def _schedule(file: Path) -> Schedule:
+def _schedule(file: Path) -> ScaledLinear:
     config = _settings(file, *SCHEDULERS)
     # What an absent beta_schedule, beta_start or beta_end means differs between schedulers.
     if config.take("beta_schedule") != "scaled_linear":
@@ -261,16 +262,14 @@ def _schedule(file: Path) -> Schedule:
             "timestep_type": "discrete",
         }
     )
-    schedule = Schedule(
-        length=config.whole("num_train_timesteps", 1000, least=2, most=100_000),
-        start=config.number("beta_start", above=0, below=1),
-        end=config.number("beta_end", above=0, below=1),
-    )
-    if schedule.end < schedule.start:
-        config.wrong("beta_end", schedule.end, f"at least beta_start={schedule.start:g}")
+    length = config.whole("num_train_timesteps", 1000, least=2, most=100_000)
+    start = config.number("beta_start", above=0, below=1)
+    end = config.number("beta_end", above=0, below=1)
+    if end < start:
+        config.wrong("beta_end", end, f"at least beta_start={start:g}")
     config.harmless(SAMPLING)
     config.done()
-    return schedule
+    return ScaledLinear(start, end, length)
 
 
 def _settings(file: Path, *classes: str | None) -> Settings:

@@ -32,7 +32,7 @@ from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
 from retrodiff.checkpoints.shards import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite
-from retrodiff.encoders.fingerprint import difference, known_fingerprint
+from retrodiff.encoders.fingerprint import difference
 from retrodiff.files import check_free, place, plain_json, write_folder, write_json
 from retrodiff.interfaces import Fingerprint
 from retrodiff.text import printable
@@ -61,6 +61,7 @@ def save_components(
         The folder.
     """
     from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
+    from retrodiff.encoders.described import problem
 
     folder = place(folder)
     check_free(folder, MARKER, overwrite, own_files)
@@ -70,6 +71,12 @@ def save_components(
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
+    if published and (reason := problem(plain_json(ours.config()))) is not None:
+        warnings.warn(
+            f"the model is saved without its encoder, whose weights are not here yet ({reason}): "
+            "hand it in when you load the model, load(..., encoder=...)",
+            stacklevel=3,
+        )
     for slot, part in parts.items():
         if slot == "database":
             described[slot] = None if part is None else described_database(part, folder)
@@ -89,7 +96,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(known_fingerprint(encoder))),
+        "fingerprint": None if encoder is None else dict(vars(encoder.identity)),
         "extra": plain_json(extra),
     }
 
@@ -189,15 +196,18 @@ def load_components(
             parts[slot] = _encoder(description, folder)
         else:
             left[slot] = description
+    if "database" in described and "database" not in given:
+        parts["database"] = reopened(
+            described["database"], folder, token=token, trust=trust_database
+        )
+    # Large networks last, so that whatever is wrong elsewhere is said at once.
+    heavy = {name.split(".")[0] for name in weights}
+    left = dict(sorted(left.items(), key=lambda entry: entry[0] in heavy))
     parts |= arguments_from(left, model, weights, "", partial=True)
     needed = {name for name, (_, must) in slots.items() if must}
     if missing := needed - {*parts, *given}:
         raise ValueError(
             f"model.json describes no {', '.join(sorted(missing))}: the file is damaged"
-        )
-    if "database" in described and "database" not in given:
-        parts["database"] = reopened(
-            described["database"], folder, token=token, trust=trust_database
         )
     return {**parts, **given}
 
@@ -218,9 +228,7 @@ def _encoder(description: dict[str, Any], folder: Path) -> Any:
 
 def _only_named(encoder: Any) -> bool:
     """Whether an encoder is known by its published name alone, its weights not here yet."""
-    from retrodiff.encoders.described import problem
-
-    return not encoder.loaded and problem(plain_json(encoder.config())) is None
+    return not encoder.loaded and not Path(str(encoder.pretrained)).is_file()
 
 
 def _check_encoder(folder: Path, encoder: Any, saved: Fingerprint) -> None:

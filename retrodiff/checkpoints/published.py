@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
+from retrodiff.diffusion.schedule import ScaledLinear
 from retrodiff.interfaces import Scale
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
@@ -19,32 +18,6 @@ from retrodiff.networks.vq import VQAutoencoder
 
 MOST_BLOCKS = 512
 """Of a network that is built from a configuration; the published ones have 12."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The betas of training: the squares of ``length`` even steps between two square roots.
-
-    Args:
-        length: T.
-        start: first beta.
-        end: last beta.
-    """
-
-    length: int = 1000
-    start: float
-    end: float
-
-    @property
-    def betas(self) -> torch.Tensor:
-        """(T,), float64."""
-        roots = torch.linspace(self.start**0.5, self.end**0.5, self.length, dtype=torch.float64)
-        return roots.square()
-
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """(T,), float64."""
-        return (1 - self.betas).cumprod(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +37,7 @@ class Architecture:
     unet: Mapping[str, Any]
     kind: Literal["vq", "kl"]
     autoencoder: Mapping[str, Any]
-    schedule: Schedule
+    schedule: ScaledLinear
     scale: Scale | None = None
     name: str | None = None
     scaled_by_std: bool = False
@@ -110,7 +83,7 @@ class PublishedModel:
 
     unet: UNet
     autoencoder: VQAutoencoder | KLAutoencoder
-    schedule: Schedule
+    schedule: ScaledLinear
     scale: Scale | None
     name: str | None
     weights: Literal["ema", "raw", "unknown"]
@@ -168,7 +141,7 @@ PUBLISHED = {
         unet={**_PAPER_UNET, "channels": 192, "multipliers": [1, 2, 3, 5]},
         kind="vq",
         autoencoder=_PAPER_VQ,
-        schedule=Schedule(start=0.0015, end=0.0195),
+        schedule=ScaledLinear(0.0015, 0.0195),
         scale="raw",
         name="rdm_imagenet",
     ),
@@ -176,7 +149,7 @@ PUBLISHED = {
         unet={**_PAPER_UNET, "channels": 224, "multipliers": [1, 2, 3, 4]},
         kind="vq",
         autoencoder=_PAPER_VQ,
-        schedule=Schedule(start=0.0015, end=0.0195),
+        schedule=ScaledLinear(0.0015, 0.0195),
         scale="raw",
         name="rdm_ffhq",
     ),
@@ -201,7 +174,7 @@ PUBLISHED = {
             "attention_factors": [16],
             "scale_factor": 0.22765929,
         },
-        schedule=Schedule(start=0.0015, end=0.015),
+        schedule=ScaledLinear(0.0015, 0.015),
         scale="unit",
         name="rdm_768",
     ),

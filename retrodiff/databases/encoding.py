@@ -8,7 +8,6 @@ where shards end, so that a build that was interrupted gives the same bytes as o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from retrodiff.databases.images import thumbnail
 from retrodiff.databases.limits import one_line
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
-from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.pictures import to_float, to_images
@@ -124,17 +122,7 @@ def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
 
     It takes uint8 in [0, 255] and floats in [-1, 1].
     """
-    if not hasattr(encoder, "encode_prepared"):
-        return None
-    steps = getattr(encoder, "preprocessing", None)
-    if isinstance(steps, Preprocessing):  # smaller to send than an encoder, and takes bytes
-        return steps.apply
-    prepare = getattr(encoder, "prepare", None)
-    return None if prepare is None else partial(_prepare, prepare)
-
-
-def _prepare(prepare: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return prepare(to_float(images))
+    return encoder.preparation
 
 
 def encode_here(
@@ -245,11 +233,15 @@ def encode_images(encoder: Encoder, images: Any) -> Tensor:
 
 def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
     """Images (c, h, w) of any sizes, uint8 or floats in [-1, 1] -> embeddings (b, d)."""
-    if len({(image.shape, image.dtype) for image in images}) == 1:
-        return encoder.encode_image(to_float(torch.stack(list(images))))
+    alike = len({(image.shape, image.dtype) for image in images}) == 1
     if preparation(encoder) is not None:
         prepare, encode = _two_steps(encoder)
+        if alike:
+            parts = [torch.stack(list(images[i : i + 64])) for i in range(0, len(images), 64)]
+            return torch.cat([encode(prepare(part)) for part in parts])
         return encode(torch.cat([prepare(image[None]) for image in images]))
+    if alike:
+        return encoder.encode_image(to_float(torch.stack(list(images))))
     out = torch.empty(len(images), encoder.dim)
     for shape in dict.fromkeys(image.shape for image in images):
         same = [i for i, image in enumerate(images) if image.shape == shape]

@@ -331,6 +331,7 @@ def trained(
         seed=seed,
         snapshots=[settings.steps // 2],
         checkpoint=folder / "digits-training.safetensors",
+        overwrite=True,
         progress=progress,
     )
     return fitted, parts, database, data

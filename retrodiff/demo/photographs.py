@@ -111,7 +111,7 @@ def to_float(images: Tensor) -> Tensor:
 def encoder_of(images: Tensor, settings: Settings, seed: int, progress: bool) -> TimmEncoder:
     """A small network of timm, trained on two views of each patch."""
     torch.manual_seed(seed)
-    encoder = TimmEncoder(settings.encoder, image_size=SIZE)
+    encoder = TimmEncoder(settings.encoder, image_size=SIZE, preprocessing="plain")
     fit_views(
         encoder,
         images,

@@ -142,5 +142,5 @@ class DiffusionGenerator(Generator):
         if noise is None:
             noise = normal(generator, x0.shape, x0.dtype)
         return denoiser.loss(  # type: ignore[attr-defined]
-            x0, sigma.to(x0.device), noise.to(x0), context.to(x0.device)
+            x0, torch.as_tensor(sigma).to(x0.device), noise.to(x0), context.to(x0.device)
         )

@@ -147,7 +147,7 @@ def read_state(path: Path) -> State:
     try:
         with safe_open(str(path), framework="pt") as file:
             about = dict(file.metadata() or {})
-            if about.get("kind") != KIND:
+            if not _of_training(about):
                 raise ValueError(f"{path} is no training checkpoint, or damaged: {way_out}")
             if about.get("format") != str(FORMAT):
                 raise ValueError(
@@ -180,7 +180,11 @@ def is_training(path: Path) -> bool:
             about = file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError):
         return False
-    return about.get("kind") == KIND
+    return _of_training(about)
+
+
+def _of_training(about: Mapping[str, str]) -> bool:
+    return about.get("kind") == KIND or {"format", "done", "steps", "seed"} <= set(about)
 
 
 def disagreement(

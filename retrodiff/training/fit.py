@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from retrodiff.checkpoints.native import describe
 from retrodiff.encoders.fingerprint import weights_hash
+from retrodiff.files import plain_json
 from retrodiff.model import Model
 from retrodiff.numbers import whole
-from retrodiff.training.checkpoint import read_state
+from retrodiff.training.checkpoint import disagreement, read_state
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.objective import Objective
@@ -141,6 +143,11 @@ def from_checkpoint(model: Model, checkpoint: str | Path) -> Model:
     """
     path = Path(checkpoint).expanduser()
     state = read_state(path)
+    now = json.loads(json.dumps(plain_json(_parts(model))))
+    if (differs := disagreement(state.run.get("model", {}), now)) is not None:
+        raise ValueError(
+            f"{path} belongs to a training with {differs}: give the model of that training"
+        )
     trained = _with(model, state.part("ema"), path)
     buffers = state.part("buffer")
     for name, buffer in Objective(trained).named_buffers():
@@ -232,11 +239,21 @@ def _check(model: Model, data: TrainingSet) -> None:
 
 def _run(model: Model, data: TrainingSet, batch_size: int, snapshots: set[int]) -> dict[str, Any]:
     """What must be the same when the training of a model is continued."""
+    return {
+        "batch_size": batch_size,
+        "k": model.k,
+        "snapshots": sorted(snapshots),
+        "model": _parts(model),
+        "data": data.describe(),
+    }
+
+
+def _parts(model: Model) -> dict[str, Any]:
+    """The parts of a model that its training depends on, without the weights that are trained."""
     first_stage: dict[str, Tensor] = {}
-    modules = trainable_modules(model)
     frozen = {
         f"{name}.{n}": p
-        for name, module in modules.items()
+        for name, module in trainable_modules(model).items()
         for n, p in module.named_parameters()
         if not p.requires_grad
     }
@@ -245,14 +262,7 @@ def _run(model: Model, data: TrainingSet, batch_size: int, snapshots: set[int]) 
         "conditioner": _described(model.conditioner, {}),
         "autoencoder": _described(model.autoencoder, first_stage),
     }
-    parts |= {"first_stage": weights_hash(first_stage), "frozen": weights_hash(frozen)}
-    return {
-        "batch_size": batch_size,
-        "k": model.k,
-        "snapshots": sorted(snapshots),
-        "model": parts,
-        "data": data.describe(),
-    }
+    return parts | {"first_stage": weights_hash(first_stage), "frozen": weights_hash(frozen)}
 
 
 def _described(component: Any, weights: dict[str, Tensor]) -> Any:

@@ -112,19 +112,9 @@ def optimize(
         raise ValueError(f"{what}: no parameter requires a gradient, so there is nothing to train")
     optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=weight_decay)
     kept = dict(kept or {}) | ({} if ema is None else {"ema": ema})
-    about = json.loads(
-        json.dumps(
-            plain_json(
-                {
-                    "seed": seed,
-                    "weight_decay": weight_decay,
-                    "clip": clip,
-                    "ema": None if ema is None else ema.decay,
-                    **(run or {}),
-                }
-            )
-        )
-    )
+    settings = {"seed": seed, "weight_decay": weight_decay, "clip": clip}
+    settings |= {"ema": None if ema is None else ema.decay, **(run or {})}
+    about = json.loads(json.dumps(plain_json(settings)))
     losses = torch.full((steps,), math.nan)
     rates = torch.zeros(steps, dtype=torch.float64)
     done = 0
@@ -150,7 +140,7 @@ def optimize(
                 stacklevel=3,
             )
 
-    complete = True  # whether weights, optimizer and average are all of the same step
+    complete, buffers = True, _versions(module)  # weights, optimizer, average: all of one step?
     module.train()
     try:
         with (
@@ -159,6 +149,7 @@ def optimize(
         ):
             try:
                 for step in range(done, steps):
+                    buffers = _versions(module)
                     signals.check()
                     rates[step] = rate = real(f"lr at step {step}", lr(step), 0)
                     for group in optimizer.param_groups:
@@ -183,12 +174,13 @@ def optimize(
                     bar.set_postfix(
                         loss=f"{losses[max(0, step - 49) : done].mean():.4f}", refresh=False
                     )
-                signals.shielded = True
+                buffers, signals.shielded = _versions(module), True
+                _check_weights(named, done, file)
                 save()
                 signals.check()
             except KeyboardInterrupt as interrupt:
                 signals.shielded = True
-                if complete:
+                if complete and buffers == _versions(module):
                     save()
                 interrupt.args = (_how_to_continue(what, done, steps, file),)
                 raise
@@ -197,27 +189,38 @@ def optimize(
     return losses
 
 
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Changes whenever a buffer does, such as the statistics of a BatchNorm in a forward pass."""
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]
+
+
 def _check_finite(what: str, value: Tensor, step: int, file: Checkpoint | None) -> None:
     if value.ndim:
         raise ValueError(f"the {what} has shape {tuple(value.shape)}: give its mean, a scalar")
     if torch.isfinite(value):
         return
-    kept = "" if file is None or file.done is None else f"; {file.path} keeps step {file.done}"
+    kept = _kept(file)
     raise FloatingPointError(
         f"the {what} is {value.item()} at step {step}: lower the learning rate and start anew, or "
         f"look for NaN in images and embeddings{kept}"
     )
 
 
-def _check_weights(named: Mapping[str, Tensor], done: int, file: Checkpoint) -> None:
-    """Refuses to replace a good checkpoint by weights that are infinite or NaN."""
+def _check_weights(named: Mapping[str, Tensor], done: int, file: Checkpoint | None) -> None:
+    """Refuses weights that are infinite or NaN, before they replace a good checkpoint."""
     for name, parameter in named.items():
         if not bool(parameter.isfinite().all()):
-            kept = "" if file.done is None else f"; {file.path} keeps step {file.done}"
+            kept = _kept(file)
             raise FloatingPointError(
                 f"{name} is not finite after step {done}: lower the learning rate and start "
                 f"anew{kept}"
             )
+
+
+def _kept(file: Checkpoint | None) -> str:
+    if file is None or file.done is None:
+        return ""
+    return f"; {file.path} keeps the state after {file.done} steps"
 
 
 def _how_to_continue(what: str, done: int, steps: int, file: Checkpoint | None) -> str:

@@ -79,10 +79,10 @@ class Fingerprint:
         kinds = {"encoder": str, "weights": str, "preprocessing": str, "dim": int, "rows": str}
         if not isinstance(value, dict):
             raise ValueError("the fingerprint is no JSON object")
-        about = cast("dict[str, Any]", value)
-        if unknown := about.keys() - {*kinds, "scale"}:
+        given = cast("dict[str, Any]", value)
+        if unknown := given.keys() - {*kinds, "scale"}:
             raise ValueError(f"the fingerprint has an unknown part {min(unknown)!r}")
-        about = {"scale": "raw", "rows": "", **about}
+        about: dict[str, Any] = {"scale": "raw", "rows": "", **given}
         for name, kind in kinds.items():
             if name not in about:
                 raise ValueError(f"the fingerprint lacks {name!r}")

@@ -1,21 +1,4 @@
-"""The roles of components, and the values that flow between them.
-
-A component is any object with the right methods: subclass the Protocol to have forgotten methods
-refused at construction, or hand in a foreign object that happens to fit. Methods are named, never
-``__call__``. A component holds hyper-parameters (and weights); data, context and randomness come in
-as arguments.
-
-Members with a default are optional: a class that does not subclass its protocol may lack them, and
-`member` then gives the default.
-
-Axis letters, here and in every docstring::
-
-    b batch    k neighbors (tokens)    d embedding width    r regions of the latent
-    c channels    h, w height and width    n positions or rows    m rows of a database
-
-Images are float tensors (b, c, h, w) in [-1, 1]. Similarity is the cosine in [-1, 1]: higher is
-nearer. ``sigma`` is the standard deviation of the noise in x = x0 + sigma * noise.
-"""
+"""Roles of generation: conditioners, generators, and the parts of a diffusion model."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
@@ -23,169 +6,19 @@ nearer. ``sigma`` is the standard deviation of the noise in x = x0 + sigma * noi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from retrodiff.randomness import Randomness
-from retrodiff.values import (
-    Context,
-    Fingerprint,
-    Mode,
-    Neighbors,
-    Query,
-    Record,
-    Scale,
-    Tokens,
-    unit,
-)
-
-__all__ = [
-    "Autoencoder",
-    "Conditioner",
-    "Context",
-    "Database",
-    "Denoise",
-    "Denoiser",
-    "Encoder",
-    "Fingerprint",
-    "Generator",
-    "Guidance",
-    "Index",
-    "Mode",
-    "Neighbors",
-    "ProposalDistribution",
-    "Query",
-    "Randomness",
-    "Record",
-    "Retriever",
-    "Sampler",
-    "Scale",
-    "Schedule",
-    "TextEncoder",
-    "Tokens",
-    "TrainableDenoiser",
-    "TrainableGenerator",
-    "member",
-    "unit",
-]
+from retrodiff.interfaces.values import Context, Neighbors, Query, Scale
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """``(x (b, c, h, w), sigma (b,)) -> denoised (b, c, h, w)``: all that a sampler sees of a model."""
 
 Callback = Callable[[int, Tensor], None]
 """Told ``(step, denoised)`` after each step."""
-
-
-def member(component: Any, protocol: type, name: str) -> Any:
-    """An optional member of a component; the protocol's default where the component lacks it."""
-    if hasattr(component, name):
-        return getattr(component, name)
-    default = vars(protocol)[name]
-    return default.__get__(component) if hasattr(default, "__get__") else default
-
-
-# --- retrieval ---------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Maps images to embeddings (φ)."""
-
-    @property
-    def dim(self) -> int:
-        """Width d of an embedding."""
-        ...
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Identity of the encoder: name, weights, preprocessing, width."""
-        ...
-
-    @abstractmethod
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [-1, 1] of any size -> embeddings (b, d), raw scale."""
-        ...
-
-
-@runtime_checkable
-class TextEncoder(Encoder, Protocol):
-    """Maps images and text to embeddings in one space."""
-
-    @abstractmethod
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> embeddings (b, d), raw scale."""
-        ...
-
-
-@runtime_checkable
-class Database(Protocol):
-    """Rows of embeddings with a record of where each comes from (D). It does not change."""
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Who made the embeddings, and a hash of the rows in their order."""
-        ...
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def embeddings(self, indices: Tensor) -> Tensor:
-        """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
-        ...
-
-    @abstractmethod
-    def search(self, query: Query, k: int) -> Neighbors:
-        """The k rows of highest cosine for each query, nearest first."""
-        ...
-
-    @abstractmethod
-    def records(self, indices: Tensor) -> list[Record]:
-        """Row numbers (n,) -> their metadata, in that order."""
-        ...
-
-
-@runtime_checkable
-class Retriever(Protocol):
-    """Chooses k rows of a database for each query (ξ_k)."""
-
-    @abstractmethod
-    def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k rows of the database for each query.
-
-        A retriever that draws at random takes its numbers from
-        ``retrodiff.randomness.uniform(query.generator, shape)``, so that what a query gets does not
-        depend on the others of its batch.
-        """
-        ...
-
-
-@runtime_checkable
-class ProposalDistribution(Protocol):
-    """Distribution over database rows used as queries in unconditional sampling (p_D)."""
-
-    @abstractmethod
-    def support(self, database: Database) -> tuple[Tensor, Tensor]:
-        """The rows that may be drawn (n,) int64 and their positive weights (n,) float64."""
-        ...
-
-    @abstractmethod
-    def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """Pseudo-queries (n,) drawn from the database.
-
-        Args:
-            database: whose rows are drawn.
-            n: queries to draw.
-            generator: best a `Randomness` of n rows; draw with ``retrodiff.randomness.uniform``, so
-                that query i does not depend on n.
-        """
-        ...
-
-
-# --- generation --------------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -434,16 +267,6 @@ class Autoencoder(Protocol):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images in about [-1, 1]."""
-        ...
-
-
-@runtime_checkable
-class Index(Protocol):
-    """Searches vectors by cosine, in a form of its own."""
-
-    @abstractmethod
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
         ...
 
 
