@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retrodiff.databases.ingest import Build, Engine
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
+from retrodiff.databases.records import TEXT
 from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.shards import reached
 from retrodiff.databases.skipped import warn_of
@@ -99,8 +100,10 @@ def append_to_database(
                     _link(partial / name, path / name)
             sync_folder(path)
             reached("append linked")
+            text = {name: added.settings[name] for name in (TEXT,) if name in added.settings}
             replace(
                 manifest,
+                settings=manifest.settings | text,
                 shards=manifest.shards + added.shards,
                 skipped=manifest.skipped + added.skipped,
                 sources=manifest.sources + added.sources,

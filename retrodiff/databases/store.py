@@ -17,6 +17,7 @@ from retrodiff.databases.fingerprint import rows_hash
 from retrodiff.databases.images import read_image, to_float
 from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
 from retrodiff.databases.record_files import RecordFiles
+from retrodiff.databases.records import TEXT
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.shards import Thumbnails, map_shard, read_deleted
 from retrodiff.files import REPLACED, given
@@ -61,7 +62,9 @@ class EmbeddingDatabase(Searchable):
         self.recall: Recall | None = None
         starts = torch.tensor([0, *(shard.rows for shard in manifest.shards)])
         self._starts = starts.cumsum(0)
-        self._records = RecordFiles(manifest.shards, self._compared)
+        self._records = RecordFiles(
+            manifest.shards, self._compared, manifest.settings.get(TEXT, ())
+        )
         self._thumbnails_of = lru_cache(64)(Thumbnails)
 
     def __copy__(self) -> EmbeddingDatabase:
