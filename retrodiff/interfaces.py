@@ -1,10 +1,12 @@
-"""The eight components, their helpers, and the values that flow between them.
+"""The roles of components, and the values that flow between them.
 
-Everything in the library is one of these roles or one of these values; nothing here computes much.
 A component is any object with the right methods: subclass the Protocol to have forgotten methods
 refused at construction, or hand in a foreign object that happens to fit. Methods are named, never
 ``__call__``. A component holds hyper-parameters (and weights); data, context and randomness come in
 as arguments.
+
+Members with a default are optional: a class that does not subclass its protocol may lack them, and
+`member` then gives the default.
 
 Axis letters, here and in every docstring::
 
@@ -22,303 +24,75 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Scale = Literal["raw", "unit"]
-Mode = Literal["text", "text+neighbors", "neighbors", "class", "image", "unconditional"]
+from retrodiff.randomness import Randomness
+from retrodiff.values import (
+    Context,
+    Fingerprint,
+    Mode,
+    Neighbors,
+    Query,
+    Record,
+    Scale,
+    Tokens,
+    unit,
+)
+
+__all__ = [
+    "Autoencoder",
+    "Conditioner",
+    "Context",
+    "Database",
+    "Denoise",
+    "Denoiser",
+    "Encoder",
+    "Fingerprint",
+    "Generator",
+    "Guidance",
+    "Index",
+    "Mode",
+    "Neighbors",
+    "ProposalDistribution",
+    "Query",
+    "Randomness",
+    "Record",
+    "Retriever",
+    "Sampler",
+    "Scale",
+    "Schedule",
+    "TextEncoder",
+    "Tokens",
+    "TrainableDenoiser",
+    "TrainableGenerator",
+    "member",
+    "unit",
+]
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """``(x (b, c, h, w), sigma (b,)) -> denoised (b, c, h, w)``: all that a sampler sees of a model."""
 
-Record = Mapping[str, Any]
-"""Where a database row comes from: file, patch box, label, licence, credit, ..."""
+Callback = Callable[[int, Tensor], None]
+"""Told ``(step, denoised)`` after each step."""
 
 
-# --- values ------------------------------------------------------------------------------------
+def member(component: Any, protocol: type, name: str) -> Any:
+    """An optional member of a component; the protocol's default where the component lacks it."""
+    if hasattr(component, name):
+        return getattr(component, name)
+    default = vars(protocol)[name]
+    return default.__get__(component) if hasattr(default, "__get__") else default
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """What must agree wherever embeddings meet: who made them, how, and in which order.
-
-    Args:
-        encoder: the encoder's name, with everything that changes its numbers (activation, size).
-        weights: hash of the encoder's weights.
-        preprocessing: name of the image preprocessing.
-        dim: width of an embedding.
-        scale: ``raw`` as the encoder gave them, ``unit`` divided by their norm.
-        rows: hash of the stored rows in their order; empty for an encoder.
-    """
-
-    encoder: str
-    weights: str
-    preprocessing: str
-    dim: int
-    scale: Scale = "raw"
-    rows: str = ""
-
-    @classmethod
-    def from_json(cls, value: Any) -> Fingerprint:
-        """A fingerprint as a file holds it.
-
-        Raises:
-            ValueError: a part is missing, unknown, or of another type.
-        """
-        kinds = {"encoder": str, "weights": str, "preprocessing": str, "dim": int, "rows": str}
-        if not isinstance(value, dict):
-            raise ValueError("the fingerprint is no JSON object")
-        about = cast("dict[str, Any]", value)
-        if unknown := about.keys() - {*kinds, "scale"}:
-            raise ValueError(f"the fingerprint has an unknown part {min(unknown)!r}")
-        about = {"scale": "raw", "rows": "", **about}
-        for name, kind in kinds.items():
-            if name not in about:
-                raise ValueError(f"the fingerprint lacks {name!r}")
-            if type(about[name]) is not kind:
-                raise ValueError(f"the fingerprint has {name}={about[name]!r}")
-        if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
-            raise ValueError(
-                f"the fingerprint has scale={about['scale']!r} and dim={about['dim']!r}"
-            )
-        return cls(**about)
-
-    def disagreement(self, other: Fingerprint) -> str | None:
-        """What differs about the *encoder* of two fingerprints, in words; None if nothing does."""
-        for name in ("dim", "encoder", "preprocessing", "weights"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name}={mine!r} against {name}={theirs!r}"
-        return None
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked of a database.
-
-    Args:
-        embedding: (b, d); (b, r, d) when every region of the latent asks for itself; (b, q, d),
-            q queries for one image, for a retriever that merges what they find; raw scale.
-        source: for each of the b queries, what it came from (a prompt, a file name, ...).
-        ids: (b,) rows of the database that the queries themselves are (-1: none of them), so that
-            `ExcludeSelf` can leave them out.
-        generator: randomness for retrievers that draw; None means torch's global state.
-    """
-
-    embedding: Tensor
-    source: tuple[str, ...] = ()
-    ids: Tensor | None = None
-    generator: torch.Generator | None = field(default=None, compare=False, repr=False)
-
-    def __len__(self) -> int:
-        return self.embedding.shape[0]
-
-    @property
-    def unit(self) -> Tensor:
-        """The embedding divided by its norm."""
-        return unit(self.embedding)
-
-    def rows(self, rows: Tensor | slice | list[int]) -> Query:
-        """Some of the queries."""
-        source = self.source
-        if source:
-            source = tuple(source[i] for i in torch.arange(len(source))[rows].tolist())
-        ids = None if self.ids is None else self.ids[rows]
-        return replace(self, embedding=self.embedding[rows], source=source, ids=ids)
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """Rows of a database, found for each query, nearest first.
-
-    Args:
-        indices: (b, k) or (b, r, k) int64 row numbers; -1 marks a token that is no row of the
-            database (the query itself, in the paper's text modes).
-        similarity: cosine to the query, same shape.
-        embeddings: (b, k, d) or (b, r, k, d), raw scale as stored.
-        records: for each of the b queries, one record per neighbor; empty until described.
-    """
-
-    indices: Tensor
-    similarity: Tensor
-    embeddings: Tensor
-    records: tuple[tuple[Record, ...], ...] = ()
-
-    def __len__(self) -> int:
-        return self.indices.shape[0]
-
-    @property
-    def k(self) -> int:
-        """Neighbors per query."""
-        return self.indices.shape[-1]
-
-    def take(self, columns: Tensor) -> Neighbors:
-        """The neighbors at ``columns`` (b, j) or (j,) of each query's list, in that order."""
-        columns = columns.to(self.indices.device).expand(*self.indices.shape[:-1], -1)
-        wide = columns.unsqueeze(-1).expand(*columns.shape, self.embeddings.shape[-1])
-        records = ()
-        if self.records:
-            records = tuple(
-                tuple(row[j] for j in chosen)
-                for row, chosen in zip(self.records, columns.tolist(), strict=True)
-            )
-        return Neighbors(
-            self.indices.gather(-1, columns),
-            self.similarity.gather(-1, columns),
-            self.embeddings.gather(-2, wide),
-            records,
-        )
-
-    def rows(self, rows: Tensor | slice | list[int]) -> Neighbors:
-        """The neighbors of some of the queries."""
-        records = self.records
-        if records:
-            kept = torch.arange(len(records))[rows].tolist()
-            records = tuple(records[i] for i in kept)
-        return Neighbors(self.indices[rows], self.similarity[rows], self.embeddings[rows], records)
-
-    def to(self, device: torch.device | str) -> Neighbors:
-        """The same neighbors on another device."""
-        return replace(
-            self,
-            indices=self.indices.to(device),
-            similarity=self.similarity.to(device),
-            embeddings=self.embeddings.to(device),
-        )
-
-    @classmethod
-    def of_query(cls, query: Query) -> Neighbors:
-        """The query as its own only neighbor (index -1, similarity 1).
-
-        This is how a prompt's embedding takes part in the set that conditions the network
-        (Blattmann et al. 2022, section 3.3).
-        """
-        shape = query.embedding.shape[:-1]
-        device = query.embedding.device
-        return cls(
-            torch.full((*shape, 1), -1, dtype=torch.int64, device=device),
-            torch.ones((*shape, 1), device=device),
-            query.embedding.unsqueeze(-2),
-        )
-
-    @classmethod
-    def cat(cls, parts: Sequence[Neighbors]) -> Neighbors:
-        """Several sets of the same queries, joined along k."""
-        return cls(
-            torch.cat([p.indices for p in parts], -1),
-            torch.cat([p.similarity for p in parts], -1),
-            torch.cat([p.embeddings for p in parts], -2),
-        )
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One stream of conditioning tokens.
-
-    Args:
-        values: (b, k, d), or (b, r, k, d) with r regions that attend to their own tokens only.
-        mask: (b, k) or (b, r, k), True where a token takes part; None: all do. For a variable
-            number of neighbors; a row of only False equals the null condition.
-        null_rows: how many rows at the *end* of the batch are the all-zero null condition. Set
-            where the null is made and never detected from values, so that a network may skip them.
-    """
-
-    values: Tensor
-    mask: Tensor | None = None
-    null_rows: int = 0
-
-    @property
-    def is_null(self) -> bool:
-        """Every row is the null condition."""
-        return self.null_rows == self.values.shape[0]
-
-    def zeros(self) -> Tokens:
-        """The null condition of the same shape."""
-        return Tokens(torch.zeros_like(self.values), None, self.values.shape[0])
-
-    @classmethod
-    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Several batches, joined along b; they must have the same k."""
-        mask = None
-        if any(p.mask is not None for p in parts):
-            mask = torch.cat(
-                [
-                    p.mask
-                    if p.mask is not None
-                    else torch.ones(p.values.shape[:-1], dtype=torch.bool, device=p.values.device)
-                    for p in parts
-                ]
-            )
-        null_rows = 0
-        for part in reversed(parts):
-            null_rows += part.null_rows
-            if not part.is_null:
-                break
-        return cls(torch.cat([p.values for p in parts]), mask, null_rows)
-
-
-@dataclass(frozen=True)
-class Context:
-    """Everything that conditions one denoising run, and nothing else.
-
-    Args:
-        streams: named token sets; a network joins them along k after its own projection of each.
-        vector: (b, v), added to the timestep embedding; None: there is none.
-    """
-
-    streams: Mapping[str, Tokens]
-    vector: Tensor | None = None
-
-    def __len__(self) -> int:
-        for tokens in self.streams.values():
-            return tokens.values.shape[0]
-        return 0 if self.vector is None else self.vector.shape[0]
-
-    def zeros(self) -> Context:
-        """The paper's null: every stream zero, its length kept."""
-        vector = None if self.vector is None else torch.zeros_like(self.vector)
-        return Context({name: t.zeros() for name, t in self.streams.items()}, vector)
-
-    def to(self, device: torch.device | str) -> Context:
-        """The same context on another device."""
-        streams = {
-            name: replace(
-                t,
-                values=t.values.to(device),
-                mask=None if t.mask is None else t.mask.to(device),
-            )
-            for name, t in self.streams.items()
-        }
-        return Context(streams, None if self.vector is None else self.vector.to(device))
-
-    @classmethod
-    def of(cls, values: Tensor, name: str = "neighbors") -> Context:
-        """A context of one stream from a plain tensor (b, k, d)."""
-        return cls({name: Tokens(values)})
-
-    @classmethod
-    def cat(cls, parts: Sequence[Context]) -> Context:
-        """Several contexts with the same streams, joined along b."""
-        streams = {
-            name: Tokens.cat([part.streams[name] for part in parts]) for name in parts[0].streams
-        }
-        vectors = [part.vector for part in parts if part.vector is not None]
-        return cls(streams, torch.cat(vectors) if vectors else None)
-
-
-def unit(embedding: Tensor) -> Tensor:
-    """The embedding(s) divided by their norm along the last axis; zero stays zero."""
-    return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-# --- the eight components ----------------------------------------------------------------------
+# --- retrieval ---------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Maps images to embeddings (φ in the paper).
+    """Maps images to embeddings (φ).
 
     Three members must be written; the rest has defaults, and what wraps an encoder forwards it.
     """
@@ -369,7 +143,7 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class TextEncoder(Encoder, Protocol):
-    """An encoder that maps text into the same space as images."""
+    """Maps images and text to embeddings in one space."""
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -379,7 +153,7 @@ class TextEncoder(Encoder, Protocol):
 
 @runtime_checkable
 class Database(Protocol):
-    """What do we own (D)? Rows of embeddings with their origin; it does not change."""
+    """Rows of embeddings with a record of where each comes from (D). It does not change."""
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -407,17 +181,22 @@ class Database(Protocol):
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Which k of them (ξ_k)?"""
+    """Chooses k rows of a database for each query (ξ_k)."""
 
     @abstractmethod
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k rows of the database for each query."""
+        """Some k rows of the database for each query.
+
+        A retriever that draws at random takes its numbers from
+        ``retrodiff.randomness.uniform(query.generator, shape)``, so that what a query gets does not
+        depend on the others of its batch.
+        """
         ...
 
 
 @runtime_checkable
 class ProposalDistribution(Protocol):
-    """What do we ask when nobody asks (p_D)?"""
+    """Distribution over database rows used as queries in unconditional sampling (p_D)."""
 
     @abstractmethod
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
@@ -426,18 +205,44 @@ class ProposalDistribution(Protocol):
 
     @abstractmethod
     def propose(self, database: Database, n: int, generator: torch.Generator) -> Query:
-        """Pseudo-queries (n,) drawn from the database."""
+        """Pseudo-queries (n,) drawn from the database.
+
+        Args:
+            database: whose rows are drawn.
+            n: queries to draw.
+            generator: best a `Randomness` of n rows; draw with ``retrodiff.randomness.uniform``, so
+                that query i does not depend on n.
+        """
         ...
+
+
+# --- generation --------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Conditioner(Protocol):
-    """How do query and neighbors enter the network?"""
+    """Turns a query and its neighbors into what a network attends to.
+
+    One that has weights is a torch module, and is trained with the denoiser.
+    """
 
     @property
     def uses_neighbors(self) -> bool:
         """Whether a database is needed at all."""
         return True
+
+    def refuses(self, stored: Scale) -> str | None:
+        """Why embeddings stored at this scale do not fit, in a line; None: they do.
+
+        A wrapper that does not define it is asked for what the conditioners inside it say.
+        """
+        del stored
+        return None
+
+    def vector_width(self, dim: int) -> int | None:
+        """Width of ``Context.vector`` for embeddings of width ``dim``; None: there is no vector."""
+        del dim
+        return None
 
     @abstractmethod
     def widths(self, dim: int) -> dict[str, int]:
@@ -454,14 +259,90 @@ class Conditioner(Protocol):
         return context.zeros()
 
     def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
-        """What training hides, so that the null is learned; by default nothing."""
+        """Applies conditioning dropout; identity by default."""
         del generator
         return context
 
 
 @runtime_checkable
+class Generator(Protocol):
+    """Turns contexts into images: by diffusion, token by token, or with another library's pipeline.
+
+    `retrodiff.diffusion.DiffusionGenerator` is the one that a model is made of unless it is given
+    another.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of its latents, and of the noise that it is given."""
+        ...
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each context stream that it takes; empty: takes no condition."""
+        ...
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the ``Context.vector`` that it takes; None: it takes none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where noise and contexts are to be."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def generate(
+        self,
+        context: Context,
+        null: Context,
+        noise: Tensor,
+        *,
+        steps: int,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents (b, c, h, w).
+
+        Args:
+            context: the condition, b rows.
+            null: the condition of the unconditional branch, b rows of the same token counts.
+            noise: standard normal (b, c, h, w), a function of seed and image number.
+            steps: as many as the model was asked for; one that has no steps may ignore it.
+            generator: further randomness, best a `Randomness` of b rows.
+            callback: told ``(step, current estimate)`` after each step.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images (b, c, h, w) in [-1, 1]; by default the latents are the images."""
+        return latents
+
+
+@runtime_checkable
+class TrainableGenerator(Generator, Protocol):
+    """A generator that knows its own training objective."""
+
+    @abstractmethod
+    def loss(
+        self, images: Tensor, context: Context, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss (b,) of images (b, c, h, w) in [-1, 1] under their contexts."""
+        ...
+
+
+@runtime_checkable
 class Denoiser(Protocol):
-    """What is the clean latent (ε_θ, in the convention ``(x, sigma) -> denoised``)?"""
+    """Estimates the clean latent from a noisy one: ``(x, sigma, context) -> denoised`` (ε_θ).
+
+    Attributes:
+        untrained: fresh weights that are meant to be replaced; sampling from them warns.
+        takes_float64: x and sigma may be float64, whatever the type of the weights.
+    """
+
+    untrained: bool = False
+    takes_float64: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -477,6 +358,16 @@ class Denoiser(Protocol):
     def schedule(self) -> Schedule:
         """The noise levels it is sampled at unless another schedule is chosen."""
         ...
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the ``Context.vector`` that the network takes; None: it takes none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where x, sigma and context are to be."""
+        return torch.device("cpu")
 
     @abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor, context: Any) -> Tensor:
@@ -515,7 +406,7 @@ class TrainableDenoiser(Denoiser, Protocol):
 
 @runtime_checkable
 class Guidance(Protocol):
-    """How strongly does the condition act?"""
+    """Combines a condition and its null into one denoiser."""
 
     @abstractmethod
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
@@ -525,7 +416,7 @@ class Guidance(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """How do we get from noise to data?"""
+    """Takes noise to data along decreasing noise levels."""
 
     @abstractmethod
     def sample(
@@ -534,7 +425,7 @@ class Sampler(Protocol):
         x: Tensor,
         sigmas: Tensor,
         generator: torch.Generator | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """From x at sigmas[0] to x at sigmas[-1].
 
@@ -542,18 +433,16 @@ class Sampler(Protocol):
             denoise: ``(x, sigma) -> denoised``.
             x: (b, c, h, w) in σ-space.
             sigmas: (steps + 1,), strictly decreasing; the last may be 0.
-            generator: randomness of stochastic samplers.
+            generator: randomness of stochastic samplers, best a `Randomness` of b rows; draw with
+                ``retrodiff.randomness.normal_like(x, generator)``.
             callback: told ``(step, denoised)`` after each step.
         """
         ...
 
 
-# --- their helpers -----------------------------------------------------------------------------
-
-
 @runtime_checkable
 class Autoencoder(Protocol):
-    """In which space do we diffuse?
+    """Maps images to the latents that are generated, and back.
 
     Both methods take tensors of any floating dtype, and return float32 (or float64) ones.
     """
@@ -581,7 +470,7 @@ class Autoencoder(Protocol):
 
 @runtime_checkable
 class Index(Protocol):
-    """How do we find neighbors fast? Holds vectors in its own form, searches by cosine."""
+    """Searches vectors by cosine, in a form of its own."""
 
     @abstractmethod
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -591,7 +480,7 @@ class Index(Protocol):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Which noise levels, and how unit noise enters and a latent leaves σ-space."""
+    """Noise levels to sample at, and the way into σ-space and out of it."""
 
     @abstractmethod
     def sigmas(self, steps: int) -> Tensor:

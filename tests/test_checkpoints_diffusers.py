@@ -158,9 +158,7 @@ def test_damaged_configurations_say_so(file: str, damage: str, save: Callable[..
     config = json.loads(path.read_text())
     text = {"keys": json.dumps({"_class_name": config["_class_name"]}), "list": "[]"}
     path.write_text(text.get(damage, path.read_text()[:50]))
-    with pytest.raises(
-        ValueError, match=r"block_out_channels|no configuration|not valid JSON"
-    ) as error:
+    with pytest.raises(ValueError, match=r"block_out_channels|no configuration|no json") as error:
         load_diffusers(path.parents[1])
     assert "\n" not in str(error.value)
 

@@ -69,14 +69,14 @@ def test_files_of_other_editors_are_read(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "nested too deep"),
-        ('{"a":' * 20_000, "nested too deep"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 20_000, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "'a' is there twice"),
         ("[]", "no configuration"),
-        ("{", "not valid JSON"),
-        ('{"a": ' + "9" * 10_000 + "}", "not valid JSON"),
+        ("{", "no json"),
+        ('{"a": ' + "9" * 10_000 + "}", "no json"),
         ('{"a": "' + "x" * BYTES + '"}', "larger than"),
-        ("\xff", "not valid JSON"),
+        ("\xff", "no json"),
     ],
 )
 def test_hostile_json_is_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from test_databases import Pooled, files_of, pictures
 
+from retrodiff import tensors
 from retrodiff.databases import (
     ImageFolder,
     Images,
@@ -139,9 +140,9 @@ def test_files_of_tensors_are_those_of_safetensors(n, tmp_path):
         {"embeddings": torch.randn(n, 6, generator=generator).half(), "norms": torch.rand(n)},
         {"bytes": torch.arange(n, dtype=torch.uint8), "offsets": torch.arange(n)},
     ]
-    for tensors in sets:
-        about = write_tensors(tmp_path / "a", tensors)
-        data = safetensors.torch.save(tensors)
+    for some in sets:
+        about = write_tensors(tmp_path / "a", some)
+        data = safetensors.torch.save(some)
         assert (tmp_path / "a").read_bytes() == data
         assert about == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -267,7 +268,7 @@ def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "_safetensors", full)
+    monkeypatch.setattr(tensors, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         append_to_database(tmp_path / "d", source, Pooled(), progress=False)
     with pytest.raises(OSError, match="No space left"):

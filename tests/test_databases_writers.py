@@ -40,7 +40,8 @@ from retrodiff.databases.manifest import BUILD, LOG, MANIFEST
 from retrodiff.databases.work import MixedColumn, read_work
 from retrodiff.indexes import Annoy, Exact, Faiss, ScaNN, USearch, Vectors, recipe, save_index
 from retrodiff.indexes.native import heard
-from retrodiff.indexes.recipe import Recall, load_index
+from retrodiff.indexes.recipe import Recall
+from retrodiff.indexes.saved import load_index
 from retrodiff.interfaces import Query
 
 QUIET = {"progress": False}

@@ -14,7 +14,7 @@ STORAGE = [None, "float16", "bfloat16", "int8"]
 
 
 def gaps(stored: torch.Tensor, queries: torch.Tensor) -> np.ndarray:
-    """1 - cosine (b, m) with 64 binary digits or more: half the squared distance of unit vectors."""
+    """1 - cosine (b, m) to 64 binary digits: half the squared distance of unit vectors."""
 
     def unit(x: torch.Tensor) -> np.ndarray:
         wide = x.double().numpy().astype(np.longdouble)

@@ -12,7 +12,7 @@ from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, neighbor_table
 from retrodiff.testing import small_database
 from retrodiff.training import NamedEMA, Objective, TrainingSet, constant, cosine, fit, optimize
 from retrodiff.training.contrastive import fit_clip
-from retrodiff.training.optimize import at_step
+from retrodiff.training.seeds import derived
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run(recipe, data, **options):
     network = small_network()
     model = recipe.build()
     model.denoiser.network.load_state_dict(network.state_dict())
-    settings = {"steps": 12, "batch_size": 8, "rate": constant(1e-2), "ema": 0.9, "progress": False}
+    settings = {"steps": 12, "batch_size": 8, "lr": constant(1e-2), "ema": 0.9, "progress": False}
     return fit(model, data, **{**settings, **options})
 
 
@@ -87,9 +87,9 @@ def test_a_kill_between_checkpoints_loses_only_those_steps(recipe, data, tmp_pat
 
     monkeypatch.setattr(TrainingSet, "rows_at", killed)
     with pytest.raises(RuntimeError, match=r"killed"):
-        run(recipe, data, checkpoint=checkpoint, every=4)
+        run(recipe, data, checkpoint=checkpoint, checkpoint_every=4)
     monkeypatch.setattr(TrainingSet, "rows_at", real)
-    resumed = run(recipe, data, checkpoint=checkpoint, every=4, resume=True)
+    resumed = run(recipe, data, checkpoint=checkpoint, checkpoint_every=4, resume=True)
     assert same(weights(whole.model), weights(resumed.model))
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_run_is_refused(recipe, data, tmp_path):
 
 def test_snapshots_are_the_average_at_their_step(recipe, data):
     full = run(recipe, data, snapshots=[5])
-    short = run(recipe, data, steps=5, rate=constant(1e-2))
+    short = run(recipe, data, steps=5, lr=constant(1e-2))
     assert same(weights(full.snapshots[5]), weights(short.model))
     assert not same(weights(full.model), weights(full.snapshots[5]))
 
@@ -247,7 +247,7 @@ def test_nan_stops_training_with_advice():
             module,
             lambda step, generator: module.weight.sum() * math.nan,
             steps=2,
-            rate=constant(1e-3),
+            lr=constant(1e-3),
             progress=False,
         )
 
@@ -309,11 +309,11 @@ def test_a_small_clip_learns_to_name_colors():
         [names[i] for i in which.tolist()],
         steps=25,
         batch_size=16,
-        rate=constant(3e-3),
+        lr=constant(3e-3),
         progress=False,
     )
     image, text = encoder.encode_image(images), encoder.encode_text(names)
     guess = torch.cosine_similarity(image[:, None], text[None], dim=-1).argmax(1)
     assert float((guess == which).float().mean()) == 1.0
     with pytest.raises(ValueError, match=r"60 images and 1 captions"):
-        fit_clip(encoder, images, ["red"], steps=1, batch_size=2, rate=constant(1e-3))
+        fit_clip(encoder, images, ["red"], steps=1, batch_size=2, lr=constant(1e-3))

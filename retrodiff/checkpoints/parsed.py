@@ -7,11 +7,10 @@ parser would silently keep the last.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from retrodiff import untrusted
 
 if TYPE_CHECKING:
     import yaml
@@ -24,18 +23,24 @@ VALUES = 50_000
 """Most values of a configuration once its aliases are written out; the published ones have 150."""
 
 
-def read_json(file: Path, largest: int = BYTES) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(file: Path, most: int = BYTES) -> dict[str, Any]:
+    """The object in a JSON file, which may hold -Infinity: diffusers writes that.
 
     Args:
         file: to be read.
-        largest: bytes that it may have.
+        most: bytes that it may have.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON object, too large, nested too deeply, or gives a key twice.
     """
-    content = untrusted.read_json(file, largest=largest)
+    text = _content(file, most)
+    try:
+        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply to be a configuration") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no json file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no configuration")
     return cast("dict[str, Any]", content)
@@ -72,14 +77,23 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _content(file: Path) -> bytes:
+def _content(file: Path, most: int = BYTES) -> bytes:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file: check the path of the configuration")
     with file.open("rb") as opened:
-        text = opened.read(BYTES + 1)
-    if len(text) > BYTES:
-        raise ValueError(f"{file} is larger than {BYTES:,} bytes, as no configuration is")
+        text = opened.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"{file} is larger than {most:,} bytes, as no file of its kind is")
     return text
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
 
 
 def _check_depth(file: Path, text: bytes) -> None:

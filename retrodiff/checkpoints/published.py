@@ -86,8 +86,12 @@ class Architecture:
 
     def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
         """UNet and first stage with fresh weights; on the meta device under ``torch.device``."""
-        first_stage = VQAutoencoder if self.kind == "vq" else KLAutoencoder
-        return UNet(**self.unet), first_stage(**self.autoencoder)
+        return UNet(**self.unet), self.first_stage()
+
+    def first_stage(self) -> VQAutoencoder | KLAutoencoder:
+        """The first stage with fresh weights."""
+        kind = VQAutoencoder if self.kind == "vq" else KLAutoencoder
+        return kind(**self.autoencoder)
 
 
 @dataclass(frozen=True, kw_only=True)

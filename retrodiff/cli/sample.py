@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
+        progress=True,
     )
     folder = out.save(options.out, overwrite=options.overwrite)
     _save_sheet(folder / SHEET, model, out, asked)

@@ -90,14 +90,14 @@ def run(options: argparse.Namespace) -> int:
         data,
         steps=options.steps,
         batch_size=options.batch_size,
-        rate=cosine(options.lr, options.steps, min(100, options.steps // 10)),
+        lr=cosine(options.lr, options.steps, min(100, options.steps // 10)),
         ema=options.ema,
         seed=options.seed,
         checkpoint=checkpoint,
-        every=options.checkpoint_every,
+        checkpoint_every=options.checkpoint_every,
         resume=options.resume,
     )
-    proposal = NeighborCounts.of_table(data.table, database)
+    proposal = NeighborCounts.from_table(data.table, database)
     fitted.model.replace(proposal=proposal).save(out, overwrite=options.overwrite)
     checkpoint.unlink()
     print(f"trained on {len(images)} images for {options.steps} steps: {out}")

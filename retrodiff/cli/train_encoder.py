@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         crop_and_flip,
         steps=options.steps,
         batch_size=min(options.batch_size, len(images)),
-        rate=cosine(options.lr, options.steps, min(50, options.steps // 10)),
+        lr=cosine(options.lr, options.steps, min(50, options.steps // 10)),
         seed=options.seed,
     )
     save_encoder(encoder, out, overwrite=options.overwrite)

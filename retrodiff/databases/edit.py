@@ -129,10 +129,11 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         if not len(chosen):
             return database
         name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
-        about = write_tensors(path / name, {"rows": hidden})
-        reached("deletion written")
-        deleted = {"file": name, "rows": len(hidden), **about}
-        replace(database.manifest, deleted=deleted).write(path / MANIFEST)
+        with room_for(path, "make room, then try again; nothing was deleted"):
+            about = write_tensors(path / name, {"rows": hidden})
+            reached("deletion written")
+            deleted = {"file": name, "rows": len(hidden), **about}
+            replace(database.manifest, deleted=deleted).write(path / MANIFEST)
     return open_database(path, "exact")
 
 

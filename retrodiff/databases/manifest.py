@@ -127,7 +127,7 @@ class Manifest:
         try:
             return cls._of(value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else f"{error:.300}"
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
             raise ValueError(f"{path} is a damaged database manifest ({reason}): {AGAIN}") from None
 
     @classmethod
@@ -171,7 +171,7 @@ def _files(value: Any) -> dict[str, dict[str, Any]]:
     """Names of files in the folder itself, with their sizes and hashes; refused if they are not."""
     for name, about in _object(value).items():
         if not _plain(name) or not _counts(about["bytes"]) or not _is_digest(about["sha256"]):
-            raise ValueError(f"{name!r} is no file of a database")
+            raise ValueError(f"no file of a database: {name!r}")
     return value
 
 

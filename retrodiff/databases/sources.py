@@ -192,15 +192,19 @@ class Images(Source):
 def state_of(source: Source) -> str | None:
     """Hash of the sizes and times of the files that a source reads; None where it reads none."""
     paths = getattr(source, "paths", None)  # a foreign source need not know of it
-    files = [] if paths is None else list(paths())
-    digest = hashlib.sha256()
-    for file in files:
+    return None if paths is None else state_of_files(paths())
+
+
+def state_of_files(files: Iterable[Path]) -> str | None:
+    """Hash of the sizes and times of files, in their order; None: there are none."""
+    digest, found = hashlib.sha256(), list(files)
+    for file in found:
         try:
             about = os.stat(file)
             digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
         except OSError:
             digest.update(b"missing\n")
-    return digest.hexdigest() if files else None
+    return digest.hexdigest() if found else None
 
 
 def check_ids(source: Source, before: Iterable[Any] = ()) -> None:

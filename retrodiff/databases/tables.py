@@ -21,6 +21,7 @@ from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage, read_image
 from retrodiff.pictures import to_image, warn_of_range
 from retrodiff.text import escaped
+from retrodiff.untrusted import read_json
 
 
 class _Tables(Source):
@@ -202,17 +203,17 @@ class SavedDataset(_Tables):
         self.folder = Path(folder).expanduser()
         if (self.folder / "dataset_dict.json").is_file():
             try:
-                about = json.loads((self.folder / "dataset_dict.json").read_text("utf-8"))
+                about = read_json(self.folder / "dataset_dict.json")
                 paths = ", ".join(str(self.folder / str(split)) for split in about["splits"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{folder} is no dataset: its dataset_dict.json is damaged"
                 ) from None
             raise ValueError(f"{folder} holds several datasets, give one of them: {paths}")
         try:
-            state = json.loads((self.folder / "state.json").read_text("utf-8"))
+            state = read_json(self.folder / "state.json")
             self.files = [self.folder / Path(f["filename"]).name for f in state["_data_files"]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{folder} is no dataset of save_to_disk: no state.json") from None
         self.mark = str(state.get("_fingerprint", ""))
         for file in self.files:

@@ -118,7 +118,7 @@ def encoder_of(images: Tensor, settings: Settings, seed: int, progress: bool) ->
         view,
         steps=settings.encoder_steps,
         batch_size=128,
-        rate=cosine(2e-3, settings.encoder_steps, 10),
+        lr=cosine(2e-3, settings.encoder_steps, 10),
         seed=seed,
         progress=progress,
     )
@@ -212,7 +212,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         data,
         steps=settings.steps,
         batch_size=settings.batch_size,
-        rate=cosine(2e-3, settings.steps, 30),
+        lr=cosine(2e-3, settings.steps, 30),
         ema=0.99,
         seed=seed,
         progress=progress,

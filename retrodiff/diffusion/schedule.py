@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.interfaces import Schedule
+from retrodiff.numbers import real, whole
 
 
 def check_steps(steps: int, most: int | None = None) -> None:
@@ -41,6 +42,11 @@ class ScaledLinear(Schedule):
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     length: int = 1000
+
+    def __post_init__(self) -> None:
+        real("beta_start", self.beta_start, above=0, below=1)
+        real("beta_end", self.beta_end, self.beta_start, below=1)
+        whole("length", self.length, 2)
 
     @cached_property
     def table(self) -> Tensor:
@@ -130,6 +136,11 @@ class Karras(Schedule):
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    def __post_init__(self) -> None:
+        real("sigma_min", self.sigma_min, above=0)
+        real("sigma_max", self.sigma_max, above=self.sigma_min)
+        real("rho", self.rho, above=0)
+
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps + 1,), the last zero."""
         check_steps(steps)
@@ -150,6 +161,10 @@ class LinearFlow(Schedule):
 
     t_max: float = 0.995
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        real("t_max", self.t_max, above=0, below=1)
+        real("shift", self.shift, above=0)
 
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps + 1,), the last zero."""
