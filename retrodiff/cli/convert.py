@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
         "--database", type=types.path, help="of the model, so that it can look up neighbors"
     )
     parser.add_argument("--k", type=types.count, help="tokens that condition an image")
+    parser.add_argument("--variant", help="of a diffusers folder's weight files, such as fp16")
     parser.add_argument("--raw-weights", action="store_true", help="not the averaged weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         preset=options.preset,
         weights="raw" if options.raw_weights else "ema",
         first_stage=options.first_stage,
+        variant=options.variant,
     )
     scale = published.agreed_scale(options.scale)
     if published.name in presets.__all__:
