@@ -45,12 +45,12 @@ trained = fit(
     data,
     steps=options.steps,
     batch_size=32,
-    rate=cosine(1e-3, options.steps, warmup=min(100, options.steps // 10)),
+    lr=cosine(1e-3, options.steps, warmup=min(100, options.steps // 10)),
     ema=0.999 if options.steps >= 2000 else 0.9,
     checkpoint=options.out / "training.safetensors",
     resume=True,
 ).model
-counts = NeighborCounts.of_table(data.table, database)
+counts = NeighborCounts.from_table(data.table, database)
 trained = trained.replace(proposal=TopM(counts, fraction=0.5))
 trained.save(options.out / "model")
 trained.sample(n=16).save(options.out / "samples")

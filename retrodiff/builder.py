@@ -1,7 +1,9 @@
 """Plugs components together: one slot each, filled by an object or by a recipe that runs last.
 
 Immutable: every step returns a new builder, so a preset can be the start of many models. `build`
-runs the recipes, then names all empty or disagreeing slots at once.
+runs the recipes, then names all empty or disagreeing slots at once. Models do not share what is
+trained: a recipe makes new networks each time, and a network that is handed in as a finished object
+belongs to the first model that is built with it; later ones get copies.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -9,26 +11,33 @@ runs the recipes, then names all empty or disagreeing slots at once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
+from torch import nn
+
 from retrodiff.checks import check_components
+from retrodiff.components import modules
 from retrodiff.diffusion.autoencoder import Identity
 from retrodiff.diffusion.guidance import Unguided
-from retrodiff.diffusion.sampler import sampler_named
+from retrodiff.diffusion.sampler import get_sampler
 from retrodiff.interfaces import (
     Autoencoder,
     Conditioner,
     Database,
     Denoiser,
     Encoder,
+    Generator,
     Guidance,
+    Prior,
     ProposalDistribution,
     Retriever,
     Sampler,
@@ -43,6 +52,12 @@ Slot = T | Callable[[], T]
 """A finished component, or a function without arguments that makes it when `build` runs."""
 
 SLOTS = tuple(f.name for f in dataclasses.fields(Model))
+
+TRAINED = ("denoiser", "conditioner", "generator")
+"""Slots whose weights training changes."""
+
+_OWNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Networks that a built model has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +109,15 @@ class Builder:
         return self.set(retriever=retriever)
 
     def proposal(self, proposal: Slot[ProposalDistribution]) -> Builder:
-        """What unconditional sampling asks."""
+        """Distribution of the queries of unconditional sampling."""
         return self.set(proposal=proposal)
 
+    def prior(self, prior: Slot[Prior]) -> Builder:
+        """What turns embeddings of prompts into embeddings of images; none unless set."""
+        return self.set(prior=prior)
+
     def conditioner(self, conditioner: Slot[Conditioner]) -> Builder:
-        """How query and neighbors enter the network."""
+        """What the network attends to, made of query and neighbors."""
         return self.set(conditioner=conditioner)
 
     def denoiser(self, denoiser: Slot[Denoiser]) -> Builder:
@@ -112,12 +131,16 @@ class Builder:
     def sampler(self, sampler: Slot[Sampler] | str) -> Builder:
         """How noise becomes data, or the name of a sampler; `DDIM` unless set."""
         if isinstance(sampler, str):
-            sampler = sampler_named(sampler)
+            sampler = get_sampler(sampler)
         return self.set(sampler=sampler)
 
     def schedule(self, schedule: Slot[Schedule]) -> Builder:
         """At which noise levels; the denoiser's own unless set."""
         return self.set(schedule=schedule)
+
+    def generator(self, generator: Slot[Generator]) -> Builder:
+        """What generates in place of a denoiser with sampler, guidance and autoencoder."""
+        return self.set(generator=generator)
 
     def autoencoder(self, autoencoder: Slot[Autoencoder]) -> Builder:
         """In which space; `Identity` (pixels) unless set."""
@@ -128,26 +151,42 @@ class Builder:
         return self.set(**numbers)
 
     def build(self) -> Model:
-        """The model.
+        """The model, with networks of its own.
+
+        Denoiser, conditioner or generator handed in as finished objects are used as they are the
+        first time, and copied, with the weights that they have then, if a built model has them
+        already. To share them knowingly, use `Model.replace`.
 
         Raises:
             ValueError: one line for every empty or disagreeing slot.
         """
-        slots: dict[str, Any] = {
-            "retriever": NearestNeighbors(),
-            "guidance": Unguided(),
-            "sampler": sampler_named("ddim"),
-            "autoencoder": Identity(),
-            **self.slots,
-        }
-        parts = {name: value() if _is_recipe(value) else value for name, value in slots.items()}
+        slots: dict[str, Any] = {"retriever": NearestNeighbors(), **self.slots}
+        if slots.get("generator") is None:
+            plain = {"guidance": Unguided(), "sampler": get_sampler("ddim")}
+            slots = {**plain, "autoencoder": Identity(), **slots}
+        parts: dict[str, Any] = {}
+        for name, value in slots.items():
+            if _is_recipe(value):
+                parts[name] = value()
+            elif name in TRAINED and any(module in _OWNED for module in _networks(value)):
+                parts[name] = copy.deepcopy(value)
+            else:
+                parts[name] = value
         check_components(parts)
+        for name in TRAINED:
+            _OWNED.update(_networks(parts.get(name)))
         return Model(**parts)
 
     @classmethod
     def from_model(cls, model: Model) -> Builder:
-        """The recipe of a built model, all slots filled with its own components."""
-        return cls().set(**{name: getattr(model, name) for name in SLOTS})
+        """The recipe of a built model, which shares all of its components, networks included."""
+        parts = model.parts()
+        shared = {
+            name: functools.partial(_itself, parts[name])
+            for name in TRAINED
+            if parts[name] is not None
+        }
+        return cls().set(**{**parts, **shared})
 
     @classmethod
     def from_preset(cls, name: str | Callable[..., Any], /, **arguments: Any) -> Builder:
@@ -186,6 +225,15 @@ def preset(recipe: Callable[P, Builder]) -> Callable[P, Model]:
     build.recipe = recipe  # type: ignore[attr-defined]
     build.__annotations__ = {**recipe.__annotations__, "return": "Model"}
     return build
+
+
+def _networks(component: Any) -> list[nn.Module]:
+    """Every torch module inside a component, those inside of modules, too."""
+    return [inner for module in modules(component) for inner in module.modules()]
+
+
+def _itself(component: T) -> T:
+    return component
 
 
 def _is_recipe(value: Any) -> bool:

@@ -25,8 +25,9 @@ from retrodiff.text import printable
 STRIP = 2**20
 """Pixels that are converted at a time."""
 
-UNSUPPORTED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "PDF"})
-"""Formats of Pillow that are not read: they start another program, or hold no pixels."""
+UNSUPPORTED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "PDF", "FITS"})
+"""Formats of Pillow that are not read: they start another program, hold no pixels, or (FITS) unfold
+without a limit."""
 
 FULL_SCALE = frozenset({"PNG", "PPM", "JPEG2000"})
 """Formats that say which value is white; in others 0..255 are taken as 8 bits, however stored."""

@@ -7,21 +7,20 @@ it only the files that the format itself wrote.
 
 from __future__ import annotations
 
+import errno
 import json
-import math
-import numbers
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import date, time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from retrodiff.locks import writing
+from retrodiff.plain import plain_json as plain_json
 
 Own = Callable[[Path], set[str]]
 """Folder -> names of the files in it that its format wrote, relative to it, with slashes."""
@@ -29,6 +28,7 @@ Own = Callable[[Path], set[str]]
 WAIT = 60.0
 """Seconds that a save waits for another one at the same place."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNFINISHED = "unfinished.partial"
 REPLACED = "replaced.partial"
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(partial, path)
             sync_folder(path.parent)
         finally:
@@ -72,12 +72,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[st
         partial.chmod(mode)  # the library's is readable by its owner only
 
 
+def sync(descriptor: int) -> None:
+    """Makes a file's bytes last if the power fails, on file systems that know how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last if the power fails, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -86,52 +95,9 @@ def sync_tree(folder: Path) -> None:
     """Makes every file below a folder last if the power fails."""
     for root, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError), Path(root, name).open("rb") as file:
-                os.fsync(file.fileno())
+            with Path(root, name).open("rb") as file:
+                sync(file.fileno())
         sync_folder(Path(root))
-
-
-# --- plain values --------------------------------------------------------------------------------
-
-DEEPEST = 64
-DATES = ("datetime", "timedelta")
-
-
-def plain_json(value: Any, depth: int = 0) -> Any:
-    """The nearest value that JSON can hold.
-
-    Dates become ISO text, NaN and infinities null, bytes hexadecimal text, numbers, arrays and
-    tensors of numpy and torch plain numbers and lists; names that are not valid Unicode get
-    backslash escapes; sets become lists; the rest becomes ``str(value)``.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, (np.ndarray, Tensor)):
-        values = value.detach().cpu() if isinstance(value, Tensor) else cast("Any", value)
-        values = values.astype(str) if str(values.dtype).startswith(DATES) else values
-        return plain_json(values.tolist(), depth)
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value).hex()
-    if depth >= DEEPEST and isinstance(value, (Mapping, list, tuple, set, frozenset)):
-        return f"(nested deeper than {DEEPEST} levels)"
-    if isinstance(value, Mapping):
-        items = cast("Mapping[Any, Any]", value).items()
-        return {plain_json(str(key)): plain_json(entry, depth + 1) for key, entry in items}
-    if isinstance(value, (set, frozenset)):
-        value = sorted(cast("set[Any]", value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [plain_json(entry, depth + 1) for entry in cast("list[Any]", value)]
-    return plain_json(str(value), depth)
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -169,7 +135,14 @@ def make_folder(folder: Path) -> None:
 
 def _make(folder: Path) -> None:
     with _one_line(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            # Another writer may have moved it meanwhile: then the next try makes it.
+            with suppress(FileNotFoundError):
+                if not stat.S_ISDIR(folder.stat().st_mode):
+                    raise
 
 
 @contextmanager
@@ -181,8 +154,18 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
 
 
+def given(path: str | Path) -> Path:
+    """A path to read from, with ``~`` as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user that there is not: a file may have that name
+        return Path(path)
+
+
 def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) -> None:
-    """Refuse to write where something is, unless it is a folder of the same kind to overwrite.
+    """Refuses a place where something is, unless it is a folder of the same kind to overwrite.
+
+    An empty folder is in nobody's way.
 
     Args:
         path: the folder to be written.
@@ -191,14 +174,19 @@ def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) 
         own: names of the files that this format wrote; the folder may hold no others. None: the
             writer replaces single files and removes nothing.
     """
-    path = place(path)
+    _check_free(place(path), marker, overwrite, own)
+
+
+def _check_free(path: Path, marker: str, overwrite: bool, own: Own | None) -> None:
     if not os.path.lexists(path):
         return
+    if path.is_dir() and not any(path.iterdir()):
+        return  # nothing can be lost
     if not overwrite:
         raise FileExistsError(
             f"{path} exists: choose another path, or overwrite it (overwrite=True, --overwrite)"
         )
-    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+    if not (path / marker).is_file():
         raise FileExistsError(
             f"{path} has no {marker}, so it is not ours to overwrite: choose another path"
         )
@@ -259,7 +247,7 @@ def write_folder(
         BlockingIOError: another process has been writing there for a minute.
     """
     path = place(path)
-    check_free(path, marker, overwrite, own)
+    check_free(path, marker, overwrite, None)
     partial = beside(path)
     with writing(partial, WAIT, _make):
         repair(path, marker, own)
@@ -267,13 +255,16 @@ def write_folder(
             with writing(path, WAIT) if path.exists() else nullcontext():
                 check_free(path, marker, overwrite, own)
                 _clear(partial, marker)
-                write(partial)
-                put(partial, path, marker, own, overwrite)
-        finally:  # unfinished, or nothing: a finished folder that could not be put is kept
+                with room_for(partial, f"make room, then try again; {path} is as it was"):
+                    write(partial)
+                    put(partial, path, marker, own, overwrite)
+        except BaseException:
+            # Unfinished, or nothing. A finished folder that could not be put in its place is kept.
             if (partial / UNFINISHED).exists():
                 shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
+            elif partial.is_dir() and not any(partial.iterdir()):
                 partial.rmdir()
+            raise
     return path
 
 
@@ -293,6 +284,7 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
     """
     sync_tree(partial)
     (partial / UNFINISHED).unlink(missing_ok=True)
+    reached("ready to move")
     kept = f"what was made is kept in {partial}"
     if not os.path.lexists(path):
         try:
@@ -304,7 +296,9 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
         sync_folder(path.parent)
         return
     try:
-        check_free(path, marker, overwrite, own)
+        _check_free(path, marker, overwrite, own)
+        if path.is_symlink():
+            raise FileExistsError(f"{path} has become a link meanwhile: move it away")
     except FileExistsError as error:
         raise FileExistsError(f"{error}; {kept}") from None
     (path / REPLACED).touch()
@@ -355,6 +349,18 @@ def discard(folder: Path, own: set[str], into: Path) -> None:
     if {entry.name for entry in folder.iterdir()} <= {REPLACED}:
         (folder / REPLACED).unlink(missing_ok=True)
         folder.rmdir()
+
+
+@contextmanager
+def room_for(folder: Path, way_out: str) -> Iterator[None]:
+    """A full disk ends the block with one line that names the folder and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(f"no room to write into {folder} ({reason}): {way_out}") from error
 
 
 def reached(point: str) -> None:

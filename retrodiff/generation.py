@@ -1,19 +1,23 @@
-"""What sampling returns: images, what was retrieved for them, and how they were made."""
+"""Generated images with what was retrieved for them: shown, saved as PNG files and JSON."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from retrodiff.files import plain_json, write_folder, write_json
-from retrodiff.interfaces import Database, Neighbors, Query, Record
+from retrodiff.interfaces import Database, Neighbors, Query, Value
+from retrodiff.pictures import to_bytes
+from retrodiff.text import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,10 +27,18 @@ MARKER = "generation.json"
 SHEET = "sheet.png"
 """Query, samples and neighbors in one picture, beside the images."""
 
+SHOWN = 16
+"""Images that a notebook shows."""
 
-@dataclass(frozen=True)
-class Generation:
+SIDE = 96
+"""Largest side of a picture in a notebook, in pixels."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Value):
     """Generated images, their queries and neighbors, and the settings that make them again.
+
+    A notebook shows query, neighbors and sample of the first ones.
 
     Args:
         images: (b, c, h, w) in [-1, 1].
@@ -34,6 +46,8 @@ class Generation:
         query: what was asked for each image.
         neighbors: what conditioned each image, with records; k = 0 when nothing did.
         settings: mode, k, guidance, steps, seed, fingerprints.
+        pictures: those that were asked with, (c, h, w) each; empty where they were texts or rows.
+        database: what was retrieved from, to show its pictures; it is not saved.
     """
 
     images: Tensor
@@ -41,25 +55,66 @@ class Generation:
     query: Query
     neighbors: Neighbors
     settings: Mapping[str, Any]
+    pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+    database: Database | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def pictures(self) -> list[Image]:
-        """The images as PIL pictures."""
+    def pil(self) -> list[Image]:
+        """The images as PIL images."""
         return [to_picture(image) for image in self.images]
+
+    def not_finite(self) -> list[int]:
+        """Numbers of the images with NaN or infinities in pixels or latents."""
+        pixels, latents = (x.isfinite().flatten(1).all(1) for x in (self.images, self.latents))
+        return (~(pixels & latents)).nonzero().flatten().tolist()
+
+    def _repr_html_(self) -> str:
+        """Query, neighbors and sample of the first images, for a notebook."""
+        rows = [
+            f"<tr><td>{self._asked(i)}</td><td>{self._near(i)}</td>"
+            f"<td>{_shown(self.images[i])}</td></tr>"
+            for i in range(min(len(self), SHOWN))
+        ]
+        more = f"<p>{len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
+        head = "<tr><th>query</th><th>neighbors</th><th>sample</th></tr>"
+        return f"<table>{head}{''.join(rows)}</table>{more}"
+
+    def _asked(self, i: int) -> str:
+        if i < len(self.pictures):
+            return _shown(self.pictures[i])
+        return html.escape(printable(self.query.source[i])) if self.query.source else ""
+
+    def _near(self, i: int) -> str:
+        """The pictures of an image's neighbors, or what their records say."""
+        rows = self.neighbors.indices[i].flatten().tolist()
+        records = self.neighbors.records[i] if self.neighbors.records else ({},) * len(rows)
+        image = getattr(self.database, "image", None)
+        shown: list[str] = []
+        for row, record in zip(rows, records, strict=True):
+            if row < 0:
+                continue
+            name = html.escape(printable(record.get("file") or record.get("label") or f"row {row}"))
+            try:
+                shown.append(name if image is None else _shown(image(row), name))
+            except (OSError, ValueError):
+                shown.append(name)
+        return " ".join(shown)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """PNG files and ``generation.json`` with everything that is needed to make them again."""
 
         def write(temporary: Path) -> None:
-            rows = []
-            for i, picture in enumerate(self.pictures()):
+            rows: list[dict[str, Any]] = []
+            wrong = set(self.not_finite())
+            for i, picture in enumerate(self.pil()):
                 name = f"{i:05d}.png"
                 picture.save(temporary / name)
                 rows.append(
                     {
                         "file": name,
+                        **({"finite": False} if i in wrong else {}),
                         "source": self.query.source[i] if self.query.source else None,
                         "neighbors": [
                             {
@@ -89,74 +144,23 @@ def own_files(folder: Path) -> set[str]:
     return {MARKER, SHEET} | images
 
 
-def gathered(
-    parts: list[tuple[Tensor, Tensor, Query, Neighbors]], order: list[int], settings: dict[str, Any]
-) -> Generation:
-    """Parts in the order in which they ran -> one Generation in the order in which they were asked.
-
-    Modes differ in k; shorter neighbor lists are filled up with row -1 and similarity 0.
-    """
-    back = torch.tensor(order).argsort()
-    width = max(neighbors.k for *_, neighbors in parts)
-    padded = [_widened(neighbors, width) for *_, neighbors in parts]
-    records = tuple(r for neighbors in padded for r in neighbors.records)
-    source = tuple(s for _, _, query, _ in parts for s in query.source)
-    positions = back.tolist()
-    return Generation(
-        torch.cat([images for images, *_ in parts])[back],
-        torch.cat([latents for _, latents, *_ in parts])[back],
-        Query(
-            torch.cat([query.embedding.cpu() for _, _, query, _ in parts])[back],
-            tuple(source[i] for i in positions) if source else (),
-        ),
-        Neighbors(
-            torch.cat([n.indices.cpu() for n in padded])[back],
-            torch.cat([n.similarity.cpu() for n in padded])[back],
-            torch.cat([n.embeddings.cpu() for n in padded])[back],
-            tuple(records[i] for i in positions) if records else (),
-        ),
-        settings,
-    )
-
-
-def _widened(neighbors: Neighbors, k: int) -> Neighbors:
-    missing = k - neighbors.k
-    if missing == 0:
-        return neighbors
-    shape = (*neighbors.indices.shape[:-1], missing)
-    filler = Neighbors(
-        torch.full(shape, -1, device=neighbors.indices.device),
-        neighbors.similarity.new_zeros(shape),
-        neighbors.embeddings.new_zeros(*shape, neighbors.embeddings.shape[-1]),
-    )
-    return replace(Neighbors.cat([neighbors, filler]), records=neighbors.records)
-
-
 def to_picture(image: Tensor) -> Image:
-    """An image (c, h, w) in [-1, 1], c = 1 or 3, as an 8-bit PIL picture."""
+    """An image (c, h, w) in [-1, 1], c = 1 or 3, as an 8-bit PIL picture; NaN becomes black."""
     from PIL import Image
 
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = to_bytes(image.detach().float().nan_to_num(-1.0).clamp(-1, 1).cpu())
     pixels = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def origins(
-    query: Query, found: Neighbors, database: Database | None
-) -> tuple[tuple[Record, ...], ...]:
-    """Where every token of every query comes from: the record of its row, or the query itself."""
-    flat = found.indices.reshape(len(query), -1)
-    stored = flat >= 0
-    known: list[Record] = []
-    if database is not None and bool(stored.any()):
-        known = database.records(flat[stored].cpu())
-    rest = iter(known)
-    return tuple(
-        tuple(
-            next(rest)
-            if row >= 0
-            else {"query": query.source[i] if i < len(query.source) else None}
-            for row in rows
-        )
-        for i, rows in enumerate(flat.tolist())
-    )
+def _shown(image: Tensor, title: str = "") -> str:
+    """An image as HTML that holds its pixels."""
+    if not image.is_floating_point():
+        image = image.float() / 127.5 - 1
+    picture = to_picture(image)
+    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    style = f"max-width:{SIDE}px;max-height:{SIDE}px"
+    return f'<img title="{title}" style="{style}" src="data:image/png;base64,{data}">'

@@ -35,10 +35,13 @@ def writing(
 
     Raises:
         BlockingIOError: another process, or another thread, is writing there.
+        FileNotFoundError: there is nothing at the path.
     """
     until = time.monotonic() + wait
     while (descriptor := _locked(path, make)) is None:
         if time.monotonic() >= until:
+            if not os.path.lexists(path):
+                raise FileNotFoundError(f"{path} is missing: there is nothing to write to")
             raise _busy(path)
         time.sleep(PAUSE)
     if descriptor < 0:
@@ -62,9 +65,7 @@ def _locked(path: Path, make: Callable[[Path], object] | None) -> int | None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        if make is None:
-            raise
-        return None  # moved away since it was made
+        return None  # another writer may be putting another one in its place
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another writer may have put another folder in its place since it was opened.

@@ -90,7 +90,7 @@ def to_images(pictures: Any, *, name: str = "images") -> list[Tensor]:
         images = [to_image(one, name=f"{name}[{i}]") for i, one in enumerate(pictures)]
     else:
         raise _unknown(pictures, name)
-    _warn_of_range(images, name)
+    warn_of_range(images, name)
     colors = any(len(image) == 3 for image in images)
     return [image.expand(3, -1, -1) for image in images] if colors else images
 
@@ -109,7 +109,7 @@ def to_batch(pictures: Any, *, name: str = "images") -> Tensor:
     """
     if isinstance(pictures, Tensor | np.ndarray):
         batch = _pixels(_batch(pictures, name), name)
-        _warn_of_range([batch], name)
+        warn_of_range([batch], name)
         return to_float(batch)
     images = to_images(pictures, name=name)
     if not images:
@@ -138,6 +138,22 @@ def to_bytes(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def warn_of_range(images: Sequence[Tensor], name: str) -> None:
+    """Warns where all floats lie in [0, 1]: right for bright pictures, wrong for most."""
+    floats = [i.detach() for i in images if i.is_floating_point() and i.numel()]
+    if not floats:
+        return
+    low = min(float(i.min()) for i in floats)
+    high = max(float(i.max()) for i in floats)
+    if 0 <= low < high <= 1:
+        warnings.warn(
+            f"{name} holds floats from {low:.4g} to {high:.4g} and is taken as -1 to 1: if 0 is "
+            f"black, give {name} * 2 - 1",
+            PixelRange,
+            stacklevel=3,
+        )
+
+
 def _is_file(value: Any) -> bool:
     return isinstance(value, str | Path | bytes | bytearray | memoryview)
 
@@ -156,7 +172,7 @@ def _decoded(picture: Any, name: str) -> Tensor:
     except UnreadableImage as error:
         if isinstance(picture, str | Path):
             shown = printable(picture)
-            name = f"{name}={shown if len(shown) <= 200 else shown[:200] + '…'}"
+            name = f"{name}={shown if len(shown) <= 100 else shown[:100] + '…'}"
         raise UnreadableImage(f"{name}: {error}") from None
 
 
@@ -263,22 +279,6 @@ def _bytes(array: Tensor, name: str) -> Tensor:
         f"{name} holds {kind} from {low} to {high}, which is no clear range of pixels: give uint8 "
         "in 0 to 255, or floats in -1 to 1"
     )
-
-
-def _warn_of_range(images: Sequence[Tensor], name: str) -> None:
-    """Warns once where all floats lie in [0, 1]: right for bright pictures, wrong for most."""
-    floats = [i.detach() for i in images if i.is_floating_point() and i.numel()]
-    if not floats:
-        return
-    low = min(float(i.min()) for i in floats)
-    high = max(float(i.max()) for i in floats)
-    if 0 <= low < high <= 1:
-        warnings.warn(
-            f"{name} holds floats from {low:.4g} to {high:.4g} and is taken as -1 to 1: if 0 is "
-            f"black, give {name} * 2 - 1",
-            PixelRange,
-            stacklevel=3,
-        )
 
 
 def _unknown(value: Any, name: str) -> ValueError:

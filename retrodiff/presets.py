@@ -11,11 +11,11 @@ one; without it they have fresh weights, and sampling from them warns.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from retrodiff.builder import Builder, preset
-from retrodiff.checkpoints.load import fresh, load_published
-from retrodiff.checkpoints.published import PUBLISHED, PublishedModel
+from retrodiff.checkpoints.load import load_published
+from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,
@@ -49,116 +49,68 @@ __all__ = ["ldm_imagenet", "rdm_768", "rdm_ffhq", "rdm_imagenet", "rdm_small"]
 Checkpoint = str | Path | PublishedModel
 
 
-@preset
-def rdm_imagenet(
-    *,
-    checkpoint: Checkpoint | None = None,
-    config: str | Path | None = None,
-    encoder: Encoder | str | None = None,
-    database: Database | str | Path | None = None,
-    retriever: Retriever | None = None,
-    proposal: ProposalDistribution | None = None,
-    conditioner: Conditioner | None = None,
-    guidance: Guidance | None = None,
-    sampler: Sampler | None = None,
-    k: int = 4,
-) -> Builder:
-    """The paper's ImageNet model, 256x256 (Blattmann et al. 2022): CLIP ViT-B/32, VQ f=4.
+class Chosen(TypedDict, total=False):
+    """What may be chosen of the paper's models; everything has a default.
 
-    Args:
+    Attributes:
         checkpoint: the published ``.ckpt``, a diffusers folder, or a loaded `PublishedModel`; None:
             fresh weights.
-        config: the checkpoint's yaml; None: this preset's own numbers. Where the first stage is in
+        config: the checkpoint's yaml; None: the preset's own numbers. Where the first stage is in
             a file of its own, hand in ``checkpoint=load_compvis(..., first_stage=...)``.
-        encoder: None: CLIP ViT-B/32, fetched when first used.
+        encoder: None: the CLIP that the model was trained with, fetched when first used.
         database: None: only text-only sampling works.
         retriever: None: the nearest neighbors.
-        proposal: what unconditional sampling asks; None: it says how to make one.
-        conditioner: None: raw embeddings, as the model was trained.
-        guidance: None: classifier-free, scale 2.
+        proposal: distribution of the queries of unconditional sampling; None: it says how to make
+            one.
+        conditioner: None: neighbor embeddings in the scale that the model was trained with.
+        guidance: None: classifier-free, at the model's usual scale.
         sampler: None: DDIM, eta 0.
         k: tokens that condition an image; in the text modes the text is one of them.
     """
-    return _paper(
-        "rdm_imagenet",
-        checkpoint,
-        config,
-        encoder or CLIPEncoder("ViT-B-32-quickgelu", "openai", preprocessing="rdm"),
-        database,
-        retriever,
-        proposal,
-        conditioner,
-        guidance or ClassifierFree(2.0),
-        sampler,
-        k,
-    )
+
+    checkpoint: Checkpoint | None
+    config: str | Path | None
+    encoder: Encoder | str | None
+    database: Database | str | Path | None
+    retriever: Retriever | None
+    proposal: ProposalDistribution | None
+    conditioner: Conditioner | None
+    guidance: Guidance | None
+    sampler: Sampler | str | None
+    k: int
 
 
 @preset
-def rdm_ffhq(
-    *,
-    checkpoint: Checkpoint | None = None,
-    config: str | Path | None = None,
-    encoder: Encoder | str | None = None,
-    database: Database | str | Path | None = None,
-    retriever: Retriever | None = None,
-    proposal: ProposalDistribution | None = None,
-    conditioner: Conditioner | None = None,
-    guidance: Guidance | None = None,
-    sampler: Sampler | None = None,
-    k: int = 4,
-) -> Builder:
+def rdm_imagenet(**chosen: Unpack[Chosen]) -> Builder:
+    """The paper's ImageNet model, 256x256 (Blattmann et al. 2022): CLIP ViT-B/32, VQ f=4.
+
+    Guidance 2, k = 4, raw embeddings.
+
+    Args:
+        chosen: ``checkpoint``, ``config``, ``encoder``, ``database``, ``retriever``, ``proposal``,
+            ``conditioner``, ``guidance``, ``sampler`` and ``k``; see `Chosen`.
+    """
+    return _paper("rdm_imagenet", "ViT-B-32-quickgelu", 2.0, 4, chosen)
+
+
+@preset
+def rdm_ffhq(**chosen: Unpack[Chosen]) -> Builder:
     """The paper's model of faces, 256x256; arguments as for `rdm_imagenet`."""
-    return _paper(
-        "rdm_ffhq",
-        checkpoint,
-        config,
-        encoder or CLIPEncoder("ViT-B-32-quickgelu", "openai", preprocessing="rdm"),
-        database,
-        retriever,
-        proposal,
-        conditioner,
-        guidance or ClassifierFree(2.0),
-        sampler,
-        k,
-    )
+    return _paper("rdm_ffhq", "ViT-B-32-quickgelu", 2.0, 4, chosen)
 
 
 @preset
-def rdm_768(
-    *,
-    checkpoint: Checkpoint | None = None,
-    config: str | Path | None = None,
-    encoder: Encoder | str | None = None,
-    database: Database | str | Path | None = None,
-    retriever: Retriever | None = None,
-    proposal: ProposalDistribution | None = None,
-    conditioner: Conditioner | None = None,
-    guidance: Guidance | None = None,
-    sampler: Sampler | None = None,
-    k: int = 11,
-    convert_scale: bool = False,
-) -> Builder:
+def rdm_768(*, convert_scale: bool = False, **chosen: Unpack[Chosen]) -> Builder:
     """The 768x768 model: CLIP ViT-L/14, KL f=16, unit embeddings, guidance 5, text + 10 neighbors.
 
-    Arguments as for `rdm_imagenet`. ``checkpoint`` may be the diffusers folder ``fusing/rdm``. This
-    model was trained on unit embeddings: a database that stores raw ones is refused unless
+    This model was trained on unit embeddings: a database that stores raw ones is refused unless
     ``convert_scale=True`` says that each is to be divided by its norm.
+
+    Args:
+        convert_scale: divide raw embeddings by their norm.
+        chosen: as for `rdm_imagenet`; ``checkpoint`` may be the diffusers folder ``fusing/rdm``.
     """
-    return _paper(
-        "rdm_768",
-        checkpoint,
-        config,
-        encoder or CLIPEncoder("ViT-L-14-quickgelu", "openai", preprocessing="rdm"),
-        database,
-        retriever,
-        proposal,
-        conditioner,
-        guidance or ClassifierFree(5.0),
-        sampler,
-        k,
-        convert_scale,
-    )
+    return _paper("rdm_768", "ViT-L-14-quickgelu", 5.0, 11, chosen, convert_scale)
 
 
 @preset
@@ -170,15 +122,11 @@ def ldm_imagenet(*, sampler: Sampler | None = None) -> Builder:
     """
     architecture = PUBLISHED["rdm_imagenet"]
     numbers: dict[str, Any] = {**architecture.unet, "context_width": None}
-    network = UNet(**numbers)
-    autoencoder = VQAutoencoder(**architecture.autoencoder)
-    denoiser = EpsDenoiser(network, ScaledLinear())
-    denoiser.untrained = True
     return (
         Builder()
         .conditioner(Unconditional())
-        .denoiser(denoiser)
-        .autoencoder(autoencoder)
+        .denoiser(lambda: _untrained(EpsDenoiser(UNet(**numbers), ScaledLinear())))
+        .autoencoder(lambda: VQAutoencoder(**architecture.autoencoder))
         .sampler(sampler or DDIM())
         .defaults(steps=100)
     )
@@ -213,23 +161,27 @@ def rdm_small(
     patch, width = (4, 48) if first_stage is None else (first_stage.patch, first_stage.components)
     if size % patch:
         raise ValueError(f"size={size} is no multiple of {patch}, the side of a patch")
-    network = UNet(
-        in_channels=width,
-        out_channels=width,
-        size=size // patch,
-        channels=channels,
-        multipliers=(1,),
-        blocks_per_level=1,
-        attention_factors=(1,),
-        context_width=encoder.dim,
-    )
+
+    def denoiser() -> FlowDenoiser:
+        network = UNet(
+            in_channels=width,
+            out_channels=width,
+            size=size // patch,
+            channels=channels,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_factors=(1,),
+            context_width=encoder.dim,
+        )
+        return FlowDenoiser(network)
+
     recipe = (
         Builder()
         .encoder(encoder)
         .retriever(retriever or NearestNeighbors())
         .conditioner(Dropped(NeighborEmbeddings("unit"), 0.1))
         .autoencoder(first_stage or PixelUnshuffle(patch))
-        .denoiser(FlowDenoiser(network))
+        .denoiser(denoiser)
         .sampler(Heun())
         .guidance(ClassifierFree(1.5))
         .defaults(k=k, steps=12)
@@ -261,18 +213,11 @@ def from_published(
         ValueError: the scale is unknown, or contradicts the checkpoint's.
     """
     conditioner = NeighborEmbeddings(published.agreed_scale(scale), convert=convert_scale)
-    schedule = ScaledLinear(
-        published.schedule.start, published.schedule.end, published.schedule.length
-    )
     recipe = (
-        Builder()
+        _plain(k)
         .conditioner(conditioner)
-        .denoiser(EpsDenoiser(published.unet, schedule))
+        .denoiser(EpsDenoiser(published.unet, published.schedule))
         .autoencoder(published.autoencoder)
-        .retriever(NearestNeighbors())
-        .sampler(DDIM())
-        .guidance(ClassifierFree(2.0))
-        .defaults(k=k, steps=100, prompt_template="An image of a {}.")
     )
     if encoder is not None:
         recipe = recipe.encoder(encoder)
@@ -280,46 +225,69 @@ def from_published(
 
 
 def _paper(
-    name: str,
-    checkpoint: Checkpoint | None,
-    config: str | Path | None,
-    encoder: Encoder | str,
-    database: Database | str | Path | None,
-    retriever: Retriever | None,
-    proposal: ProposalDistribution | None,
-    conditioner: Conditioner | None,
-    guidance: Guidance,
-    sampler: Sampler | None,
-    k: int,
-    convert_scale: bool = False,
+    name: str, encoder: str, scale: float, k: int, chosen: Chosen, convert_scale: bool = False
 ) -> Builder:
-    """What the paper's three models have in common."""
-    architecture = PUBLISHED[name]
-    if isinstance(checkpoint, PublishedModel):
-        published = checkpoint
-    elif checkpoint is not None:
-        published = load_published(checkpoint, config=config, preset=name)
-    else:
-        published = fresh(name)
-    if published.name not in (None, name):
-        raise ValueError(
-            f"{published.source} is the model {published.name}, not {name}: load it with "
-            f"presets.{published.name}(checkpoint=...)"
-        )
-    recipe = from_published(
-        published,
-        scale=architecture.scale,
-        encoder=encoder,
-        k=k,
-        convert_scale=convert_scale,
-    )
+    """One of the paper's models: name, CLIP, guidance scale, tokens, and what is chosen."""
+    known = list(Chosen.__annotations__)
+    if unknown := sorted(set(chosen) - set(known)):
+        raise TypeError(f"{name} has no argument {', '.join(unknown)}: it takes {', '.join(known)}")
+    clip = chosen.get("encoder") or CLIPEncoder(encoder, "openai", preprocessing="rdm")
+    k, checkpoint = chosen.get("k", k), chosen.get("checkpoint")
     if checkpoint is None:
-        recipe.slots["denoiser"].untrained = True
-    recipe = recipe.guidance(guidance).retriever(retriever or NearestNeighbors())
-    if conditioner is not None:
-        recipe = recipe.conditioner(conditioner)
-    if sampler is not None:
-        recipe = recipe.sampler(sampler)
-    if proposal is not None:
-        recipe = recipe.proposal(proposal)
-    return recipe if database is None else recipe.database(database)
+        recipe = _fresh(PUBLISHED[name], k, convert_scale).encoder(clip)
+    else:
+        recipe = from_published(
+            _named(name, checkpoint, chosen.get("config")),
+            scale=PUBLISHED[name].scale,
+            encoder=clip,
+            k=k,
+            convert_scale=convert_scale,
+        )
+    recipe = recipe.guidance(ClassifierFree(scale))
+    for slot in ("guidance", "retriever", "conditioner", "sampler", "proposal", "database"):
+        if (value := chosen.get(slot)) is not None:
+            recipe = getattr(recipe, slot)(value)
+    return recipe
+
+
+def _fresh(architecture: Architecture, k: int, convert_scale: bool) -> Builder:
+    """The recipe of a published architecture, with new weights in every model."""
+
+    def denoiser() -> EpsDenoiser:
+        network = UNet(**architecture.unet).eval()
+        return _untrained(EpsDenoiser(network, architecture.schedule))
+
+    return (
+        _plain(k)
+        .conditioner(NeighborEmbeddings(architecture.scale or "raw", convert=convert_scale))
+        .denoiser(denoiser)
+        .autoencoder(lambda: architecture.first_stage().eval())
+    )
+
+
+def _named(name: str, checkpoint: Checkpoint, config: str | Path | None) -> PublishedModel:
+    """A loaded checkpoint, which must be that of the named model or of none that is known."""
+    if not isinstance(checkpoint, PublishedModel):
+        checkpoint = load_published(checkpoint, config=config, preset=name)
+    if checkpoint.name not in (None, name):
+        raise ValueError(
+            f"{checkpoint.source} is the model {checkpoint.name}, not {name}: load it with "
+            f"presets.{checkpoint.name}(checkpoint=...)"
+        )
+    return checkpoint
+
+
+def _plain(k: int) -> Builder:
+    """What the models of the published family have in common."""
+    return (
+        Builder()
+        .retriever(NearestNeighbors())
+        .sampler(DDIM())
+        .guidance(ClassifierFree(2.0))
+        .defaults(k=k, steps=100, prompt_template="An image of a {}.")
+    )
+
+
+def _untrained(denoiser: EpsDenoiser) -> EpsDenoiser:
+    denoiser.untrained = True
+    return denoiser

@@ -1,115 +1,190 @@
-"""What may be asked of a model: the modes of the paper, and what each of them needs."""
+"""Reads what is asked of a model: one mode per image, and numbers in their ranges.
+
+Everything that can be wrong about a request is found here, before anything is encoded or sampled.
+"""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast, get_args
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Encoder, Mode, Query, TextEncoder
+from retrodiff.interfaces import Mode, Query
+from retrodiff.numbers import LARGEST_SEED, whole
+from retrodiff.pictures import to_images
+
+Kind = Literal["prompts", "classes", "images", "query", "n"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
+FITTING: Mapping[str, tuple[Mode, ...]] = {
+    "prompts": ("text+neighbors", "text", "neighbors"),
+    "classes": ("class", "text", "text+neighbors", "neighbors"),
+    "images": ("image",),
+    "query": ("neighbors", "text", "text+neighbors"),
+    "n": ("unconditional",),
+}
+"""Modes that go with each kind of request, the default first."""
+
+ELSEWHERE = {
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "prompt": "prompts",
+    "image": "images",
+    "label": "classes",
+    "generator": "seed",
+    "scheduler": "sampler",
+    "num_images": "n",
+    "num_samples": "n",
+}
+"""What other libraries call the arguments of `Model.sample`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What `retrodiff.Model.sample` was asked for, checked.
+
+    Args:
+        kind: which argument says what is asked.
+        value: its value: texts, a list of images (c, h, w), a Query, or a number.
+        modes: one per image.
+        k: tokens that condition an image.
+        steps: of the sampler.
+        seed: of everything random.
+        batch_size: images per network call.
+    """
+
+    kind: Kind
+    value: Any
+    modes: tuple[Mode, ...]
+    k: int
+    steps: int
+    seed: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.modes)
 
 
 def read_request(
-    prompts: Sequence[str] | None,
-    classes: Sequence[str] | None,
-    images: Tensor | None,
-    query: Query | None,
-    n: int | None,
+    given: Mapping[str, Any],
     mode: Mode | Sequence[Mode] | None,
-) -> tuple[list[Mode], dict[str, Any]]:
-    """What `Model.sample` was asked: one mode per image, and the one argument that was given.
+    *,
+    k: Any,
+    steps: Any,
+    seed: Any,
+    batch_size: Any,
+) -> Request:
+    """The request that the arguments of `Model.sample` make.
+
+    Args:
+        given: ``prompts``, ``classes``, ``images``, ``query`` and ``n``, all but one None.
+        mode: one word, one per image, or None for the default of the kind.
+        k: 0 or more.
+        steps: 1 or more.
+        seed: 0 to 2⁶⁴ - 1.
+        batch_size: 1 or more.
 
     Raises:
-        ValueError: none or several were given, or a mode does not go with them.
+        ValueError: none or several were given, a mode does not go with them, or a value is of the
+            wrong type or out of range.
     """
-    given: dict[str, Any] = {
-        name: value
-        for name, value in {
-            "prompts": prompts,
-            "classes": classes,
-            "images": images,
-            "query": query,
-        }.items()
-        if value is not None
-    }
-    if len(given) > 1 or (not given and n is None) or (given and n is not None):
-        named = ", ".join([*given, *(["n"] if n is not None else [])]) or "none"
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
         raise ValueError(
-            f"sample takes exactly one of prompts, classes, images, query and n, got {named}"
+            "sample takes exactly one of prompts, classes, images, query and n, got "
+            f"{', '.join(named) or 'none'}"
         )
-    name, value = next(iter(given.items()), ("n", n))
-    if isinstance(value, str):
-        raise ValueError(f"{name} is one string, but a list is taken: [{value!r}]")
-    total = value if isinstance(value, int) else len(cast("Sequence[Any]", value))
+    kind = cast("Kind", named[0])
+    numbers = {
+        "k": whole("k", k, 0),
+        "steps": whole("steps", steps),
+        "seed": whole("seed", seed, 0, LARGEST_SEED),
+        "batch_size": whole("batch_size", batch_size),
+    }
+    value, total = _value(kind, given[kind])
     if total < 1:
-        raise ValueError(f"{name} asks for {total} images, but at least one is needed")
-    defaults: dict[str, Mode] = {
-        "prompts": "text+neighbors",
-        "classes": "class",
-        "images": "image",
-        "query": "neighbors",
-        "n": "unconditional",
-    }
-    mode = mode or defaults[name]
-    modes: list[Mode] = [mode] * total if isinstance(mode, str) else list(mode)
+        raise ValueError(f"{kind} asks for {total} images, but at least one is needed")
+    return Request(kind, value, _modes(kind, total, mode), **numbers)
+
+
+def refuse_unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    """One line for arguments that `Model.sample` does not have, with the names that it has."""
+    for name in arguments:
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, known, 1)
+        way = f"it is called {near[0]}" if near else f"it takes {', '.join(known)}"
+        raise TypeError(f"sample has no argument {name!r}: {way}")
+
+
+def _value(kind: Kind, value: Any) -> tuple[Any, int]:
+    """The value in the form that `Request` holds, and for how many images it asks."""
+    if kind == "n":
+        number = whole("n", value)
+        return number, number
+    if kind == "images":
+        images = to_images(value, name="images")
+        return images, len(images)
+    if kind == "query":
+        query = _query(value)
+        return query, len(query)
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"{kind} is one string, but a list is taken: [{value!r}]")
+    if not hasattr(value, "__iter__"):
+        raise ValueError(f"{kind} is {type(value).__name__}, but a list of texts is taken")
+    texts = list(value)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{kind}[{i}] is {type(text).__name__}, but a list of texts is taken")
+    return [str(text) for text in texts], len(texts)
+
+
+def _query(query: Any) -> Query:
+    """A query of the caller's own in float32 on the CPU."""
+    if not isinstance(query, Query) or not isinstance(cast("Any", query).embedding, Tensor):
+        held = query.embedding if isinstance(query, Query) else query
+        raise ValueError(
+            f"query is made of {type(held).__name__}: give Query(embedding), with a torch tensor "
+            "(b, d)"
+        )
+    embedding = query.embedding.detach()
+    if embedding.ndim not in (2, 3):
+        raise ValueError(
+            f"query has embeddings of shape {tuple(embedding.shape)}, expected (b, d), or (b, r, "
+            "d) for r regions or queries of each image"
+        )
+    if embedding.is_complex():
+        raise ValueError(f"query has embeddings of {embedding.dtype}, expected floats")
+    embedding = embedding.cpu().float()
+    if not bool(embedding.isfinite().all()):
+        raise ValueError("query has embeddings that are not finite: look for NaN in them")
+    for name, other in (("ids", query.ids), ("source", query.source or None)):
+        if other is not None and len(other) != len(query):
+            raise ValueError(f"query has {len(query)} embeddings, but {len(other)} {name}")
+    ids = None if query.ids is None else query.ids.cpu()
+    return Query(embedding, query.source, ids)
+
+
+def _modes(kind: Kind, total: int, mode: Mode | Sequence[Mode] | None) -> tuple[Mode, ...]:
+    fitting = FITTING[kind]
+    if mode is None:
+        mode = fitting[0]
+    modes = (mode,) * total if isinstance(mode, str) else tuple(mode)
     if len(modes) != total:
-        raise ValueError(f"mode has {len(modes)} words for {total} rows of {name}")
-    fitting: dict[str, tuple[Mode, ...]] = {
-        "prompts": ("text", "text+neighbors", "neighbors"),
-        "classes": ("class", "text", "text+neighbors", "neighbors"),
-        "images": ("image",),
-        "query": ("text", "text+neighbors", "neighbors"),
-        "n": ("unconditional",),
-    }
+        raise ValueError(f"mode has {len(modes)} words for {total} rows of {kind}")
     for word in dict.fromkeys(modes):
         if word not in MODES:
             raise ValueError(f"unknown mode {word!r}: choose one of {', '.join(MODES)}")
-        if word not in fitting[name]:
+        if word not in fitting:
+            other = next(key for key, words in FITTING.items() if word in words)
             raise ValueError(
-                f"mode {word!r} does not go with {name}: give "
-                f"{next(key for key, words in fitting.items() if word in words)}, or use "
-                f"{' or '.join(fitting[name])}"
+                f"mode {word!r} does not go with {kind}: give {other}, or use "
+                f"{' or '.join(fitting)}"
             )
-    return modes, {name: value}
-
-
-def encoded(
-    name: str, value: Any, rows: list[int], encoder: Encoder | None, template: str
-) -> Query:
-    """Some rows of ``images``, ``prompts`` or ``classes`` as queries; equal prompts go together.
-
-    Args:
-        name: which of the three.
-        value: the images (n, c, h, w), prompts or class names of all rows.
-        rows: which of them.
-        encoder: what places them.
-        template: turns a class name into a prompt.
-
-    Raises:
-        ValueError: there is no encoder, or it takes no text.
-    """
-    if encoder is None:
-        raise ValueError(f"{name} need an encoder and this model has none: set encoder=...")
-    if name == "images":
-        with torch.no_grad():
-            return Query(encoder.encode_image(value[rows]), tuple(f"image {i}" for i in rows))
-    if not hasattr(encoder, "encode_text"):
-        raise ValueError(
-            f"{name} need an encoder of text, but {type(encoder).__name__} has no text tower "
-            "(no encode_text): use a CLIPEncoder, or ask with images="
-        )
-    prompts: list[str] = [value[i] for i in rows]
-    if name == "classes":
-        prompts = [template.format(c) for c in prompts]
-    distinct = list(dict.fromkeys(prompts))
-    with torch.no_grad():
-        embedding = cast("TextEncoder", encoder).encode_text(distinct)
-    at = torch.tensor([distinct.index(p) for p in prompts], device=embedding.device)
-    return Query(embedding[at], tuple(prompts))
+    return modes

@@ -144,8 +144,8 @@ def test_shapes_config_and_half_precision(kind: type) -> None:
     assert autoencoder.decode(latents).shape == IMAGES.shape
     torch.testing.assert_close(again.encode(IMAGES), latents)
     half = again.bfloat16().encode(IMAGES.bfloat16())
-    assert half.dtype == torch.bfloat16
-    assert relative(half.float(), latents) < 0.1
+    assert half.dtype == torch.float32  # a training target formed from bfloat16 would be far off
+    assert relative(half, latents) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from parts import HashingEncoder, small_network
@@ -9,12 +10,15 @@ from parts import HashingEncoder, small_network
 import retrodiff
 from retrodiff import presets
 from retrodiff.builder import Builder, preset
+from retrodiff.components import modules
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,
+    Dropped,
     EDMDenoiser,
     Euler,
     NeighborEmbeddings,
+    Projected,
     QueryOnly,
 )
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, Uniform
@@ -175,3 +179,86 @@ def test_top_level_names():
         assert getattr(retrodiff, name) is not None
     with pytest.raises(AttributeError, match=r"Bilder"):
         _ = retrodiff.Bilder
+
+
+def weights(model):
+    return {id(p) for part in (model.denoiser, model.conditioner) for p in _parameters(part)}
+
+
+def _parameters(part):
+    return [p for module in modules(part) for p in module.parameters()]
+
+
+def train(model):
+    """Changes every weight of a model in place, as a careless loop would."""
+    with torch.no_grad():
+        for part in (model.denoiser, model.conditioner):
+            for parameter in _parameters(part):
+                parameter.add_(1.0)
+
+
+def test_models_of_one_recipe_share_no_weights(recipe):
+    conditioner = Dropped(Projected(NeighborEmbeddings("raw"), dim=8, width=8), 0.1)
+    recipe = recipe.conditioner(conditioner)
+    first, second, third = (recipe.build() for _ in range(3))
+    assert first.denoiser is recipe.slots["denoiser"]
+    assert not weights(first) & weights(second)
+    assert not weights(second) & weights(third)
+    before = second.sample(prompts=["a"]).images
+    train(first)
+    assert torch.equal(second.sample(prompts=["a"]).images, before)
+    # Encoder, database and first stage are not trained, and stay shared.
+    assert first.encoder is second.encoder
+    assert first.database is second.database
+
+
+def test_a_recipe_that_makes_networks_makes_new_ones(recipe):
+    made = []
+
+    def denoiser():
+        torch.manual_seed(len(made))
+        made.append(EDMDenoiser(small_network()))
+        return made[-1]
+
+    lazy = recipe.denoiser(denoiser)
+    models = [lazy.build() for _ in range(2)]
+    assert [model.denoiser for model in models] == made
+
+
+def test_presets_make_new_networks_each_time(encoder, database):
+    recipe = Builder.from_preset("rdm_small", encoder=encoder, size=16, channels=32)
+    models = [recipe.database(database).build() for _ in range(2)]
+    assert not weights(models[0]) & weights(models[1])
+
+
+def test_sharing_is_possible_knowingly(model):
+    assert Builder.from_model(model).build() == model
+    assert model.replace(k=2).denoiser is model.denoiser
+
+
+def test_wrong_numbers_of_a_model_are_named(recipe):
+    for wrong, message in (
+        ({"k": -1}, "k=-1: give a whole number, at least 0"),
+        ({"k": 2.5}, "k=2.5"),
+        ({"steps": 0}, "steps=0"),
+        ({"class_top": 0}, "class_top=0"),
+        ({"prompt_template": "A photo."}, r"prompt_template='A photo.' has no \{\}"),
+        ({"prompt_template": "{} and {}"}, r"prompt_template="),
+        ({"prompt_template": None}, r"prompt_template=None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.defaults(**wrong).build()
+    assert recipe.defaults(k=np.int64(3)).build().sample(prompts=["a"]).neighbors.k == 3
+
+
+@pytest.mark.parametrize("slot", ["sampler", "guidance", "retriever", "denoiser", "proposal"])
+def test_a_class_in_place_of_an_object_is_named(recipe, slot):
+    kind = {
+        "sampler": DDIM,
+        "guidance": ClassifierFree,
+        "retriever": NearestNeighbors,
+        "denoiser": EDMDenoiser,
+        "proposal": Uniform,
+    }[slot]
+    with pytest.raises(ValueError, match=rf"{slot}={kind.__name__} is a class.*{kind.__name__}\("):
+        recipe.set(**{slot: kind}).build()

@@ -85,7 +85,7 @@ def test_a_recognized_model_has_its_scale_and_its_encoder(
     monkeypatch.setitem(PUBLISHED, "rdm_imagenet", known)
     command = ["convert", checkpoint, str(tmp_path / "out"), "--preset", "rdm_imagenet"]
     line = refused(capsys, [*command, "--scale", "unit"])
-    assert "trained on raw embeddings, but scale='unit'" in line
+    assert "trained on raw embeddings, but --scale unit" in line
     assert main(command) == 0
     model = Model.load(tmp_path / "out")
     assert model.encoder is not None
@@ -97,9 +97,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     checkpoint, config = files
     out = str(tmp_path / "out")
-    assert "scale='raw'" in refused(capsys, ["convert", checkpoint, out, "--config", config])
+    assert "--scale raw" in refused(capsys, ["convert", checkpoint, out, "--config", config])
     assert "none.ckpt is neither" in refused(capsys, ["convert", str(tmp_path / "none.ckpt"), out])
-    assert "hand in config=" in refused(capsys, ["convert", checkpoint, out])
+    assert "hand in --config" in refused(capsys, ["convert", checkpoint, out])
     text = Path(config).read_text()
     Path(config).write_text(text.replace("UNetModel", "Transformer"))
     line = refused(capsys, ["convert", checkpoint, out, "--config", config])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from test_databases import Pooled, files_of, pictures
 
+from retrodiff import tensors
 from retrodiff.databases import (
     ImageFolder,
     Images,
@@ -32,10 +33,11 @@ from retrodiff.databases import (
     import_embeddings,
     open_database,
     read_image,
-    shards,
 )
 from retrodiff.databases import ingest as ingest_module
+from retrodiff.databases.work import MixedColumn
 from retrodiff.interfaces import Query
+from retrodiff.tensors import map_tensors, write_tensors
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -138,9 +140,9 @@ def test_files_of_tensors_are_those_of_safetensors(n, tmp_path):
         {"embeddings": torch.randn(n, 6, generator=generator).half(), "norms": torch.rand(n)},
         {"bytes": torch.arange(n, dtype=torch.uint8), "offsets": torch.arange(n)},
     ]
-    for tensors in sets:
-        about = shards.save_tensors(tensors, tmp_path / "a")
-        data = safetensors.torch.save(tensors)
+    for some in sets:
+        about = write_tensors(tmp_path / "a", some)
+        data = safetensors.torch.save(some)
         assert (tmp_path / "a").read_bytes() == data
         assert about == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -201,7 +203,7 @@ def test_existing_output(folder, tmp_path):
         build_database(out, source, Pooled("x"), resume=True, progress=False)
     build_database(out, Images(pictures(3)), Pooled("x"), overwrite=True, progress=False)
     assert len(open_database(out)) == 3
-    with pytest.raises(FileExistsError, match="is not a database, it is left alone"):
+    with pytest.raises(FileExistsError, match=r"has no manifest\.json, so it is not ours"):
         build_database(folder, source, Pooled(), overwrite=True, progress=False)
     assert len(list(folder.iterdir())) == 9
 
@@ -266,7 +268,7 @@ def test_disk_full_leaves_the_database_as_it_was(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "_safetensors", full)
+    monkeypatch.setattr(tensors, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         append_to_database(tmp_path / "d", source, Pooled(), progress=False)
     with pytest.raises(OSError, match="No space left"):
@@ -393,13 +395,14 @@ POINTS = [
     "thumbnails written",
     "shard recorded",
     "manifest written",
-    "old one moved",
+    "ready to move",
 ]
 
 KILL = """
 import os, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 from retrodiff.databases import Patchify, ImageFolder, append_to_database, build_database
+from retrodiff import files
 from retrodiff.databases import edit, shards, work
 from test_databases import Pooled
 import torch
@@ -413,7 +416,7 @@ def kill_at(point, nth):
         nth -= name == point
         if name == point and nth == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-    edit.reached = work.reached = shards.reached = reached
+    edit.reached = work.reached = shards.reached = files.reached = reached
 
 for job, point, nth, out, folder, options in {jobs!r}:
     child = os.fork()
@@ -462,7 +465,7 @@ def test_killed_builds_and_appends_resume_to_the_same_bytes(folder, tmp_path, mo
 
         for (point, _), out in builds.items():
             assert not out.exists(), point
-            if point != "old one moved":
+            if point != "ready to move":
                 with pytest.raises(FileExistsError, match="--resume"):
                     build_database(out, source, Pooled(), **OPTIONS)
             build_database(out, source, Pooled(), resume=True, **OPTIONS)
@@ -537,37 +540,35 @@ def test_a_damaged_file_of_tensors_is_one_line(damage, tmp_path):
     assert old in data
     (tmp_path / "x.safetensors").write_bytes(data.replace(old, new))
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged .*: restore it") as caught:
-        shards.map_tensors(tmp_path / "x.safetensors")
+        map_tensors(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
 
 
 def test_a_map_is_copied_on_write(tmp_path):
-    shards.save_tensors({"x": torch.arange(5)}, tmp_path / "x.safetensors")
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.arange(5)})
     before = (tmp_path / "x.safetensors").read_bytes()
-    mapped = shards.map_tensors(tmp_path / "x.safetensors")["x"]
+    mapped = map_tensors(tmp_path / "x.safetensors")["x"]
     mapped += 1
     assert mapped.tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert shards.map_tensors(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2, 3, 4]
+    assert map_tensors(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_column_of_another_type_is_refused(tmp_path):
+def test_a_column_of_another_type_becomes_text(tmp_path):
+    """Refusing would lose rows that are encoded already."""
     build_database(
         tmp_path / "d", Images(pictures(3), [{"n": i} for i in range(3)]), Pooled(), progress=False
     )
-    words = Images(pictures(2), [{"n": "a"}, {"n": "b"}])
-    with pytest.raises(
-        ValueError, match=r"column 'n' is int64 in the rows before and string in records-000001"
-    ) as caught:
-        append_to_database(tmp_path / "d", words, Pooled(), progress=False)
-    assert "\n" not in str(caught.value)
-    found = open_database(tmp_path / "d")
-    assert found.column("n").tolist() == [0, 1, 2]
-    assert not (tmp_path / "d" / "append.partial").exists()
     halves = Images(pictures(1), [{"n": 0.5}])  # a number is a number
-    assert append_to_database(tmp_path / "d", halves, Pooled(), progress=False).column(
-        "n"
-    ).tolist() == [0, 1, 2, 0.5]
+    found = append_to_database(tmp_path / "d", halves, Pooled(), progress=False)
+    assert found.column("n").tolist() == [0, 1, 2, 0.5]
+    words = Images(pictures(2), [{"n": "a", "file": "x.png"}, {"n": "b", "file": "y.png"}])
+    with pytest.warns(
+        MixedColumn, match=r"'n' is stored as text: it is double in the rows before, but 'a' in x"
+    ):
+        found = append_to_database(tmp_path / "d", words, Pooled(), progress=False)
+    assert found.column("n").tolist() == ["0", "1", "2", "0.5", "a", "b"]
+    assert found.verify() == []
 
 
 def test_ctrl_c_then_resume(folder, tmp_path, monkeypatch):

@@ -96,10 +96,10 @@ def test_tars_refuse(tmp_path):
     whole = (tmp_path / "x.tar").read_bytes()
     for cut in (600, 1024 + 200):
         (tmp_path / "x.tar").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="not a whole, uncompressed tar"):
+        with pytest.raises(ValueError, match="not a whole tar"):
             Tars([tmp_path / "x.tar"])
     (tmp_path / "x.tar").write_bytes(b"not a tar at all")
-    with pytest.raises(ValueError, match="not a whole, uncompressed tar"):
+    with pytest.raises(ValueError, match="not a whole tar"):
         Tars([tmp_path / "x.tar"])
     write_tar(tmp_path / "x.tar", [("a.txt", b"1")])
     with pytest.raises(ValueError, match="no pictures"):

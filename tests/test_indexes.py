@@ -399,7 +399,7 @@ def test_bad_storage_and_device():
     with pytest.raises(ValueError, match="unknown storage 'int4'; known: float16"):
         Exact(storage="int4").build(Vectors([isotropic(10, 8)]))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"torch sees no GPU: use Exact\(\)"):
+        with pytest.raises(ValueError, match=r"torch sees no GPU: leave the device out"):
             Exact(device="cuda").build(Vectors([isotropic(10, 8)]))
     with pytest.raises(ValueError, match="cpu or cuda, not on 'mps'"):
         Exact(device="mps").build(Vectors([isotropic(10, 8)]))

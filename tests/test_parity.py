@@ -111,7 +111,7 @@ def test_converted_by_the_command_line(
     checkpoint = published.source
     command = ["convert", checkpoint, str(tmp_path / "model")]
     assert main(command) == 2
-    assert "scale='raw'" in capsys.readouterr().err
+    assert "--scale raw" in capsys.readouterr().err
     assert main([*command, "--scale", "raw"]) == 0
     model = Model.load(tmp_path / "model")
     latents = model.sample_latents(

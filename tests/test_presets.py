@@ -1,5 +1,7 @@
 """The paper's models by name: they build offline, say what is missing, and keep their numbers."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -181,3 +183,35 @@ def test_a_missing_checkpoint_is_named():
         load_published("nowhere/model.ckpt")
     with pytest.raises(FileNotFoundError, match=r"no.such.file.ckpt"):
         presets.rdm_imagenet(checkpoint="no.such.file.ckpt")
+
+
+@pytest.mark.parametrize("name", ["rdm_imagenet", "rdm_ffhq", "rdm_768", "ldm_imagenet"])
+def test_every_model_of_a_recipe_has_networks_of_its_own(tiny, name):
+    recipe = Builder.from_preset(name)
+    one, other = recipe.build(), recipe.build()
+    for part in ("denoiser", "autoencoder"):
+        mine, theirs = (set(map(id, getattr(m, part).parameters())) for m in (one, other))
+        assert not mine & theirs
+    weight = [next(m.denoiser.parameters()) for m in (one, other)]
+    assert not torch.equal(*weight)  # fresh ones, not copies
+
+
+def test_models_of_one_checkpoint_do_not_share_what_is_trained(tiny):
+    published = fresh("rdm_imagenet")
+    one, other = (presets.rdm_imagenet(checkpoint=published) for _ in range(2))
+    mine, theirs = (set(map(id, m.denoiser.parameters())) for m in (one, other))
+    assert not mine & theirs
+    for a, b in zip(one.denoiser.parameters(), other.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_argument_is_named(tiny):
+    with pytest.raises(TypeError, match=r"no argument smapler: it takes checkpoint"):
+        presets.rdm_imagenet(smapler=1)
+    model = presets.rdm_imagenet(sampler="plms", guidance=ClassifierFree(3.0), k=2)
+    assert (repr(model.sampler), model.guidance.scale, model.k) == ("PLMS()", 3.0, 2)
+
+
+def test_the_papers_preset_fits_on_a_page():
+    lines = inspect.getsource(presets.rdm_imagenet.recipe).splitlines()
+    assert len(lines) <= 40

@@ -1,5 +1,7 @@
 """Retrievers, proposals and neighbor tables: contracts, brute-force oracles, statistics, errors."""
 
+import dataclasses
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from parts import HashingEncoder
+from safetensors import safe_open
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
+from retrodiff.randomness import Randomness, normal
 from retrodiff.retrieval import (
     Diverse,
     ExcludeDuplicates,
@@ -193,7 +197,7 @@ def test_regions_end_to_end(model):
     assert [len(records) for records in out.neighbors.records] == [8, 8]
     for records, rows in zip(out.neighbors.records, found.indices, strict=True):
         assert [r["file"] for r in records] == [f"{row}.png" for row in rows.flatten().tolist()]
-    noise = torch.randn(2, *model.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    noise = normal(Randomness.of(0, range(2), "noise"), (2, *model.denoiser.shape))
     by_hand = model.sample_latents(context=found.embeddings, noise=noise)
     torch.testing.assert_close(out.latents, by_hand)
     everywhere = model.sample(query=Query(regions[:, :1].expand(-1, 4, -1)), **ask)
@@ -416,10 +420,15 @@ def test_rows_beyond_31_bits_are_kept_whole(tmp_path):
 
 
 def test_a_table_killed_at_any_moment_is_finished_to_the_same_bytes(tmp_path):
-    """What a killed process leaves is a prefix of the file: every one of them is tried."""
+    """What a killed process leaves is a prefix of the file, and of its batches' hashes."""
     table_in(tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
+    blank = whole.replace(
+        safe_open(tmp_path / "whole", "pt").metadata()["sha256"].encode(), b"0" * 64
+    )
+    ends = [header + min(5 * i, 23) * 3 * 4 for i in range(1, 6)]
+    hashes = [f"{hashlib.sha256(blank[:end]).hexdigest()}\n" for end in ends]
     asked = []
 
     class Asked(Retriever):
@@ -433,12 +442,13 @@ def test_a_table_killed_at_any_moment_is_finished_to_the_same_bytes(tmp_path):
     data = range(header, len(whole) + 1)
     for length in [0, 4, 8, header - 1, *data[::7], len(whole)]:
         path = tmp_path / "killed"
-        (tmp_path / "killed.partial").write_bytes(whole[:length])
+        logged = sum(end <= length for end in ends)
+        (tmp_path / "killed.partial").write_bytes((blank, whole)[length == len(whole)][:length])
+        (tmp_path / "killed.batches.partial").write_text("".join(hashes[:logged]))
         asked.clear()
         table_in(path, retriever=Asked(), resume=True)
         assert path.read_bytes() == whole
-        batches = max(0, length - header) // (5 * 3 * 4)
-        assert sum(asked) == (0 if length == len(whole) else 23 - 5 * batches)
+        assert sum(asked) == 23 - min(5 * logged, 23)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
         path.unlink()
 
@@ -461,7 +471,10 @@ table_in(__import__("pathlib").Path({str(tmp_path / "killed")!r}), retriever=Kil
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["killed.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "killed.batches.partial",
+        "killed.partial",
+    ]
     table_in(tmp_path / "killed", resume=True)
     table_in(tmp_path / "whole")
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -498,7 +511,7 @@ def test_a_table_of_something_else_is_refused(tmp_path):
     table_in(path, overwrite=True, seed=1)
     assert path.read_bytes() != kept
     path.write_bytes(kept[:-1])
-    with pytest.raises(ValueError, match=r"no whole table"):
+    with pytest.raises(ValueError, match=r"damaged or no file of tensors"):
         open_neighbor_table(path, small_database())
 
 
@@ -619,7 +632,7 @@ def test_more_rows_than_torch_multinomial_takes():
     # Every row once, the last ones twice more: a support of more than 2^24 rows.
     last = torch.arange(rows - 5, rows, dtype=torch.int32)
     table = torch.cat([torch.arange(rows, dtype=torch.int32), last, last, last[:1]]).view(-1, 2)
-    counts = NeighborCounts.of_table(table, database)
+    counts = NeighborCounts.from_table(table, database)
     assert len(counts.rows) == rows
     assert int(counts.counts.sum()) == table.numel()
     drawn = counts.propose(database, 1000, generator).ids
@@ -657,7 +670,7 @@ def test_top_m_has_the_order_of_a_stable_sort():
 
 def test_a_table_with_rows_that_do_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"row 32 of a database of 32 rows"):
-        NeighborCounts.of_table(torch.tensor([[0, 32]]), small_database())
+        NeighborCounts.from_table(torch.tensor([[0, 32]]), small_database())
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -680,3 +693,89 @@ def test_neighbors_take_rows_and_join():
     assert [r[0]["row"] for r in some.records] == found.indices[[2, 0], 0].tolist()
     joined = Neighbors.cat([found.take(torch.tensor([0])), found.take(torch.tensor([1, 2]))])
     assert torch.equal(joined.indices, found.indices[:, :3])
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [
+        ExcludeSelf(NearestNeighbors()),
+        ExcludeGroup(NearestNeighbors(), "label"),
+        Diverse(ExcludeSelf(NearestNeighbors()), 0.5, 10),
+        MaxSimilarity(ExcludeSelf(NearestNeighbors()), 5),
+    ],
+    ids=repr,
+)
+def test_queries_without_ids_are_refused_where_ids_matter(retriever, model):
+    """They were searched as if nothing were excluded: an image conditioned its own training."""
+    database = small_database()
+    query = Query(database.embeddings(torch.tensor([0, 1])))
+    name = "ExcludeGroup" if "Group" in repr(retriever) else "ExcludeSelf"
+    with pytest.raises(ValueError, match=f"{name} leaves out .*has no ids: give Query") as error:
+        retriever.retrieve(query, database, 3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"{name} leaves out"):
+        neighbor_table(query, database, 3, retriever)
+    new = retriever.retrieve(dataclasses.replace(query, ids=torch.tensor([-1, 1])), database, 3)
+    assert 0 in new.indices[0].tolist()
+    assert 1 not in new.indices[1].tolist()
+    # A prompt or a picture is no row; a drawn row is one.
+    asking = model.replace(retriever=retriever, proposal=Uniform())
+    assert asking.sample(prompts=["a"], k=3).neighbors.k == 3
+    out = asking.sample(n=5, k=3)
+    for row, found in zip(out.query.ids.tolist(), out.neighbors.indices.tolist(), strict=True):
+        assert row not in found
+    with pytest.raises(ValueError, match="has no ids"):
+        asking.sample(query=Query(torch.randn(1, 8)))
+
+
+def test_how_far_one_query_has_to_look_changes_nothing_for_another():
+    database = small_database(rows=40, dim=8)
+    near = database.embeddings(torch.tensor([3]))
+    queries = torch.cat([near, -near, torch.randn(3, 8)])
+    for retriever in (
+        ExcludeDuplicates(RandomOfTop(NearestNeighbors(), 40), 0.0),
+        ExcludeGroup(NearestNeighbors(), "label"),
+        ExcludeSelf(RandomOfTop(NearestNeighbors(), 20)),
+    ):
+        ids = torch.tensor([3, -1, 5, 6, -1])
+
+        def ask(rows, retriever=retriever, ids=ids):
+            seeded = Randomness.of(0, rows, "retrieval")
+            query = Query(queries[rows], ids=ids[rows], generator=seeded)
+            return retriever.retrieve(query, database, 4)
+
+        whole = ask(list(range(5)))
+        for row in range(5):
+            alone = ask([row])
+            assert torch.equal(alone.indices[0], whole.indices[row])
+            assert torch.equal(alone.embeddings[0], whole.embeddings[row])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Diverse(NearestNeighbors(), 1.5, 5), "diversity=1.5"),
+        (lambda: Diverse(NearestNeighbors(), float("nan"), 5), "diversity=nan"),
+        (lambda: Diverse(NearestNeighbors(), 0.5, 0), "top=0"),
+        (lambda: RandomOfTop(NearestNeighbors(), 0), "top=0: give a whole number, at least 1"),
+        (lambda: RandomOfTop(NearestNeighbors(), 2.5), "top=2.5"),
+        (lambda: ExcludeDuplicates(NearestNeighbors(), float("nan")), "threshold=nan"),
+        (lambda: ExcludeDuplicates(NearestNeighbors(), 95), "threshold=95: give .*at most 1"),
+        (lambda: ReciprocalRankFusion(NearestNeighbors(), 5, -1.0), "constant=-1.0"),
+        (lambda: ReciprocalRankFusion(NearestNeighbors(), 0), "top=0"),
+        (lambda: MaxSimilarity(NearestNeighbors(), -1), "top=-1"),
+        (lambda: TopM(Uniform(), fraction=float("nan")), "fraction=nan"),
+        (lambda: neighbor_table(ASKED, small_database(), 0, NearestNeighbors()), "k=0"),
+        (
+            lambda: neighbor_table(ASKED, small_database(), 2, NearestNeighbors(), batch_size=0),
+            "batch_size=0",
+        ),
+        (
+            lambda: neighbor_table(ASKED, small_database(), 2, NearestNeighbors(), seed=-1),
+            "seed=-1",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -13,15 +13,21 @@ from retrodiff.diffusion import (
     DDIM,
     DDPM,
     PLMS,
+    ClassifierFree,
     DPMpp2M,
+    EDMDenoiser,
     EpsDenoiser,
     Euler,
+    FlowDenoiser,
     Heun,
+    Interval,
     Karras,
     LinearFlow,
     LogSpaced,
     ScaledLinear,
-    sampler_named,
+    Step,
+    Stepwise,
+    get_sampler,
 )
 from retrodiff.interfaces import Context
 from retrodiff.testing import check_sampler, check_schedule
@@ -238,7 +244,8 @@ def test_higher_order_needs_fewer_steps():
         exact = 0.7 + (x - 0.7) * math.sqrt((0.25 + s1) / (0.25 + s0))
         return float((out - exact).abs().max())
 
-    for sampler, order in ((Euler(), 1), (DDIM(), 1), (Heun(), 2), (DPMpp2M(), 2)):
+    orders = ((Euler(), 1), (DDIM(), 1), (Heun(), 2), (DPMpp2M(), 2), (PLMS(), 2))
+    for sampler, order in orders:
         measured = math.log2(error(sampler, 40) / error(sampler, 80))
         assert measured > order - 0.35, f"{sampler}: order {measured:.2f}"
 
@@ -269,4 +276,95 @@ def test_twenty_steps_of_dpmpp_2m_are_nearer_than_a_hundred_of_ddim():
 
 def test_unknown_sampler_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown sampler 'k_lms'.*dpmpp_2m"):
-        sampler_named("k_lms")
+        get_sampler("k_lms")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DDIM(eta=1.5), "eta=1.5: give a finite number, at least 0, at most 1"),
+        (lambda: DDIM(eta=-0.1), "eta=-0.1"),
+        (lambda: DDPM(eta=math.nan), "eta=nan"),
+        (lambda: ClassifierFree(math.nan), "scale=nan: give a finite number"),
+        (lambda: ClassifierFree(math.inf), "scale=inf"),
+        (lambda: ClassifierFree("2"), "scale='2'"),
+        (lambda: Interval(ClassifierFree(2.0), 1.0, 0.5), "high=0.5: give a number, at least 1"),
+        (lambda: Interval(ClassifierFree(2.0), math.nan, 5.0), "low=nan"),
+        (lambda: Karras(sigma_min=0.0), "sigma_min=0.0: give a finite number, above 0"),
+        (lambda: Karras(sigma_min=90.0), "sigma_max=80.0: give a finite number, above 90"),
+        (lambda: Karras(rho=math.nan), "rho=nan"),
+        (lambda: LinearFlow(t_max=1.0), "t_max=1.0: give a finite number, above 0, below 1"),
+        (lambda: LinearFlow(shift=0.0), "shift=0.0"),
+        (lambda: ScaledLinear(beta_start=math.nan), "beta_start=nan"),
+        (lambda: ScaledLinear(0.02, 0.01), "beta_end=0.01: give a finite number, at least 0.02"),
+        (lambda: ScaledLinear(length=0), "length=0: give a whole number, at least 2"),
+        (lambda: EDMDenoiser(Network(), sigma_data=math.nan), "sigma_data=nan"),
+        (lambda: EDMDenoiser(Network(), std=0.0), "std=0.0"),
+        (lambda: EDMDenoiser(Network(), sigma_max=math.inf), "sigma_max=inf"),
+        (lambda: FlowDenoiser(Network(), t_max=1.5), "t_max=1.5"),
+        (lambda: FlowDenoiser(Network(), mean=math.nan), "mean=nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schedule", [ScaledLinear(), Karras(), LinearFlow(), LogSpaced()], ids=repr
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_interval_includes_the_levels_that_equal_its_bounds(schedule, dtype):
+    """In 32 bits a level is a little less, or a little more, than what it is compared with."""
+
+    class Branches(EDMDenoiser):
+        def denoise(self, x, sigma, context):
+            return x.new_full((len(context), *x.shape[1:]), 1.0 if len(context) == 2 else 0.0)
+
+        def prepare(self, context):
+            return context
+
+    sigmas = schedule.sigmas(50)[:-1]
+    branches = {name: Context.of(torch.zeros(1, 1, 1)) for name in ("cond", "null")}
+    x = torch.zeros(1, 1, 4, 4, dtype=dtype)
+    for i in range(49):
+        low, high = float(sigmas[i + 1]), float(sigmas[i])
+        denoise = Interval(ClassifierFree(0.0), low, high).guide(Branches(Network()), branches)
+        guided = [bool(denoise(x, s.to(dtype)[None]).any()) for s in sigmas]
+        assert [j for j, yes in enumerate(guided) if yes] == [i, i + 1]
+    everywhere = Interval(ClassifierFree(0.0), 0.0, math.inf)
+    denoise = everywhere.guide(Branches(Network()), branches)
+    assert all(bool(denoise(x, s.to(dtype)[None]).any()) for s in sigmas)
+
+
+def test_a_sampler_is_a_step():
+    """Euler's method, written as a user would."""
+
+    class Mine(Stepwise):
+        memory = 2
+
+        def step(self, now: Step, past) -> torch.Tensor:
+            seen.append([step.sigma for step in past])
+            return now.x + (now.following - now.sigma) * now.slope
+
+    seen = []
+    check_sampler(Mine())
+    seen.clear()
+    sigmas = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
+    x = noise()
+    out = Mine().sample(_gaussian, x, sigmas)
+    torch.testing.assert_close(out, Euler().sample(_gaussian, x, sigmas), rtol=0, atol=0)
+    assert seen == [[], [4.0], [4.0, 3.0], [3.0, 2.0]]
+    assert Mine().sample(_gaussian, x.half(), sigmas).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_samplers_compute_wider_than_what_they_are_given(dtype):
+    """The arithmetic of a thousand steps adds no error to that of the denoiser's own type."""
+    sigmas = Karras(0.01, 50.0).sigmas(1000)
+    x = (noise() * float(sigmas[0])).to(dtype)
+    exact = Euler().sample(_gaussian, x.double(), sigmas)
+    rounded = Euler().sample(lambda x, s: _gaussian(x.double(), s.double()), x, sigmas)
+    assert rounded.dtype == dtype
+    assert float((rounded.double() - exact).abs().max()) < 8 * torch.finfo(dtype).eps

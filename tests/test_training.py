@@ -1,42 +1,24 @@
 """Training: it learns, resumes exactly, averages as torch-ema does, and says what is wrong."""
 
+import copy
 import math
 
 import pytest
 import torch
-from parts import HashingEncoder, small_network
+from parts import HashingEncoder
 from torch import nn
+from trainings import run, same, small_data, weights
 
 from retrodiff.interfaces import Query
 from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, neighbor_table
 from retrodiff.testing import small_database
 from retrodiff.training import NamedEMA, Objective, TrainingSet, constant, cosine, fit, optimize
 from retrodiff.training.contrastive import fit_clip
-from retrodiff.training.optimize import at_step
 
 
 @pytest.fixture
 def data(encoder, database):
-    generator = torch.Generator().manual_seed(0)
-    images = (torch.rand(20, 1, 1, 1, generator=generator) * 2 - 1).expand(-1, 1, 8, 8)
-    return TrainingSet.of(images, encoder, database, NearestNeighbors(), 4, progress=False)
-
-
-def run(recipe, data, **options):
-    torch.manual_seed(0)
-    network = small_network()
-    model = recipe.build()
-    model.denoiser.network.load_state_dict(network.state_dict())
-    settings = {"steps": 12, "batch_size": 8, "rate": constant(1e-2), "ema": 0.9, "progress": False}
-    return fit(model, data, **{**settings, **options})
-
-
-def weights(model):
-    return {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
+    return small_data(database, encoder)
 
 
 def test_the_loss_falls(recipe, data):
@@ -87,22 +69,15 @@ def test_a_kill_between_checkpoints_loses_only_those_steps(recipe, data, tmp_pat
 
     monkeypatch.setattr(TrainingSet, "rows_at", killed)
     with pytest.raises(RuntimeError, match=r"killed"):
-        run(recipe, data, checkpoint=checkpoint, every=4)
+        run(recipe, data, checkpoint=checkpoint, checkpoint_every=4)
     monkeypatch.setattr(TrainingSet, "rows_at", real)
-    resumed = run(recipe, data, checkpoint=checkpoint, every=4, resume=True)
+    resumed = run(recipe, data, checkpoint=checkpoint, checkpoint_every=4, resume=True)
     assert same(weights(whole.model), weights(resumed.model))
-
-
-def test_a_checkpoint_of_another_run_is_refused(recipe, data, tmp_path):
-    checkpoint = tmp_path / "state.safetensors"
-    run(recipe, data, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"steps=12, seed=0.*steps=13, seed=0"):
-        run(recipe, data, steps=13, checkpoint=checkpoint, resume=True)
 
 
 def test_snapshots_are_the_average_at_their_step(recipe, data):
     full = run(recipe, data, snapshots=[5])
-    short = run(recipe, data, steps=5, rate=constant(1e-2))
+    short = run(recipe, data, steps=5, lr=constant(1e-2))
     assert same(weights(full.snapshots[5]), weights(short.model))
     assert not same(weights(full.model), weights(full.snapshots[5]))
 
@@ -152,7 +127,7 @@ def test_a_batch_carries_its_own_neighbors(data, database, encoder):
 
 
 def test_training_images_in_the_database_can_leave_themselves_out(encoder, database):
-    images = torch.rand(5, 1, 8, 8)
+    images = torch.rand(5, 1, 8, 8) * 2 - 1
     ids = torch.tensor([0, 1, 2, 3, -1])
     data = TrainingSet.of(
         images, encoder, database, ExcludeSelf(NearestNeighbors()), 4, ids=ids, progress=False
@@ -200,14 +175,14 @@ def test_a_training_set_with_a_cache_is_mapped_and_made_once(encoder, database, 
     kept = [(tmp_path / "cache" / name).read_bytes() for name in files]
     images.read = 0
     again = made()
-    assert images.read == 16  # some are looked at, to see that they are the same; none is encoded
+    assert images.read == 20  # some are looked at, to see that they are the same; none is encoded
     rows = torch.tensor([3, 7])
     assert torch.equal(first.batch(rows)[1].embedding, again.batch(rows)[1].embedding)
     assert torch.equal(first.batch(rows)[2].indices, again.batch(rows)[2].indices)
     for change, message in (
-        ({"encoder": HashingEncoder(seed=1)}, "encoder.weights"),
-        ({"images": CountingImages(images.images + 1)}, "images"),
-        ({"database": small_database(rows=40, dim=8, seed=1)}, "database"),
+        ({"encoder": HashingEncoder(seed=1)}, "weights='1' against weights='0'"),
+        ({"images": CountingImages(-images.images)}, "images"),
+        ({"database": database.subset(torch.arange(39))}, "database"),
         ({"k": 5}, "k='4', now k='5'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -247,7 +222,7 @@ def test_nan_stops_training_with_advice():
             module,
             lambda step, generator: module.weight.sum() * math.nan,
             steps=2,
-            rate=constant(1e-3),
+            lr=constant(1e-3),
             progress=False,
         )
 
@@ -261,18 +236,26 @@ def test_learning_rates():
     assert half(10) == pytest.approx(0.0)
 
 
-def test_randomness_depends_on_seed_and_step_only():
-    a, b = (torch.rand(3, generator=at_step(1, 5)) for _ in range(2))
+def test_randomness_depends_on_seed_use_and_number_only():
+    a, b = (torch.rand(3, generator=derived(1, "step", 5)) for _ in range(2))
     assert torch.equal(a, b)
-    others = [at_step(1, 6), at_step(2, 5), at_step(0, 0)]
+    others = [derived(1, "step", 6), derived(2, "step", 5), derived(1, "epoch", 5)]
     assert all(not torch.equal(a, torch.rand(3, generator=g)) for g in others)
+
+
+def test_neighboring_seeds_share_no_randomness(data):
+    """Seed 1's first epoch was seed 0's second one."""
+    drawn = {derived(seed, "epoch", n).initial_seed() for seed in range(64) for n in range(64)}
+    assert len(drawn) == 64 * 64
+    first = data.rows_at(0, 20, seed=1).tolist()
+    assert all(first != data.rows_at(step, 20, seed=0).tolist() for step in range(4))
 
 
 def test_the_objective_is_a_module_with_the_trained_parameters(model):
     objective = Objective(model)
     names = {name for name, _ in objective.named_parameters()}
     assert names == {f"denoiser.{name}" for name, _ in model.denoiser.named_parameters()}
-    images = torch.rand(3, 1, 8, 8)
+    images = torch.rand(3, 1, 8, 8) * 2 - 1
     query = Query(HashingEncoder().encode_image(images))
     neighbors = model.database.search(query, 4)
     loss = objective(images, query, neighbors, torch.Generator().manual_seed(0))
@@ -303,17 +286,150 @@ def test_a_small_clip_learns_to_name_colors():
     images = torch.full((60, 3, 8, 8), -1.0)
     images[torch.arange(60), which] = 1.0
     images += 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    images = images.clamp(-1, 1)  # pixels further out are refused
     fit_clip(
         encoder,
         images,
         [names[i] for i in which.tolist()],
         steps=25,
         batch_size=16,
-        rate=constant(3e-3),
+        lr=constant(3e-3),
         progress=False,
     )
     image, text = encoder.encode_image(images), encoder.encode_text(names)
     guess = torch.cosine_similarity(image[:, None], text[None], dim=-1).argmax(1)
     assert float((guess == which).float().mean()) == 1.0
     with pytest.raises(ValueError, match=r"60 images and 1 captions"):
-        fit_clip(encoder, images, ["red"], steps=1, batch_size=2, rate=constant(1e-3))
+        fit_clip(encoder, images, ["red"], steps=1, batch_size=2, lr=constant(1e-3))
+
+
+def test_the_model_that_is_given_stays_as_it_is(recipe, data):
+    model = recipe.build()
+    before, mode = copy.deepcopy(weights(model)), model.denoiser.training
+    fitted = fit(model, data, steps=3, batch_size=8, lr=0.01, ema=0.5, progress=False)
+    assert same(weights(model), before)
+    assert model.denoiser.training == mode
+    assert all(p.grad is None for p in model.denoiser.parameters())
+    assert not same(weights(fitted.model), before)
+    assert fitted.model.denoiser is not model.denoiser
+    assert fitted.model.encoder is model.encoder
+    assert fitted.model.database is model.database
+
+
+def test_four_models_of_one_recipe_learn_the_same(recipe, data):
+    losses = [
+        fit(recipe.build(), data, steps=4, batch_size=8, lr=0.01, progress=False).losses
+        for _ in range(4)
+    ]
+    assert all(torch.equal(losses[0], other) for other in losses[1:])
+
+
+def test_snapshots_do_not_change_the_training(recipe, data):
+    plain, watched = run(recipe, data), run(recipe, data, snapshots=[1, 2, 3, 7])
+    assert torch.equal(plain.losses, watched.losses)
+    assert same(weights(plain.model), weights(watched.model))
+
+
+def test_numpy_numbers_are_taken(recipe, data):
+    import numpy as np
+
+    numbers = {"steps": np.int64(12), "batch_size": np.int32(8), "seed": np.uint8(0)}
+    numbers |= {"ema": np.float32(0.9), "weight_decay": np.float64(0), "lr": np.float64(1e-2)}
+    other = run(recipe, data, **numbers, snapshots=[np.int64(2)])
+    assert torch.allclose(run(recipe, data).losses, other.losses, atol=1e-5)
+    assert list(other.snapshots) == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": -1}, "steps=-1"),
+        ({"steps": 2.5}, "steps=2.5"),
+        ({"steps": True}, "steps=True"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "8"}, "batch_size='8'"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"ema": 1.5}, "ema=1.5"),
+        ({"ema": math.nan}, "ema=nan"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"lr": -1e-3}, "lr=-0.001"),
+        ({"lr": "fast"}, "lr='fast'"),
+        ({"lr": lambda step: math.nan if step == 2 else 1e-3}, "lr at step 2=nan"),
+        ({"snapshots": [0]}, "snapshots=0"),
+        ({"snapshots": [99]}, "snapshots=99 comes after the last step, steps=12"),
+    ],
+)
+def test_wrong_numbers_are_refused_by_name(recipe, data, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as refused:
+        run(recipe, data, **options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: constant(math.nan),
+        lambda: constant(1e-3, warmup=-1),
+        lambda: cosine(1e-3, 0),
+        lambda: cosine(math.inf, 10),
+    ],
+)
+def test_wrong_learning_rates_are_refused_where_they_are_made(make):
+    with pytest.raises(ValueError, match=r"give a"):
+        make()
+
+
+def test_a_cosine_does_not_rise_again_after_its_end():
+    assert cosine(1.0, 10)(15) == cosine(1.0, 10)(10) == pytest.approx(0)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_taken():
+    module = nn.Linear(1, 1)
+    before = module.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"gradient is nan at step 0"):
+        optimize(
+            module,
+            lambda step, generator: (module.weight * 0).abs().sum().sqrt(),
+            steps=2,
+            lr=1e-3,
+            progress=False,
+        )
+    assert torch.equal(module.weight, before)
+
+
+def test_more_neighbors_than_were_found_are_refused(recipe, data):
+    import dataclasses
+
+    with pytest.raises(ValueError, match=r"model's k=9, but the training set keeps 4 .*k=9"):
+        fit(
+            dataclasses.replace(recipe.build(), k=9),
+            data,
+            steps=1,
+            batch_size=2,
+            lr=0.1,
+            progress=False,
+        )
+
+
+def test_data_of_another_encoder_than_the_models_are_refused(recipe, encoder):
+    other = small_database(rows=40, dim=8, seed=1)
+    with pytest.raises(ValueError, match=r"weights='0' against weights='1'"):
+        run(recipe, small_data(other, HashingEncoder(seed=1)))
+
+
+def test_targets_and_latents_are_exact_under_autocast(recipe, data):
+    """Autocast may change what the network computes, not what it is asked for."""
+    model = recipe.build()
+    batch, query, neighbors = data.batch(torch.arange(4))
+    sigma = torch.full((4,), 0.002)
+    noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
+    fixed = {"sigma": sigma, "noise": noise, "drop": False}
+    exact = model.loss(batch, query, neighbors, **fixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        loose = model.loss(batch, query, neighbors, **fixed)
+    assert loose.dtype == torch.float32
+    torch.testing.assert_close(loose, exact, rtol=0.02, atol=0)

@@ -100,7 +100,8 @@ def diffusers_twin(unet: UNet) -> nn.Module:
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         cross_attention_dim=config["context_width"],
-        attention_head_dim=[w // config["channels_per_head"] for w in widths],
+        transformer_layers_per_block=config["depth"],
+        attention_head_dim=[config["heads"] or w // config["channels_per_head"] for w in widths],
     ).eval()
     names = their_names(unet, diffusers_unet(config))
     state = unet.state_dict()
@@ -108,6 +109,28 @@ def diffusers_twin(unet: UNet) -> nn.Module:
     assert set(names.values()) == set(shapes)
     twin.load_state_dict({names[k]: v.reshape(shapes[names[k]]) for k, v in state.items()})
     return twin
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"heads": 8},
+        {"heads": 1},
+        {"channels_per_head": 8},
+        {"heads": 8, "attention_factors": (1, 2, 4), "multipliers": (1, 2, 4), "depth": 2},
+    ],
+    ids=["eight", "one", "eight wide", "eight, deep"],
+)
+def test_heads_agree_with_the_reference_arithmetic(numbers: dict[str, Any]) -> None:
+    """The text-to-image models have 8 heads of channels / 8, the class-conditional ones have 1."""
+    numbers = {**SMALL, "multipliers": (1, 2), "attention_factors": (1, 2), **numbers}
+    unet = randomized(UNet(**numbers))
+    expected = diffusers_twin(unet).double()(X.double(), T, CONTEXT.double()).sample
+    assert relative(unet(X, T, CONTEXT).double(), expected) < 5e-6  # rounding; their own is alike
+    assert relative(unet.double()(X.double(), T, CONTEXT.double()), expected) < 1e-12
+    other = UNet(**{**numbers, "heads": 4}).double()
+    other.load_state_dict(unet.state_dict())
+    assert relative(other(X.double(), T, CONTEXT.double()), expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["rdm_imagenet", "rdm_ffhq", "rdm_768"])
@@ -286,6 +309,9 @@ def test_samples_do_not_mix(unet: UNet) -> None:
         (X, Context.of(CONTEXT[..., :5]), "'neighbors': 5"),
         (X, Context({"neighbors": Tokens(CONTEXT)}, normal(2, 6)), "vector_width=None"),
         (X, CONTEXT[:, None].expand(-1, 3, -1, -1), "3 regions"),
+        (X, CONTEXT[:1], "x has 2 rows, the context 1"),
+        (X[:0], CONTEXT, "x has 0 rows, the context 2"),
+        (X.long(), CONTEXT, r"latents have dtype torch\.int64, expected floating-point"),
     ],
 )
 def test_bad_input_names_what_disagrees(unet: UNet, x: Tensor, context: Any, message: str) -> None:
@@ -295,7 +321,12 @@ def test_bad_input_names_what_disagrees(unet: UNet, x: Tensor, context: Any, mes
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"channels": 48}, "multiple of 32"), ({"channels_per_head": 24}, "does not divide 64")],
+    [
+        ({"channels": 48}, "multiple of 32"),
+        ({"channels_per_head": 24}, "channels_per_head=24 does not divide 64"),
+        ({"heads": 24}, "heads=24 does not divide 64"),
+        ({"heads": 0}, "heads=0 does not divide 64"),
+    ],
 )
 def test_impossible_numbers_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message), torch.device("meta"):

@@ -110,7 +110,8 @@ def one_neighbor_attention(
     x: Tensor, one: OneNeighbor, bias: Tensor, shape: tuple[int, int] | None = None
 ) -> Tensor:
     """The block where k = 1: one addition; (b, n, c) -> (b, n, c)."""
-    added = rearrange(one.added + bias.to(one.added.dtype), "b r c -> b r 1 c").to(x.dtype)
+    wide = torch.promote_types(one.added.dtype, x.dtype)  # null rows get the bias unrounded
+    added = rearrange(one.added.to(wide) + bias.to(wide), "b r c -> b r 1 c").to(x.dtype)
     return join_regions(split_regions(x, one.regions, shape) + added, shape)
 
 
@@ -163,20 +164,18 @@ def absorbed_attention(
     """
     live = tables.m.shape[0]
     if live and tables.regions == 1 and _inference(x):
-        return _in_tiles(x, tables, bias.to(x.dtype), eps)
-    out = x + bias.to(x.dtype)
+        return _in_tiles(x, tables, bias, eps)
     if live == 0:
-        return out + nothing(tables.m, tables.offset, tables.u).to(x.dtype)
+        empty = nothing(tables.m, tables.offset, tables.u)
+        return x + bias.to(x.dtype) + empty.to(x.dtype)
     attention = rearrange(_attention(x[:live], tables, eps, shape), "b r h k n -> (b r) (h k) n")
     u = rearrange(tables.u, "b r j c -> (b r) j c")
-    if tables.regions == 1 and u.dtype == out.dtype:
-        out[:live].baddbmm_(attention.mT, u)
-        return out
-    added = rearrange(torch.bmm(attention.mT, u), "(b r) n c -> b r n c", r=tables.regions)
-    added = join_regions(added, shape).to(x.dtype)
+    added = _added(attention.mT, u, bias, x.dtype)
+    added = rearrange(added, "(b r) n c -> b r n c", r=tables.regions)
+    out = x[:live] + join_regions(added, shape)
     if tables.null_rows:
-        return torch.cat([out[:live] + added, out[live:]])
-    return out + added
+        return torch.cat([out, x[live:] + bias.to(x.dtype)])
+    return out
 
 
 def absorbed_weights(
@@ -208,7 +207,7 @@ def _in_tiles(x: Tensor, tables: AttentionTables, bias: Tensor, eps: float) -> T
     """`absorbed_attention` of one region on a CPU, a tile of positions after the other."""
     live, n = tables.m.shape[0], x.shape[1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.add(x[live:], bias, out=out[live:])
+    torch.add(x[live:], bias.to(x.dtype), out=out[live:])
     positions = max(1, TILE * torch.get_num_threads() // (x.shape[2] * x.element_size()))
     for start in range(0, live, max(1, positions // n)):
         some = slice(start, min(start + max(1, positions // n), live))
@@ -218,12 +217,18 @@ def _in_tiles(x: Tensor, tables: AttentionTables, bias: Tensor, eps: float) -> T
         for tile, result in tiles:
             attention = _attention(tile, mine, eps, None)
             attention = rearrange(attention, "b 1 h k n -> b n (h k)")
-            torch.add(tile, bias, out=result)
-            if u.dtype == result.dtype:
-                result.baddbmm_(attention, u)
-            else:
-                result.add_(torch.bmm(attention, u))
+            torch.add(tile, _added(attention, u, bias, x.dtype), out=result)
     return out
+
+
+def _added(attention: Tensor, u: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to x of a dtype: (b, n, j) · (b, j, c) + bias.
+
+    Not summed onto x itself: each partial sum would be rounded to the size of x.
+    """
+    if u.dtype == dtype:
+        return torch.baddbmm(bias.to(dtype), attention, u)
+    return torch.bmm(attention, u).to(dtype) + bias.to(dtype)
 
 
 def _attention(

@@ -206,7 +206,7 @@ def forward_kernel(
         if GROUPS > 1:
             tl.debug_barrier()
         for c0 in tl.range(0, C, BC, num_stages=STAGES):
-            value = _load_rows(x, rows, alive, c0, C, BC) + _load_vector(bias, c0, C, BC)[None, :]
+            value = tl.zeros((BN, BC), tl.float32) + _load_vector(bias, c0, C, BC)[None, :]
             if GROUPS == 1:
                 j, valid = _columns(0, K, H, KP, HG)
                 tile = _load_table(u, j, valid, c0, C, BC)
@@ -221,6 +221,8 @@ def forward_kernel(
                     )
                     tile = _load_table(u, j, j < J, c0, C, BC)
                     value = _dot(some, tile, value, PRECISION)
+            # x comes last: the products would else be rounded to its size, one after the other.
+            value += _load_rows(x, rows, alive, c0, C, BC)
             _store_rows(out, rows, alive, c0, value, C, BC, PRECISION)
 
 

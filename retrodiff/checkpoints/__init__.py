@@ -4,13 +4,12 @@ from retrodiff.checkpoints.compvis import load_compvis
 from retrodiff.checkpoints.diffusers import load_diffusers
 from retrodiff.checkpoints.hub import fetch, publish
 from retrodiff.checkpoints.load import load_published
-from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel, Schedule
+from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel
 
 __all__ = [
     "PUBLISHED",
     "Architecture",
     "PublishedModel",
-    "Schedule",
     "fetch",
     "load_compvis",
     "load_diffusers",

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from retrodiff.checkpoints.database_place import shared_address
-from retrodiff.checkpoints.published import Architecture, Schedule, recognized
-from retrodiff.encoders.fingerprint import known_fingerprint
+from retrodiff.checkpoints.published import Architecture, recognized
+from retrodiff.diffusion.schedule import ScaledLinear
 from retrodiff.interfaces import Fingerprint
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
@@ -36,7 +36,7 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
         ("denoiser", _network(parts["denoiser"])),
         ("first stage", _network(parts["autoencoder"])),
         ("condition", repr(parts["conditioner"])),
-        ("encoder", "none" if encoder is None else _made(known_fingerprint(encoder))),
+        ("encoder", "none" if encoder is None else _made(encoder.identity)),
         ("database", "none" if database is None else _stored(database)),
         ("retriever", repr(parts["retriever"])),
         ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),
@@ -97,7 +97,7 @@ def published_name(parts: Mapping[str, Any]) -> str | None:
             unet=network.config(),
             kind="vq" if isinstance(autoencoder, VQAutoencoder) else "kl",
             autoencoder=autoencoder.config(),
-            schedule=Schedule(start=0.0015, end=0.0195),  # takes no part in the comparison
+            schedule=ScaledLinear(),  # takes no part in the comparison
         )
     ).name
 

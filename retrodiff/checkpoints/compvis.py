@@ -6,33 +6,36 @@ Weights are the averaged (EMA) ones unless asked otherwise: the samples of the p
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from retrodiff.checkpoints.compvis_config import read_config
+from retrodiff.checkpoints.lookalikes import check_weights_file
 from retrodiff.checkpoints.names import published_autoencoder, published_unet
 from retrodiff.checkpoints.pickled import read_pickled
-from retrodiff.checkpoints.published import (
-    PUBLISHED,
-    Architecture,
-    PublishedModel,
-    Schedule,
-    recognized,
-)
+from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel
+from retrodiff.checkpoints.states import EMA, FIRST_STAGE, RAW, beginnings, ema_name, state_of
 from retrodiff.checkpoints.transfer import Transfer, their_names
+from retrodiff.diffusion.schedule import ScaledLinear
 
-RAW, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
+__all__ = ["ema_name", "load_compvis", "read_config", "read_tensors"]
 
 BESIDES = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_.*|posterior_.*|lvlb_weights|logvar|scale_factor"
     r"|unconditional_guidance_vex|model_ema\.(decay|num_updates)|first_stage_model\.loss\..*"
-    r"|cond_stage_model\..*)"
+    r"|first_stage_model\.model_ema\..*|cond_stage_model\..*)"
 )
-"""Tensors of a checkpoint that belong to its training, not to its networks."""
+"""Tensors of a checkpoint that belong to its training, or to a conditioner that is not read.
+
+The noise levels and ``scale_factor`` among them are compared with the configuration.
+"""
 
 
 def load_compvis(
@@ -57,11 +60,13 @@ def load_compvis(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, would run code, or does not fit the architecture.
+        ValueError: a file is damaged, would run code, does not fit the architecture, or holds
+            weights that are not finite.
     """
     path = Path(path)
     architecture = _architecture(path, config, preset)
     tensors = read_tensors(path)
+    architecture = _scaled(path, tensors, architecture)
     with torch.device("meta"):
         unet, autoencoder = architecture.build()
 
@@ -69,15 +74,8 @@ def load_compvis(
     names = published_unet(unet.config())
     raw = {f"{RAW}{name}" for name in their_names(unet, names).values()}
     ema = {ema_name(name) for name in their_names(unet, names).values()}
-    if weights == "ema":
-        if not any(name in tensors for name in ema) and any(name in tensors for name in raw):
-            raise ValueError(
-                f"{path} has no averaged weights ({EMA}*): ask for weights='raw', or take the full "
-                "checkpoint"
-            )
-        transfer.plan(unet, names, ema_name)
-    else:
-        transfer.plan(unet, names, lambda name: f"{RAW}{name}")
+    _check_weights(path, tensors, weights, raw, ema)
+    transfer.plan(unet, names, ema_name if weights == "ema" else lambda name: f"{RAW}{name}")
 
     names = published_autoencoder(autoencoder.config())
     own = {f"{FIRST_STAGE}{name}" for name in their_names(autoencoder, names).values()}
@@ -87,7 +85,8 @@ def load_compvis(
         second.extra(sorted(n for n in second.tensors.keys() - own if not BESIDES.fullmatch(n)))
     elif not any(name.startswith(FIRST_STAGE) for name in tensors):
         raise ValueError(
-            f"{path} has no first stage ({FIRST_STAGE}*): hand in its file as first_stage=..."
+            f"{path} has no first stage ({FIRST_STAGE}*; the names of its tensors begin with "
+            f"{beginnings(tensors)}): hand in its file as first_stage=..."
         )
     second.plan(autoencoder, names, lambda name: f"{FIRST_STAGE}{name}")
 
@@ -112,58 +111,32 @@ def load_compvis(
     )
 
 
-def ema_name(name: str) -> str:
-    """Name of the average of ``model.diffusion_model.{name}``: dots get lost."""
-    return EMA + f"diffusion_model.{name}".replace(".", "")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.ckpt`` or ``.safetensors`` by name, memory-mapped."""
+    check_weights_file(path)
     if path.suffix == ".safetensors":
         from retrodiff.checkpoints.shards import load_shards
 
-        return load_shards(path)
-    content = read_pickled(path)
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
-    tensors = {k: t for k, t in state.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors by name: it is no checkpoint of a model")
-    return tensors
+        return state_of(load_shards(path), path)
+    return state_of(read_pickled(path), path)
 
 
-def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
-    """The numbers of a published yaml.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no yaml, or one of another model family.
-    """
-    what = "the configuration"
-    if not isinstance(config, Mapping):
-        what = str(config)
-        config = _parsed(Path(config))
-    try:
-        params = config["model"]["params"]
-        unet = _unet(_section(params, "unet_config", ("UNetModel",), what), what)
-        kind, first_stage = _autoencoder(params, what)
-        schedule = Schedule(
-            length=int(params.get("timesteps", 1000)),
-            start=float(params["linear_start"]),
-            end=float(params["linear_end"]),
-        )
-        if params.get("beta_schedule", "linear") != "linear":
-            raise ValueError(f"{what} has beta_schedule={params['beta_schedule']!r}, not 'linear'")
-        if params.get("parameterization", "eps") != "eps":
-            raise ValueError(f"{what} has a network that predicts {params['parameterization']!r}")
-    except (KeyError, TypeError, AttributeError) as error:
+def _check_weights(
+    path: Path, tensors: Mapping[str, Tensor], weights: str, raw: set[str], ema: set[str]
+) -> None:
+    """That the file has the kind of weights that was asked for."""
+    if any(name in tensors for name in (ema if weights == "ema" else raw)):
+        return
+    if weights == "ema" and any(name in tensors for name in raw):
         raise ValueError(
-            f"{what} is not the configuration of a latent diffusion model with neighbors ({error} "
-            "not found): hand in the yaml that was published with the checkpoint"
-        ) from error
-    return recognized(
-        Architecture(unet=unet, kind=kind, autoencoder=first_stage, schedule=schedule)
+            f"{path} has no averaged weights ({EMA}*): ask for weights='raw', or take the full "
+            "checkpoint"
+        )
+    if weights == "raw" and any(name in tensors for name in ema):
+        raise ValueError(f"{path} has averaged weights only ({EMA}*): ask for weights='ema'")
+    raise ValueError(
+        f"{path} has no UNet ({RAW}*, {EMA}*): the names of its tensors begin with "
+        f"{beginnings(tensors)}"
     )
 
 
@@ -186,89 +159,6 @@ def _architecture(
     )
 
 
-def _parsed(file: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no yaml file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no configuration")
-    return cast("Mapping[str, Any]", content)
-
-
-def _section(
-    params: Mapping[str, Any], name: str, targets: tuple[str, ...], what: str
-) -> Mapping[str, Any]:
-    section = params[name]
-    target = str(section["target"]).rpartition(".")[2]
-    if target not in targets:
-        raise ValueError(
-            f"{what} is of another model family: its {name} is {section['target']!r}, expected "
-            f"{' or '.join(targets)}"
-        )
-    return section["params"]
-
-
-def _unet(params: Mapping[str, Any], what: str) -> dict[str, Any]:
-    expected: dict[str, Any] = {
-        "use_spatial_transformer": True,
-        "use_scale_shift_norm": False,
-        "resblock_updown": False,
-        "conv_resample": True,
-        "num_classes": None,
-        "n_embed": None,
-        "dims": 2,
-    }
-    for name, value in expected.items():
-        given = params.get(name, False if name == "use_spatial_transformer" else value)
-        if given != value:
-            raise ValueError(
-                f"{what} is of another model family: its UNet has {name}={given!r}, this one has "
-                f"{value!r}"
-            )
-    if params.get("num_head_channels", -1) == -1:
-        raise ValueError(
-            f"{what} is of another model family: its UNet has a number of heads instead of "
-            "num_head_channels"
-        )
-    return {
-        "in_channels": params["in_channels"],
-        "out_channels": params["out_channels"],
-        "size": params["image_size"],
-        "channels": params["model_channels"],
-        "multipliers": list(params["channel_mult"]),
-        "blocks_per_level": params["num_res_blocks"],
-        "attention_factors": list(params["attention_resolutions"]),
-        "context_width": params["context_dim"],
-        "channels_per_head": params["num_head_channels"],
-        "depth": params.get("transformer_depth", 1),
-    }
-
-
-def _autoencoder(
-    params: Mapping[str, Any], what: str
-) -> tuple[Literal["vq", "kl"], dict[str, Any]]:
-    targets = ("VQModelInterface", "VQModel", "AutoencoderKL")
-    section = _section(params, "first_stage_config", targets, what)
-    kind = "kl" if params["first_stage_config"]["target"].endswith("KL") else "vq"
-    graph = section["ddconfig"]
-    numbers: dict[str, Any] = {
-        "channels": graph["ch"],
-        "multipliers": list(graph["ch_mult"]),
-        "blocks_per_level": graph["num_res_blocks"],
-        "latent_channels": section["embed_dim"],
-        "feature_channels": graph["z_channels"],
-        "attention_factors": [graph["resolution"] // r for r in graph["attn_resolutions"]],
-        "image_channels": graph["in_channels"],
-        "scale_factor": float(params.get("scale_factor", 1.0)),
-    }
-    if kind == "vq":
-        numbers["codes"] = section["n_embed"]
-    return kind, numbers
-
-
 def _first_stage_tensors(path: Path) -> dict[str, Tensor]:
     """Of a file that holds a first stage only, with or without the prefix."""
     tensors = read_tensors(path)
@@ -278,15 +168,48 @@ def _first_stage_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _check_schedule(path: Path, tensors: Mapping[str, Tensor], schedule: Schedule) -> None:
-    """The noise levels in the file, where it has them, against the yaml's."""
-    stored = tensors.get("alphas_cumprod")
+def _scaled(path: Path, tensors: Mapping[str, Tensor], architecture: Architecture) -> Architecture:
+    """With the factor of the latents that training measured, where the file holds one."""
+    given = float(architecture.autoencoder.get("scale_factor", 1.0))
+    stored = tensors.get("scale_factor")
     if stored is None:
-        return
-    ours = schedule.alphas_cumprod
-    if stored.shape != ours.shape or not torch.allclose(stored.double(), ours, atol=2e-3):
-        raise ValueError(
-            f"{path} was trained with {len(stored)} noise levels down to alphas_cumprod="
-            f"{float(stored[-1]):.4g}, the configuration gives {len(ours)} down to "
-            f"{float(ours[-1]):.4g}: the two do not belong together"
+        if architecture.scaled_by_std:
+            raise ValueError(
+                f"{path} has no tensor scale_factor, but its configuration says scale_by_std: "
+                "true, so the scale of the latents is unknown: write scale_factor (one over their "
+                "standard deviation) and scale_by_std: false into a copy of the configuration"
+            )
+        return architecture
+    value = float(stored.reshape(-1)[0]) if stored.numel() == 1 else math.nan
+    if not 0 < value < 1e6:
+        raise ValueError(f"{path} has a scale_factor of {value:g}: the file is damaged")
+    if architecture.scaled_by_std:
+        return replace(
+            architecture, autoencoder={**architecture.autoencoder, "scale_factor": value}
         )
+    if not math.isclose(value, given, rel_tol=1e-2):
+        raise ValueError(
+            f"{path} holds scale_factor={value:g}, which training measured, but the configuration "
+            f"gives {given:g}: hand in its own configuration as config=..., with scale_by_std: true"
+        )
+    return architecture
+
+
+def _check_schedule(path: Path, tensors: Mapping[str, Tensor], schedule: ScaledLinear) -> None:
+    """The noise levels in the file, where it has them, against the configuration's."""
+    ours = schedule.alphas_cumprod
+    for name, expected in (("alphas_cumprod", ours), ("betas", schedule.betas)):
+        stored = tensors.get(name)
+        if stored is None:
+            continue
+        room = 1e-3 if stored.dtype in (torch.float32, torch.float64) else 1e-2
+        same = stored.shape == expected.shape and torch.allclose(
+            stored.double(), expected, rtol=room, atol=room * 1e-3
+        )
+        if not same:
+            last = f"{float(stored.reshape(-1)[-1]):.4g}" if stored.numel() else "nothing"
+            raise ValueError(
+                f"{path} was trained with {stored.numel()} noise levels down to {name}={last}, the "
+                f"configuration gives {len(expected)} down to {float(expected[-1]):.4g}: the two "
+                "do not belong together"
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from retrodiff.checkpoints.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
 from retrodiff.text import printable
 from retrodiff.untrusted import inside
 
@@ -22,16 +23,6 @@ SAVED = (
 
 STALE = ("weights*.safetensors", "weights.safetensors.index.json", "encoder/*")
 """What an earlier upload may have left: loading would prefer its index, or mix in its encoder."""
-
-_PARTS, _NAME = ("unet", "vae", "vqvae"), "diffusion_pytorch_model"
-DIFFUSERS = (
-    "model_index.json", "scheduler/*.json", *(f"{part}/*.json" for part in _PARTS),
-    *(f"{part}/{_NAME}{end}.safetensors" for part in _PARTS for end in ("", "-*-of-*")),
-)  # fmt: skip
-"""What `load_diffusers` reads of a pipeline: not the text encoder."""
-
-PICKLED = tuple(f"{part}/{_NAME}.bin" for part in _PARTS)
-"""Its weights in older repositories, which are then read as tensors only."""
 
 
 def fetch(
@@ -76,18 +67,24 @@ def fetch(
         ) from error
 
 
-def fetch_pipeline(repo: str) -> Path:
+def fetch_pipeline(repo: str, variant: str | None = None) -> Path:
     """What `load_diffusers` reads of a pipeline such as ``fusing/rdm``; see `fetch`.
 
-    Pickled weights are fetched only for the parts that have no safetensors.
+    Pickled weights are fetched only for the parts that have no safetensors, and variants (``fp16``)
+    only for those that have no full weights, unless ``variant`` asks for one.
     """
-    folder = fetch(repo, patterns=DIFFUSERS)
-    wanting = [
-        file
-        for file, part in zip(PICKLED, _PARTS, strict=True)
-        if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))
-    ]
-    return fetch(repo, patterns=(*DIFFUSERS, *wanting)) if wanting else folder
+    patterns = DESCRIPTIONS
+    first, *later = stages(variant)
+    patterns = (*patterns, *(f"{part}/{name}" for part in PARTS for name in first))
+    folder = fetch(repo, patterns=patterns)
+    for stage in later:
+        parts = [part for part in PARTS if (folder / part).is_dir()]
+        wanting = [part for part in parts if not has_weights(folder / part, variant)]
+        if not wanting:
+            break
+        patterns = (*patterns, *(f"{part}/{name}" for part in wanting for name in stage))
+        folder = fetch(repo, patterns=patterns)
+    return folder
 
 
 def publish(

@@ -8,6 +8,7 @@ from typing import Literal
 from retrodiff.checkpoints.compvis import load_compvis
 from retrodiff.checkpoints.diffusers import load_diffusers
 from retrodiff.checkpoints.hub import fetch_pipeline
+from retrodiff.checkpoints.pipeline_files import NAME
 from retrodiff.checkpoints.published import PUBLISHED, PublishedModel
 
 
@@ -18,6 +19,7 @@ def load_published(
     preset: str | None = None,
     weights: Literal["ema", "raw"] = "ema",
     first_stage: str | Path | None = None,
+    variant: str | None = None,
 ) -> PublishedModel:
     """Networks and facts of a published checkpoint.
 
@@ -28,8 +30,14 @@ def load_published(
         preset: a published model's name, in place of the yaml.
         weights: averaged, or those of the last step; diffusers folders hold one set only.
         first_stage: a file of its own for the first stage of a checkpoint file without one.
+        variant: of a diffusers folder's weight files, such as ``fp16``; see `load_diffusers`.
     """
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
+    if path.is_file() and path.name.startswith(NAME):
+        raise ValueError(
+            f"{path} is one part of a diffusers pipeline: hand in the folder that holds unet/ and "
+            "vae/"
+        )
     if path.is_file():
         return load_compvis(path, config, preset, weights=weights, first_stage=first_stage)
     if (path / "model.json").is_file():
@@ -38,7 +46,8 @@ def load_published(
         )
     if not path.exists() and (path.suffix or len(path.parts) != 2):
         raise FileNotFoundError(f"{checkpoint} is neither a file, a folder nor a Hub name")
-    return load_diffusers(fetch_pipeline(str(checkpoint)))
+    folder = path if path.is_dir() else fetch_pipeline(str(checkpoint), variant)
+    return load_diffusers(folder, variant=variant)
 
 
 def fresh(name: str) -> PublishedModel:

@@ -32,7 +32,7 @@ from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
 from retrodiff.checkpoints.shards import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite
-from retrodiff.encoders.fingerprint import difference, known_fingerprint
+from retrodiff.encoders.fingerprint import difference
 from retrodiff.files import check_free, place, plain_json, write_folder, write_json
 from retrodiff.interfaces import Fingerprint
 from retrodiff.text import printable
@@ -96,7 +96,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(known_fingerprint(encoder))),
+        "fingerprint": None if encoder is None else dict(vars(encoder.identity)),
         "extra": plain_json(extra),
     }
 

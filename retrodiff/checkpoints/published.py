@@ -7,36 +7,17 @@ them. `Architecture` also holds what is read from a user's own configuration of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
+from retrodiff.diffusion.schedule import ScaledLinear
 from retrodiff.interfaces import Scale
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The betas of training: the squares of ``length`` even steps between two square roots.
-
-    Args:
-        length: T.
-        start: first beta.
-        end: last beta.
-    """
-
-    length: int = 1000
-    start: float
-    end: float
-
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """(T,), float64."""
-        roots = torch.linspace(self.start**0.5, self.end**0.5, self.length, dtype=torch.float64)
-        return (1 - roots.square()).cumprod(0)
+MOST_BLOCKS = 512
+"""Of a network that is built from a configuration; the published ones have 12."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +31,40 @@ class Architecture:
         schedule: of training.
         scale: of the embeddings that the network was trained with; None: the file doesn't say.
         name: which published model this is; None: another one.
+        scaled_by_std: ``scale_factor`` was measured in training and is in the checkpoint itself.
     """
 
     unet: Mapping[str, Any]
     kind: Literal["vq", "kl"]
     autoencoder: Mapping[str, Any]
-    schedule: Schedule
+    schedule: ScaledLinear
     scale: Scale | None = None
     name: str | None = None
+    scaled_by_std: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses networks that no configuration of the family asks for.
+
+        Raises:
+            ValueError: one of more than `MOST_BLOCKS` blocks.
+        """
+        for numbers in (self.unet, self.autoencoder):
+            levels, each = len(numbers["multipliers"]), numbers["blocks_per_level"]
+            depth = numbers.get("depth", 1)
+            if (blocks := levels * (each + 1) * depth) > MOST_BLOCKS:
+                raise ValueError(
+                    f"an architecture of {levels} levels, {each} blocks each and depth {depth} has "
+                    f"{blocks:,} blocks, more than {MOST_BLOCKS:,}: is its configuration damaged?"
+                )
 
     def build(self) -> tuple[UNet, VQAutoencoder | KLAutoencoder]:
         """UNet and first stage with fresh weights; on the meta device under ``torch.device``."""
-        first_stage = VQAutoencoder if self.kind == "vq" else KLAutoencoder
-        return UNet(**self.unet), first_stage(**self.autoencoder)
+        return UNet(**self.unet), self.first_stage()
+
+    def first_stage(self) -> VQAutoencoder | KLAutoencoder:
+        """The first stage with fresh weights."""
+        kind = VQAutoencoder if self.kind == "vq" else KLAutoencoder
+        return kind(**self.autoencoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class PublishedModel:
 
     unet: UNet
     autoencoder: VQAutoencoder | KLAutoencoder
-    schedule: Schedule
+    schedule: ScaledLinear
     scale: Scale | None
     name: str | None
     weights: Literal["ema", "raw", "unknown"]
@@ -139,7 +141,7 @@ PUBLISHED = {
         unet={**_PAPER_UNET, "channels": 192, "multipliers": [1, 2, 3, 5]},
         kind="vq",
         autoencoder=_PAPER_VQ,
-        schedule=Schedule(start=0.0015, end=0.0195),
+        schedule=ScaledLinear(0.0015, 0.0195),
         scale="raw",
         name="rdm_imagenet",
     ),
@@ -147,7 +149,7 @@ PUBLISHED = {
         unet={**_PAPER_UNET, "channels": 224, "multipliers": [1, 2, 3, 4]},
         kind="vq",
         autoencoder=_PAPER_VQ,
-        schedule=Schedule(start=0.0015, end=0.0195),
+        schedule=ScaledLinear(0.0015, 0.0195),
         scale="raw",
         name="rdm_ffhq",
     ),
@@ -172,7 +174,7 @@ PUBLISHED = {
             "attention_factors": [16],
             "scale_factor": 0.22765929,
         },
-        schedule=Schedule(start=0.0015, end=0.015),
+        schedule=ScaledLinear(0.0015, 0.015),
         scale="unit",
         name="rdm_768",
     ),
@@ -182,15 +184,27 @@ PUBLISHED = {
 
 def recognized(architecture: Architecture) -> Architecture:
     """The same, with name and scale where the UNet is that of a published model."""
-    from dataclasses import replace
-
-    shape = ("channels", "multipliers", "attention_factors", "context_width", "in_channels")
     for name, known in PUBLISHED.items():
-        same = all(_plain(architecture.unet[key]) == _plain(known.unet[key]) for key in shape)
+        same = _graph(architecture.unet) == _graph(known.unet)
         if same and architecture.kind == known.kind:
             return replace(architecture, name=name, scale=known.scale)
     return architecture
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, tuple)) else value
+def _graph(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """What a UNet computes with its weights, in one form for all ways to say it."""
+    names = ("in_channels", "out_channels", "channels", "blocks_per_level", "context_width")
+    widths = [multiplier * unet["channels"] for multiplier in unet["multipliers"]]
+    attends = [2**level in unet["attention_factors"] for level in range(len(widths))]
+    heads = [
+        unet.get("heads") or width // unet.get("channels_per_head", 32)
+        for width, a in zip(widths, [*attends[:-1], True], strict=True)
+        if a
+    ]
+    return {
+        **{name: unet[name] for name in names},
+        "widths": widths,
+        "attends": attends,
+        "heads": heads,
+        "depth": unet.get("depth", 1),
+    }

@@ -45,6 +45,9 @@ class Transfer:
             elif _trimmed(tensor.shape) != _trimmed(parameter.shape):
                 shapes = f"{tuple(tensor.shape)} for {tuple(parameter.shape)}"
                 self.problems.append(f"{name} has shape {shapes}")
+            elif not tensor.is_floating_point() or tensor.is_meta:
+                kind = "no numbers (meta)" if tensor.is_meta else f"dtype {tensor.dtype}"
+                self.problems.append(f"{name} has {kind}, weights are floating point")
         self._plan.append((module, theirs))
 
     def extra(self, names: Iterable[str]) -> None:
@@ -61,6 +64,7 @@ class Transfer:
             ValueError: there are any.
         """
         if not self.problems:
+            self._check_bytes()
             return
         rest = len(self.problems) - SHOWN
         shown = "; ".join(self.problems[:SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
@@ -70,11 +74,51 @@ class Transfer:
         )
 
     def fill(self, dtype: torch.dtype) -> None:
-        """Gives the planned networks memory and copies their weights."""
+        """Gives the planned networks memory and copies their weights.
+
+        Raises:
+            ValueError: some of the numbers are not finite, in the source or in ``dtype``.
+        """
+        broken: list[str] = []
+        narrow = False
         for module, theirs in self._plan:
             module.to(dtype).to_empty(device="cpu")
             for own, parameter in module.state_dict().items():
-                parameter.copy_(self.tensors[theirs[own]].reshape(parameter.shape))
+                tensor = self.tensors[theirs[own]].reshape(parameter.shape)
+                parameter.copy_(tensor)
+                if not _finite(parameter):
+                    broken.append(theirs[own])
+                    narrow = narrow or _finite(tensor)
+        if not broken:
+            return
+        shown = ", ".join(broken[:SHOWN]) + (
+            f" and {len(broken) - SHOWN} more" * bool(broken[SHOWN:])
+        )
+        if narrow:
+            raise ValueError(
+                f"{self.source} has {len(broken)} tensors that do not fit into {dtype}: {shown}. "
+                "Load it with dtype=torch.float32 or torch.bfloat16"
+            )
+        raise ValueError(
+            f"{self.source} has {len(broken)} tensors with numbers that are not finite (NaN or "
+            f"infinite): {shown}. The training diverged, or the file is damaged: take an earlier "
+            "checkpoint"
+        )
+
+    def _check_bytes(self) -> None:
+        """A file may show few bytes under many names or in large shapes: no weights are like that.
+
+        Raises:
+            ValueError: the networks would take more numbers than the source holds.
+        """
+        wanted = sum(p.numel() for module, _ in self._plan for p in module.state_dict().values())
+        storages = {t.untyped_storage().data_ptr(): t for t in self.tensors.values()}
+        held = sum(t.untyped_storage().nbytes() // t.dtype.itemsize for t in storages.values())
+        if wanted > held:
+            raise ValueError(
+                f"{self.source} holds {held:,} numbers, but shows {wanted:,} as weights: the same "
+                "ones several times, so that the file is damaged or no checkpoint of a model"
+            )
 
 
 def their_names(module: nn.Module, names: Names) -> dict[str, str]:
@@ -92,3 +136,13 @@ def _trimmed(shape: torch.Size) -> list[int]:
     while sizes and sizes[-1] == 1:
         sizes.pop()
     return sizes
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; without a mask of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize < 2:  # float8 has no reductions
+        tensor = tensor.float()
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -18,14 +18,23 @@ from retrodiff.cli.words import in_options
 def parser() -> Parser:
     """The whole command line."""
     from retrodiff import __version__
-    from retrodiff.cli import convert, database, demo, info, sample, train, train_encoder
+    from retrodiff.cli import (
+        convert,
+        database,
+        demo,
+        evaluate,
+        info,
+        sample,
+        train,
+        train_encoder,
+    )
 
     top = Parser(
         prog="retrodiff", description="Retrieval-augmented diffusion models on your own images."
     )
     top.add_argument("--version", action="version", version=f"retrodiff {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, database, train_encoder, train, sample, info, convert):
+    for module in (demo, database, train_encoder, train, sample, evaluate, info, convert):
         module.add_parser(commands)
     return top
 

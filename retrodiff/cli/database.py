@@ -32,7 +32,8 @@ from retrodiff.databases import (
     read_image,
 )
 from retrodiff.databases.images import to_float
-from retrodiff.databases.ingest import ENGINES, SkippedPictures, skipped_message
+from retrodiff.databases.ingest import ENGINES
+from retrodiff.databases.skipped import SkippedPictures, skipped_message
 from retrodiff.databases.sources import Source
 from retrodiff.encoders import encoder_from_string
 from retrodiff.files import replacing

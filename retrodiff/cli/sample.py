@@ -70,6 +70,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device", type=types.device, default="cpu", help="of the network: cpu, cuda, cuda:1, mps"
     )
+    parser.add_argument(
+        "--from-checkpoint",
+        action="store_true",
+        help="sample what an unfinished training of the model has learned so far",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
     parser.set_defaults(run=run)
 
@@ -80,7 +85,6 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.encoders import encoder_from_string
     from retrodiff.files import check_free
     from retrodiff.generation import MARKER, own_files
-    from retrodiff.model import Model
     from retrodiff.retrieval import Uniform
 
     check_free(options.out, MARKER, options.overwrite, own_files)
@@ -90,8 +94,7 @@ def run(options: argparse.Namespace) -> int:
         parts["proposal"] = Uniform()
     if options.encoder is not None:
         parts["encoder"] = encoder_from_string(options.encoder)
-    model = Model.load(options.model, trust_database=options.trust_database, **parts)
-    model = model.to(options.device)
+    model = _model(options, parts).to(options.device)
     asked = _asked(options)
     out = model.sample(
         **asked,
@@ -102,11 +105,30 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
+        progress=True,
     )
     folder = out.save(options.out, overwrite=options.overwrite)
     _save_sheet(folder / SHEET, model, out, asked)
     print(f"{len(out)} images in {folder}; look at {folder / SHEET}")
     return 0
+
+
+def _model(options: argparse.Namespace, parts: dict[str, Any]) -> Model:
+    """The saved model, or what its unfinished training has learned so far."""
+    from pathlib import Path
+
+    from retrodiff.model import Model
+    from retrodiff.training import unfinished
+
+    trust = options.trust_database
+    if options.from_checkpoint:
+        return unfinished.load_unfinished(options.model, trust_database=trust, **parts)
+    if not Path(options.model).exists() and unfinished.is_unfinished(Path(options.model)):
+        raise FileNotFoundError(
+            f"{options.model} is not trained to its end: continue the training (retrodiff train "
+            "with --resume), or sample what it has learned so far (--from-checkpoint)"
+        )
+    return Model.load(options.model, trust_database=trust, **parts)
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from retrodiff.cli import options as types
+
+if TYPE_CHECKING:
+    from retrodiff.model import Model
 
 
 def add_parser(commands: Any) -> None:
@@ -42,7 +47,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device", type=types.device, default="cpu", help="of encoder and network: cpu, cuda, mps"
     )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument(
+        "--exclude-self",
+        action="store_true",
+        help="leave each image's own row out of its neighbors, where the database holds it",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted training; --steps may be more than before",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
 
@@ -52,23 +66,19 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from retrodiff import presets
-    from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free, place
+    from retrodiff.files import place
+    from retrodiff.model import Model
     from retrodiff.networks.principal import PrincipalPatches
-    from retrodiff.retrieval import NearestNeighbors, NeighborCounts
-    from retrodiff.training import TrainingSet, cosine, fit
-    from retrodiff.training.folder import FolderImages
+    from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
+    from retrodiff.training import FolderImages, TrainingSet, cosine, fit, unfinished
 
     out = place(options.out)
-    check_free(out, MARKER, options.overwrite, own_files)
-    checkpoint = out.with_name(out.name + ".training.safetensors")
-    if checkpoint.exists() and not (options.resume or options.overwrite):
-        raise FileExistsError(
-            f"{checkpoint} is an unfinished training: continue it (--resume) or start anew "
-            "(--overwrite)"
-        )
+    if _finished(out, options):
+        print(f"{out} was trained with these options already: nothing is left to do")
+        return 0
+    checkpoint = unfinished.checkpoint_of(out)
     database = open_database(options.database)
     encoder = encoder_from_string(
         options.encoder, pretrained=not options.no_pretrained, device=options.device
@@ -84,21 +94,74 @@ def run(options: argparse.Namespace) -> int:
         channels=options.channels,
         k=options.k,
     ).to(options.device)
-    data = TrainingSet.of(images, encoder, database, NearestNeighbors(), options.k)
-    fitted = fit(
+    nearest = NearestNeighbors()
+    retriever = ExcludeSelf(nearest) if options.exclude_self else nearest
+    data = TrainingSet.of(images, encoder, database, retriever, options.k)
+    model = model.replace(proposal=NeighborCounts.from_table(data.table, database))
+    if not (options.resume and unfinished.is_unfinished(out)):
+        unfinished.begin(model, out)
+    trained = fit(
         model,
         data,
         steps=options.steps,
         batch_size=options.batch_size,
-        rate=cosine(options.lr, options.steps, min(100, options.steps // 10)),
+        lr=cosine(options.lr, options.steps, min(100, options.steps // 10)),
         ema=options.ema,
         seed=options.seed,
         checkpoint=checkpoint,
-        every=options.checkpoint_every,
+        checkpoint_every=options.checkpoint_every,
         resume=options.resume,
-    )
-    proposal = NeighborCounts.of_table(data.table, database)
-    fitted.model.replace(proposal=proposal).save(out, overwrite=options.overwrite)
-    checkpoint.unlink()
+        overwrite=options.overwrite,
+    ).model
+    if not (_may_be_saved(out, options) and unfinished.same_weights(trained, Model.load(out))):
+        _save(trained, out, options)
+    unfinished.end(out)
     print(f"trained on {len(images)} images for {options.steps} steps: {out}")
     return 0
+
+
+def _finished(out: Path, options: argparse.Namespace) -> bool:
+    """Checks, before any work, what is at the places to be written.
+
+    Returns:
+        Whether --resume finds that the model is trained already.
+    """
+    from retrodiff.checkpoints.native import MARKER, own_files, read_description
+    from retrodiff.files import check_free
+    from retrodiff.training import unfinished
+    from retrodiff.training.checkpoint import Checkpoint
+
+    unfinished.check_beside(out)
+    file = unfinished.checkpoint_of(out)
+    state = Checkpoint(file, resume=options.resume, overwrite=options.overwrite).load()
+    if _may_be_saved(out, options):
+        if state is None:
+            extra = read_description(out).get("extra")
+            if isinstance(extra, dict) and extra.get("training") == _settings(options):
+                return True
+        elif state.done == options.steps:
+            return False  # killed at the very end, perhaps with the model in its place
+    check_free(out, MARKER, options.overwrite, own_files)
+    return False
+
+
+def _may_be_saved(out: Path, options: argparse.Namespace) -> bool:
+    """Whether the training may have been killed between saving its model and cleaning up."""
+    from retrodiff.checkpoints.native import MARKER
+
+    return options.resume and not options.overwrite and (out / MARKER).is_file()
+
+
+def _save(model: Model, out: Path, options: argparse.Namespace) -> None:
+    """Saves the model with the options of its training."""
+    from retrodiff.checkpoints.native import save_components
+
+    parts = {field.name: getattr(model, field.name) for field in fields(model)}
+    extra = {"training": _settings(options)}
+    save_components(parts, out, overwrite=options.overwrite, extra=extra)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what is trained."""
+    names = ("size", "channels", "k", "steps", "batch_size", "lr", "ema", "seed", "exclude_self")
+    return {name: getattr(options, name) for name in names}

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if out.exists() and not options.overwrite:
         raise FileExistsError(f"{out} exists: choose another folder, or add --overwrite")
     torch.manual_seed(options.seed)
-    encoder = TimmEncoder(options.network, image_size=options.size)
+    encoder = TimmEncoder(options.network, image_size=options.size, preprocessing="plain")
     images = FolderImages(options.images, options.size)
     if len(images) < 2:
         raise ValueError(f"{options.images} holds one image, but views of two or more are compared")
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         crop_and_flip,
         steps=options.steps,
         batch_size=min(options.batch_size, len(images)),
-        rate=cosine(options.lr, options.steps, min(50, options.steps // 10)),
+        lr=cosine(options.lr, options.steps, min(50, options.steps // 10)),
         seed=options.seed,
     )
     save_encoder(encoder, out, overwrite=options.overwrite)

@@ -8,16 +8,15 @@ where shards end, so that a build that was interrupted gives the same bytes as o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retrodiff.databases.images import thumbnail
+from retrodiff.databases.limits import one_line
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
-from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.pictures import to_float, to_images
@@ -25,6 +24,9 @@ from retrodiff.text import escaped
 
 NARROWEST = 100
 """How many times longer than the other one side of a picture may be."""
+
+SMALL_PIXELS = 2**18
+"""Pixels up to which a picture waits for the encoder as it is: it is smaller than as floats."""
 
 HELD_PIXELS = 2**24
 """Pixels at which a batch ends for an encoder that takes pictures as they are."""
@@ -53,11 +55,13 @@ class Row(NamedTuple):
 
     Args:
         pixels: (1, ...) as ``encoder.encode_prepared`` takes it, or an image (c, h, w).
+        prepared: which of the two.
         record: where it comes from.
         thumbnail: a small copy of the image, if there is to be one.
     """
 
     pixels: Tensor
+    prepared: bool
     record: dict[str, Any]
     thumbnail: bytes | None
 
@@ -67,8 +71,8 @@ class Reader:
 
     Args:
         source: the pictures.
-        encoder: what will take them. One with ``preprocessing`` (or ``prepare``) and
-            ``encode_prepared`` gets small tensors, any other one the pictures as they are.
+        encoder: what will take them. For one with ``preprocessing`` (or ``prepare``) and
+            ``encode_prepared`` large pictures are brought to its size at once.
         side: longest side of the thumbnails; None: there are none.
     """
 
@@ -79,9 +83,14 @@ class Reader:
     def __call__(self, i: int) -> list[Row] | str:
         """The rows of picture ``i``; the reason, where it cannot be read."""
         try:
-            return [self._row(item) for item in self.source.read(i)]
+            items = self.source.read(i)
         except UnreadableImage as error:
             return escaped(str(error))
+        except Exception as error:  # one broken picture never ends a build, whatever reads it
+            return escaped(f"{type(error).__name__}: {one_line(error)}")
+        if (reason := next(filter(None, map(_too_narrow, items)), None)) is not None:
+            return reason
+        return [self._row(item) for item in items]
 
     def name(self, i: int) -> str:
         """What picture ``i`` is called."""
@@ -95,13 +104,17 @@ class Reader:
     def _row(self, item: Item) -> Row:
         image = item.image
         h, w = image.shape[-2:]
-        if max(h, w) > NARROWEST * min(h, w):
-            raise UnreadableImage(
-                f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
-            )
         small = thumbnail(image, self.side) if self.side else None
-        pixels = image if self.prepare is None else self.prepare(image[None])
-        return Row(pixels, item.record, small)
+        if self.prepare is None or h * w <= SMALL_PIXELS:
+            return Row(image, False, item.record, small)
+        return Row(self.prepare(image[None]), True, item.record, small)
+
+
+def _too_narrow(item: Item) -> str | None:
+    h, w = item.image.shape[-2:]
+    if max(h, w) <= NARROWEST * min(h, w):
+        return None
+    return f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
 
 
 def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
@@ -109,17 +122,7 @@ def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
 
     It takes uint8 in [0, 255] and floats in [-1, 1].
     """
-    if not hasattr(encoder, "encode_prepared"):
-        return None
-    steps = getattr(encoder, "preprocessing", None)
-    if isinstance(steps, Preprocessing):  # smaller to send than an encoder, and takes bytes
-        return steps.apply
-    prepare = getattr(encoder, "prepare", None)
-    return None if prepare is None else partial(_prepare, prepare)
-
-
-def _prepare(prepare: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return prepare(to_float(images))
+    return encoder.preparation
 
 
 def encode_here(
@@ -202,9 +205,10 @@ def encode_rows(
 ) -> tuple[Tensor, list[dict[str, Any]], list[bytes]]:
     """Rows that a `Reader` gave -> embeddings (n, d), records, and thumbnails if they have some."""
     embeddings = torch.empty(0, encoder.dim)
-    if rows and preparation(encoder) is not None:
-        encode: Any = getattr(encoder, "encode_prepared")  # noqa: B009
-        embeddings = encode(torch.cat([row.pixels for row in rows])).cpu()
+    if any(row.prepared for row in rows):
+        prepare, encode = _two_steps(encoder)
+        parts = [row.pixels if row.prepared else prepare(row.pixels[None]) for row in rows]
+        embeddings = encode(torch.cat(parts)).cpu()
     elif rows:
         embeddings = _encode(encoder, [row.pixels for row in rows]).cpu()
     if embeddings.shape != (len(rows), encoder.dim):
@@ -229,17 +233,27 @@ def encode_images(encoder: Encoder, images: Any) -> Tensor:
 
 def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
     """Images (c, h, w) of any sizes, uint8 or floats in [-1, 1] -> embeddings (b, d)."""
-    if len({(image.shape, image.dtype) for image in images}) == 1:
-        return encoder.encode_image(to_float(torch.stack(list(images))))
-    if (prepare := preparation(encoder)) is not None:
-        encode: Any = getattr(encoder, "encode_prepared")  # noqa: B009
+    alike = len({(image.shape, image.dtype) for image in images}) == 1
+    if preparation(encoder) is not None:
+        prepare, encode = _two_steps(encoder)
+        if alike:
+            parts = [torch.stack(list(images[i : i + 64])) for i in range(0, len(images), 64)]
+            return torch.cat([encode(prepare(part)) for part in parts])
         return encode(torch.cat([prepare(image[None]) for image in images]))
+    if alike:
+        return encoder.encode_image(to_float(torch.stack(list(images))))
     out = torch.empty(len(images), encoder.dim)
     for shape in dict.fromkeys(image.shape for image in images):
         same = [i for i, image in enumerate(images) if image.shape == shape]
         batch = torch.stack([to_float(images[i]) for i in same])
         out[same] = encoder.encode_image(batch).float().cpu()
     return out
+
+
+def _two_steps(encoder: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    prepare = preparation(encoder)
+    assert prepare is not None
+    return prepare, encoder.encode_prepared
 
 
 def _pictures(

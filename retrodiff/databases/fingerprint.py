@@ -1,10 +1,9 @@
-"""Tells whether two databases hold the same rows in the same order, and if a file is intact."""
+"""Tells whether two databases hold the same rows in the same order."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,9 +23,3 @@ def rows_hash(digests: Iterable[str], hidden: Tensor | None = None) -> str:
     if hidden is not None and len(hidden):
         digest.update(hidden.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

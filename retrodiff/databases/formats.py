@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retrodiff.databases.archives import PICTURES, Tars
+from retrodiff.databases.archives import Tars
 from retrodiff.databases.imports import Part
 from retrodiff.databases.published import clip_retrieval_parts, npy_parts, rdm_parts
-from retrodiff.databases.sources import ImageFolder, Source, natural
+from retrodiff.databases.skipped import warn_of_unused
+from retrodiff.databases.sources import ImageFolder, Source
 from retrodiff.databases.tables import ParquetImages, SavedDataset
+from retrodiff.databases.walk import (
+    files_below,
+    has_pictures,
+    holds_database,
+    is_picture,
+    is_tar,
+    natural,
+)
 from retrodiff.interfaces import Scale
 
 
@@ -19,17 +28,17 @@ def open_source(
 ) -> Source:
     """The pictures at a path, whatever holds them.
 
-    A folder with ``state.json`` is a dataset of ``save_to_disk``; one with tars and no pictures
-    beside them is a WebDataset; one with nothing but parquet files is a table; any other is a
-    folder of pictures. Single tars and parquet files work too, and patterns such as
-    ``"shards/0*.tar"``.
+    A folder with ``state.json`` is a dataset of ``save_to_disk``. One without picture files is a
+    WebDataset if there are tars in it or below it, compressed or not, and a table if there are
+    parquet files; any other is a folder of pictures. Single tars and parquet files work too, and
+    patterns such as ``"shards/0*.tar"``.
 
     Args:
         path: folder, file, or pattern.
         image_column: of a table.
         columns: the same for every row, such as ``{"licence": "CC0"}``.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return SavedDataset(path, image_column, columns)
     if (path / "img_emb").is_dir():
@@ -37,17 +46,18 @@ def open_source(
             f"{path} holds embeddings of clip-retrieval, not pictures: import it "
             "(retrodiff database import)"
         )
-    files = _files(path)
-    endings = {file.suffix.lower() for file in files}
-    pictures = {f".{ending}" for ending in PICTURES}
-    inside = path.is_dir()
-    if ".tar" in endings and not endings & pictures:
-        return Tars([f for f in files if f.suffix.lower() == ".tar"], columns)
-    folders = inside and any(f.is_dir() and not f.name.startswith(".") for f in path.iterdir())
-    if ".parquet" in endings and not endings & pictures and not folders:
-        tables = [f for f in files if f.suffix.lower() == ".parquet"]
+    if path.is_dir() and (holds_database(path) or has_pictures(path)):
+        return ImageFolder(path, columns)
+    files = _below(path) if path.is_dir() else _files(path)
+    tars = [file for file in files if is_tar(file.name)]
+    if tars and not any(is_picture(file.name) for file in files):
+        others = [f for f in files if f.suffix.lower() in (".zip", ".rar", ".7z")]
+        warn_of_unused(path, [(file.name, "an archive, but no tar: unpack it") for file in others])
+        return Tars(tars, columns)
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    if tables and not any(is_picture(file.name) for file in files):
         return ParquetImages(tables, image_column, columns)
-    if not inside and files:
+    if not path.is_dir() and files:
         raise ValueError(
             f"{path} is no source of pictures: give a folder, tars, parquet files, or a dataset "
             "that save_to_disk wrote"
@@ -62,7 +72,7 @@ def open_parts(path: str | Path) -> tuple[list[Part], Scale | None]:
     with Blattmann et al. 2022, and npy files: one, a pattern, or a folder. A parquet file of the
     same name beside an npy file holds its records.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "img_emb").is_dir():
         return clip_retrieval_parts(path), "unit"
     files = _files(path)
@@ -82,6 +92,11 @@ def open_parts(path: str | Path) -> tuple[list[Part], Scale | None]:
         f"{path} holds no embeddings: give npy files, a folder of clip-retrieval, or a folder of "
         "npz parts"
     )
+
+
+def _below(path: Path) -> list[Path]:
+    """The files in a folder and below it, in the order people count."""
+    return [path / found.name for found in files_below(path) if found.problem is None]
 
 
 def _files(path: Path) -> list[Path]:

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import file_digest
 from retrodiff.databases.manifest import MANIFEST, Manifest
 from retrodiff.databases.store import EmbeddingDatabase
+from retrodiff.hashed import file_digest
 from retrodiff.indexes import Vectors, saved_index
 from retrodiff.progress import progress_bar
 

@@ -16,9 +16,12 @@ def thumbnail(image: Tensor, side: int) -> bytes:
     """A small copy of an image (c, h, w): PNG where nothing is lost by it, else JPEG."""
     from PIL import Image
 
-    pixels = to_bytes(image).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-    small = Image.fromarray(pixels)
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    channels = []
+    for channel in to_bytes(image).expand(3, -1, -1).cpu():  # one at a time: pictures are large
+        small = Image.fromarray(channel.contiguous().numpy())
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        channels.append(small)
+    small = Image.merge("RGB", channels)
     out = io.BytesIO()
     if max(small.size) <= 64:
         small.save(out, "PNG")

@@ -19,11 +19,13 @@ from torch import Tensor
 from retrodiff.databases.fingerprint import SHARD_ROWS
 from retrodiff.databases.manifest import Manifest, Shard
 from retrodiff.databases.shards import ShardBuffer
-from retrodiff.databases.sources import first_duplicate, plain_id
+from retrodiff.databases.sources import first_duplicate, plain_id, state_of_files
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
 from retrodiff.databases.work import Work, make_database
+from retrodiff.files import given
 from retrodiff.interfaces import Fingerprint
+from retrodiff.numbers import whole
 from retrodiff.progress import progress_bar
 
 PIECE = 8_192
@@ -88,14 +90,15 @@ def import_embeddings(
             few, it holds what float16 cannot, or two rows share an ``id``.
     """
     source: dict[str, Any] = {"kind": "embeddings"}
-    total = None
+    total = state = None
     if isinstance(parts, Sequence):
         total = sum(part.embeddings.shape[0] for part in parts)
         names = [Path(part.name).name for part in parts]
+        state = state_of_files(file for part in parts if (file := Path(part.name)).is_file())
         source |= {"parts": len(parts), "rows": total, "first": names[:1], "last": names[-1:]}
     if root is not None:
-        source["root"] = str(Path(root).resolve())
-    settings = {"shard_rows": shard_rows}
+        source["root"] = str(given(root).resolve())
+    settings = {"shard_rows": whole("shard_rows", shard_rows)}
     plan = Manifest(replace(fingerprint, rows=""), settings=settings, sources=(source,))
 
     def fill(work: Work) -> None:
@@ -111,7 +114,7 @@ def import_embeddings(
             raise ValueError("no embeddings: give at least one row")
         _check_ids(work)
 
-    return make_database(Path(path), plan, fill, resume=resume, overwrite=overwrite)
+    return make_database(path, plan, fill, resume=resume, overwrite=overwrite, state=state)
 
 
 class _Writer:
@@ -171,6 +174,8 @@ def _pieces(
         while first < rows:
             last = min(first + min(PIECE, room()), rows)
             piece = part.embeddings[first:last]
+            if piece.dtype.kind not in "fiu" or piece.dtype.itemsize > 8:
+                raise ValueError(f"{part.name} holds {piece.dtype}, expected numbers: give floats")
             if not piece.dtype.isnative or not piece.flags.writeable:
                 piece = piece.astype(piece.dtype.newbyteorder("="))
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from retrodiff.databases.encoding import Batch, encode_here
 from retrodiff.databases.fingerprint import SHARD_ROWS
-from retrodiff.databases.manifest import MANIFEST, Manifest
+from retrodiff.databases.manifest import Manifest
 from retrodiff.databases.ray import encode_with_ray
 from retrodiff.databases.shards import ShardBuffer
-from retrodiff.databases.sources import Source, check_ids
+from retrodiff.databases.skipped import skipped_message, warn_of
+from retrodiff.databases.sources import Source, check_ids, state_of
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.views import storable
 from retrodiff.databases.work import Work, make_database
 from retrodiff.interfaces import Encoder
+from retrodiff.numbers import whole
 from retrodiff.progress import progress_bar
 
 Engine = Literal["local", "ray"]
 ENGINES = {"local": encode_here, "ray": encode_with_ray}
-
-
-class SkippedPictures(UserWarning):
-    """Some pictures could not be read and are not in the database."""
 
 
 def build_database(
@@ -63,25 +60,17 @@ def build_database(
         overwrite: replace what is there, once the new one is done.
         progress: show a bar.
     """
-    settings = {"batch_size": batch_size, "shard_rows": shard_rows, "thumbnails": thumbnails}
+    settings = {
+        "batch_size": whole("batch_size", batch_size),
+        "shard_rows": whole("shard_rows", shard_rows),
+        "thumbnails": None if thumbnails is None else whole("thumbnails", thumbnails),
+    }
     plan = Manifest(encoder.fingerprint, settings=settings, sources=(source.describe(),))
     build = Build(source, encoder, workers=workers, engine=engine, progress=progress)
-    database = make_database(Path(path), plan, build.fill, resume=resume, overwrite=overwrite)
+    options = {"resume": resume, "overwrite": overwrite, "state": state_of(source)}
+    database = make_database(path, plan, build.fill, **options)
     warn_of(database.manifest.skipped)
     return database
-
-
-def warn_of(skipped: Sequence[tuple[str, str]]) -> None:
-    """One warning for all pictures that were left out; none if there are none."""
-    if skipped:
-        warnings.warn(skipped_message(skipped), SkippedPictures, stacklevel=3)
-
-
-def skipped_message(skipped: Sequence[tuple[str, str]], most: int = 10) -> str:
-    """One line that counts and names the pictures that were left out."""
-    names = ", ".join(f"{name} ({reason})" for name, reason in skipped[:most])
-    more = f" and {len(skipped) - most} more (see skipped in {MANIFEST})"
-    return f"{len(skipped)} skipped: {names}{more if len(skipped) > most else ''}"
 
 
 class Build:
@@ -109,7 +98,7 @@ class Build:
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r}: give one of {', '.join(ENGINES)}")
         self.source, self.encoder = source, encoder
-        self.workers, self.engine, self.progress = workers, engine, progress
+        self.workers, self.engine, self.progress = whole("workers", workers, 0), engine, progress
         self.first_shard, self.first_row, self.source_number = first
         self.skipped: list[tuple[str, str]] = []
 

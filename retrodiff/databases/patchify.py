@@ -8,16 +8,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from retrodiff.databases.images import UnreadableImage, to_bytes, to_float
 from retrodiff.databases.sources import Item, Source
+from retrodiff.decoding import UnreadableImage
+from retrodiff.numbers import whole
+from retrodiff.pictures import to_bytes, to_float
 
 Box = tuple[int, int, int, int]
 """x1, y1, x2, y2 in the resized picture; x2 and y2 are just outside."""
+
+NARROWEST = 50
+"""How many times longer than the other one side of a picture may be that is cut into patches."""
+
+LARGEST = 2**28
+"""Pixels of the largest resized picture that a record may speak of."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Patchify:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("size", "short_side", "n", "stride"):
+            if (value := getattr(self, name)) is not None or name == "size":
+                object.__setattr__(self, name, whole(name, value))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0))
         if self.n is not None and self.stride is not None:
             raise ValueError(
                 f"n={self.n} asks for random patches, stride={self.stride} for a grid: give one"
@@ -61,8 +75,7 @@ class Patchify:
             return to_bytes(image)
         scale = short / min(h, w)
         to = (max(round(h * scale), short), max(round(w * scale), short))
-        large = interpolate(to_float(image)[None], to, mode="bicubic", antialias=True)
-        return to_bytes(large[0])
+        return _resized(image, to)
 
     def boxes(self, h: int, w: int, picture: int) -> list[Box]:
         """Where the patches of a resized picture lie."""
@@ -101,9 +114,20 @@ def cut_record(image: Tensor, record: Mapping[str, Any]) -> Tensor:
         return image
     w, h = record["resized"]
     if (h, w) != tuple(image.shape[-2:]):
-        large = interpolate(to_float(image)[None], (h, w), mode="bicubic", antialias=True)
-        image = to_bytes(large[0])
+        if not 0 < h * w <= LARGEST:
+            raise ValueError(
+                f"the record says {w} x {h} pixels, more than {LARGEST}: it is damaged"
+            )
+        image = _resized(image, (h, w))
     return cut(image, tuple(record["box"]))
+
+
+def _resized(image: Tensor, to: tuple[int, int]) -> Tensor:
+    """An image (c, h, w) of another size, uint8; channel by channel, since floats take much."""
+    how: dict[str, Any] = {"mode": "bicubic", "antialias": True}
+    return torch.cat(
+        [to_bytes(interpolate(to_float(c)[None], to, **how)[0]) for c in image[:, None]]
+    )
 
 
 class _Patches(Source):
@@ -120,7 +144,7 @@ class _Patches(Source):
         items = []
         for image, record in self.source.read(i):
             h, w = image.shape[-2:]
-            if max(h, w) > 50 * min(h, w):
+            if max(h, w) > NARROWEST * min(h, w):
                 raise UnreadableImage(f"{w} x {h} is too narrow to be cut into patches")
             patches, boxes, (_, _, width, height) = self.patchify.patches(image, i)
             for patch, box in zip(patches, boxes, strict=True):
@@ -130,6 +154,10 @@ class _Patches(Source):
 
     def ids(self) -> Iterable[Any] | None:
         return self.source.ids()
+
+    def paths(self) -> Iterable[Path]:
+        """The files of the source."""
+        return self.source.paths()
 
     def describe(self) -> dict[str, Any]:
         return {"patchify": asdict(self.patchify), **self.source.describe()}

@@ -18,8 +18,12 @@ from torch import Tensor
 
 from retrodiff.databases.imports import Part
 from retrodiff.databases.streams import NpyArray, NpzArray, ParquetRows, npz_names
+from retrodiff.files import given
 from retrodiff.interfaces import Database
 from retrodiff.pickled import read_plain_pickle
+
+ROW_BYTES = 2**16
+"""Bytes of the longest id or box."""
 
 
 def npy_parts(
@@ -28,9 +32,9 @@ def npy_parts(
     """Embeddings (n, d) of npy files, memory-mapped, with a parquet file for each if there is."""
     if metadata is not None and len(metadata) != len(files):
         raise ValueError(f"{len(files)} npy files, but {len(metadata)} of metadata: give one each")
-    tables = [None] * len(files) if metadata is None else [ParquetRows(Path(m)) for m in metadata]
+    tables = [None] * len(files) if metadata is None else [ParquetRows(given(m)) for m in metadata]
     return _of_one_width(
-        [Part(NpyArray(Path(f)), t, str(f)) for f, t in zip(files, tables, strict=True)]
+        [Part(NpyArray(given(f)), t, str(given(f))) for f, t in zip(files, tables, strict=True)]
     )
 
 
@@ -40,7 +44,7 @@ def clip_retrieval_parts(folder: str | Path) -> list[Part]:
     Give `import_embeddings` a fingerprint with ``scale="unit"``. The column ``image_path`` becomes
     ``file``.
     """
-    folder = Path(folder)
+    folder = given(folder)
     arrays = series(folder / "img_emb", ".npy")
     tables: dict[int, Path] = {}
     if (folder / "metadata").is_dir() and any((folder / "metadata").glob("*.parquet")):
@@ -64,7 +68,7 @@ def clip_retrieval_parts(folder: str | Path) -> list[Part]:
 def rdm_parts(folder: str | Path) -> list[Part]:
     """The parts of a database released with Blattmann et al. 2022: ids and boxes become columns."""
     parts = []
-    for file in series(Path(folder), ".npz").values():
+    for file in series(given(folder), ".npz").values():
         columns = {
             name: NpzArray(file, array)
             for array, name in (("img_id", "image_id"), ("patch_coords", "box"))
@@ -72,6 +76,12 @@ def rdm_parts(folder: str | Path) -> list[Part]:
         }
         embeddings = NpzArray(file, "embedding")
         for array in columns.values():
+            row = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+            if row > ROW_BYTES or len(array.shape) > 2:
+                raise ValueError(
+                    f"{file}: {array.name} has the shape {array.shape} of {array.dtype}, which is "
+                    "no column of ids or boxes"
+                )
             if len(array) != len(embeddings):
                 have = f"{len(embeddings)} embeddings, but {len(array)} {array.name}"
                 raise ValueError(f"{file}: {have}")
@@ -92,7 +102,7 @@ def nn_memory_counts(path: str | Path, database: Database) -> tuple[Tensor, Tens
     Returns:
         The rows (n,) that are ever a neighbor, ascending, and their counts (n,), both int64.
     """
-    with Path(path).open("rb") as file:
+    with given(path).open("rb") as file:
         content = read_plain_pickle(file, str(path))
     counts = content.get("id_count") if isinstance(content, dict) else None
     if not isinstance(counts, dict) or not counts:

@@ -7,11 +7,8 @@ safetensors).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import file_digest, rows_digest
-from retrodiff.databases.manifest import Shard
+from retrodiff.databases.fingerprint import rows_digest
+from retrodiff.databases.manifest import AGAIN, Shard
+from retrodiff.databases.records import table_of
 from retrodiff.files import replacing
+from retrodiff.hashed import about_file, check_file
+from retrodiff.tensors import map_tensors, write_tensors
+from retrodiff.text import printable
 
 
 def reached(point: str) -> None:
@@ -76,11 +77,11 @@ class ShardBuffer:
             digest = beside.submit(rows_digest, embeddings)
             tensors = {"embeddings": embeddings, "norms": self.norms[: self.count]}
             name = f"vectors-{number:06d}.safetensors"
-            files[name] = save_tensors(tensors, folder / name)
+            files[name] = write_tensors(folder / name, tensors)
             reached("vectors written")
             name = f"records-{number:06d}.parquet"
-            with replacing(folder / name) as partial:
-                pq.write_table(_table(self.records), partial, compression="zstd")
+            with replacing(folder / name) as partial, partial.open("wb") as file:
+                pq.write_table(table_of(self.records), file, compression="zstd")
             files[name] = about_file(folder / name)
             reached("records written")
             if self.thumbnails:
@@ -88,133 +89,72 @@ class ShardBuffer:
                 sizes = torch.tensor([0, *map(len, self.thumbnails)], dtype=torch.int64)
                 data = np.frombuffer(bytearray(b"".join(self.thumbnails)), np.uint8)
                 packed = {"offsets": sizes.cumsum(0), "bytes": torch.from_numpy(data)}
-                files[name] = save_tensors(packed, folder / name)
+                files[name] = write_tensors(folder / name, packed)
                 reached("thumbnails written")
             shard = Shard(self.count, digest.result(), files, next_at, source)
         self.records, self.thumbnails, self.count = [], [], 0
         return shard
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Writes a safetensors file, all at once; its size and hash, as the manifest keeps them.
-
-    The bytes are those of ``safetensors.torch.save_file``, hashed while they are written: reading
-    them again would cost as much as writing them.
-    """
-    pieces = _safetensors(tensors)
-    with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_sha256, pieces)
-        with replacing(path) as partial, partial.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-        return {"bytes": sum(map(len, pieces)), "sha256": digest.result()}
+def map_shard(path: Path, rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Embeddings (rows, dim) and norms (rows,) of a vectors file, mapped and not read."""
+    tensors = map_tensors(path, again=AGAIN)
+    expected = {"embeddings": (torch.float16, (rows, dim)), "norms": (torch.float32, (rows,))}
+    check_layout(path, tensors, expected)
+    return tensors["embeddings"], tensors["norms"]
 
 
-def about_file(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as the manifest keeps them."""
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-_TYPES = {
-    "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8,
-}  # fmt: skip
-_NAMES = {kind: name for name, kind in _TYPES.items()}
-
-
-def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """The bytes of a safetensors file: header, then tensors, the widest types first."""
-    header: dict[str, Any] = {}
-    pieces, end = [memoryview(b"")], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name].contiguous()
-        start, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
-        pieces.append(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    pieces[0] = memoryview(len(text).to_bytes(8, "little") + text)
-    return pieces
-
-
-def _sha256(pieces: Sequence[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped and not read: pages come when they are touched."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    # Copy-on-write, so that the file never changes; and unlike numpy's, this map holds no file
-    # descriptor, of which there may be fewer than shards.
-    size = path.stat().st_size
-    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    data = torch.empty(0, dtype=torch.uint8).set_(storage)
-    tensors = {}
-    try:
-        for name, about in header.items():
-            if name != "__metadata__":
-                start, end = (8 + length + offset for offset in about["data_offsets"])
-                kind, shape = _TYPES[about["dtype"]], about["shape"]
-                tensors[name] = data[start:end].view(kind).reshape(shape)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): restore it, or build again") from None
-    return tensors
-
-
-def _table(records: list[Any]) -> Any:
-    """A pyarrow table from records, or tables, or both."""
-    import pyarrow as pa
-
-    tables = []
-    for plain, group in groupby(records, lambda one: isinstance(one, Mapping)):
-        of_one_kind = list(group)
-        tables += [_table_of(of_one_kind)] if plain else of_one_kind
-    one_schema([table.schema for table in tables], ["some records", "others"])
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
-def one_schema(schemas: Sequence[Any], names: Sequence[str]) -> Any:
-    """One pyarrow schema for the tables of all the schemas, refused where their types disagree.
+class Thumbnails:
+    """The small pictures of a shard: bytes of PNG or JPEG files, mapped and not read.
 
     Args:
-        schemas: at least one.
-        names: what errors call the tables; the last one stands for all that follow.
+        path: a thumbnails file.
+        rows: of the shard.
     """
-    import pyarrow as pa
 
-    plain = [schema.remove_metadata() for schema in schemas]
-    try:
-        return pa.unify_schemas(plain, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        seen: dict[str, tuple[Any, str]] = {}
-        for number, schema in enumerate(plain):
-            name = names[min(number, len(names) - 1)]
-            for field in schema:
-                before, where = seen.setdefault(field.name, (field, name))
-                try:
-                    joined = pa.unify_schemas(
-                        [pa.schema([before]), pa.schema([field])], promote_options="permissive"
-                    )
-                except (pa.ArrowInvalid, pa.ArrowTypeError):
-                    raise ValueError(
-                        f"column {field.name!r} is {before.type} in {where} and {field.type} in "
-                        f"{name}: give one type per column"
-                    ) from None
-                seen[field.name] = (joined.field(0), where)
-        raise
+    def __init__(self, path: Path, rows: int):
+        tensors = map_tensors(path, again=AGAIN)
+        size = tensors["bytes"].numel() if "bytes" in tensors else 0
+        expected = {"offsets": (torch.int64, (rows + 1,)), "bytes": (torch.uint8, (size,))}
+        check_layout(path, tensors, expected)
+        self.path, self.offsets, self.data = path, tensors["offsets"], tensors["bytes"]
+
+    def __getitem__(self, row: int) -> bytes:
+        start, end = self.offsets[row : row + 2].tolist()
+        if not 0 <= start <= end <= len(self.data):
+            raise ValueError(
+                f"{self.path} is damaged (bytes {start} to {end} of row {row}): {AGAIN}"
+            )
+        return self.data[start:end].numpy().tobytes()
 
 
-def _table_of(records: list[Mapping[str, Any]]) -> Any:
-    import pyarrow as pa
+def read_deleted(path: Path, about: Mapping[str, Any], rows: int) -> Tensor:
+    """The sorted numbers (n,) of the deleted rows, from a file that is compared with its hash."""
+    check_file(path, about, AGAIN)
+    tensors = map_tensors(path, again=AGAIN)
+    check_layout(path, tensors, {"rows": (torch.int64, (about["rows"],))})
+    deleted = tensors["rows"].clone()
+    inside = 0 <= int(deleted[0]) and int(deleted[-1]) < rows
+    if not inside or not bool((deleted.diff() > 0).all()):
+        raise ValueError(f"{path} is damaged (no sorted numbers of {rows} rows): {AGAIN}")
+    return deleted
 
-    names = list(dict.fromkeys(name for record in records for name in record))
-    try:
-        columns = {name: pa.array([r.get(name) for r in records]) for name in names}
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"records cannot be stored: {error}: give one type per column") from None
-    return pa.table(columns) if columns else pa.table({"number": pa.nulls(len(records))})
+
+def check_layout(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> None:
+    """Refuses a file that holds other tensors than its manifest says."""
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != dict(expected):
+        raise ValueError(
+            f"{path} holds {_shown(found)}, its manifest says {_shown(expected)}: {AGAIN}"
+        )
+
+
+def _shown(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    return ", ".join(
+        f"{printable(name[:40])} {shape} {str(dtype).removeprefix('torch.')}"
+        for name, (dtype, shape) in sorted(layout.items())[:4]
+    )

@@ -12,8 +12,8 @@ from typing import Any
 
 from retrodiff.databases.hub import SharedDatabase, hub_errors
 from retrodiff.databases.manifest import MANIFEST, Manifest
-from retrodiff.databases.shards import about_file
 from retrodiff.databases.store import EmbeddingDatabase
+from retrodiff.hashed import about_file
 
 INDEX_FILES = {".json", ".safetensors", ".ann", ".faiss", ".usearch", ".cagra"}
 """What a saved index may consist of to be shared: nothing whose loader would unpickle."""

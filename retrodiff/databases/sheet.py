@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from retrodiff.databases.images import to_bytes
 from retrodiff.interfaces import Neighbors, Record
+from retrodiff.pictures import to_bytes
+from retrodiff.text import printable
 
 
 def contact_sheet(
@@ -61,9 +62,10 @@ def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
 
 def _caption(record: Record | Mapping[str, Any], similarity: float, side: int) -> str:
     where = f"{similarity:.3f}"
-    if record.get("box") is not None:
-        where += " ({},{})-({},{})".format(*record["box"])
-    name = str(record.get("file") or record.get("label") or record.get("number", ""))
+    box = record.get("box")
+    if box is not None and len(box) == 4:
+        where += " ({},{})-({},{})".format(*box)
+    name = printable(record.get("file") or record.get("label") or record.get("number", ""))
     most = side // 6
     return f"{where}\n{name if len(name) <= most else '…' + name[1 - most :]}"
 

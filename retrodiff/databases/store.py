@@ -6,19 +6,22 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import file_digest, rows_digest, rows_hash
+from retrodiff.databases.fingerprint import rows_hash
 from retrodiff.databases.images import read_image, to_float
-from retrodiff.databases.manifest import BUILD, MANIFEST, Manifest
+from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
+from retrodiff.databases.record_files import RecordFiles
+from retrodiff.databases.records import TEXT
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import map_tensors, one_schema
-from retrodiff.files import make_folder
+from retrodiff.databases.shards import Thumbnails, map_shard, read_deleted
+from retrodiff.files import REPLACED, given
+from retrodiff.hashed import check_file
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -31,8 +34,10 @@ from retrodiff.indexes import (
     saved_index,
 )
 from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
+from retrodiff.indexes.saved import check_index_place
 from retrodiff.interfaces import Index, Record
 from retrodiff.locks import writing
+from retrodiff.text import printable
 
 
 class EmbeddingDatabase(Searchable):
@@ -46,18 +51,31 @@ class EmbeddingDatabase(Searchable):
 
     def __init__(self, path: Path, manifest: Manifest, root: str | Path | None = None):
         self.path, self.manifest = path, manifest
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else given(root)
         self.hidden: Tensor | None = None
         if manifest.deleted:
-            self.hidden = map_tensors(self._here(manifest.deleted["file"]))["rows"]
+            file = self._here(manifest.deleted["file"])
+            self.hidden = read_deleted(file, manifest.deleted, manifest.rows)
         digest = rows_hash((shard.digest for shard in manifest.shards), self.hidden)
         super().__init__(self._mapped(), replace(manifest.fingerprint, rows=digest))
         self.recipe: Recipe = Exact()
         self.recall: Recall | None = None
         starts = torch.tensor([0, *(shard.rows for shard in manifest.shards)])
         self._starts = starts.cumsum(0)
-        self._records_of = lru_cache(4)(self._read_records)
-        self._thumbnails_of = lru_cache(64)(map_tensors)
+        self._records = RecordFiles(
+            manifest.shards, self._compared, manifest.settings.get(TEXT, ())
+        )
+        self._thumbnails_of = lru_cache(64)(Thumbnails)
+
+    def __copy__(self) -> EmbeddingDatabase:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> Any:
+        """Another process, such as a worker of a ``DataLoader``, opens the same rows again."""
+        about = (self.address, self.fingerprint.rows, self.recipe, self.root)
+        return _opened_again, about
 
     def __len__(self) -> int:
         return len(self.vectors) - (0 if self.hidden is None else len(self.hidden))
@@ -78,7 +96,7 @@ class EmbeddingDatabase(Searchable):
         found: list[Record] = [{}] * len(places)
         for i in sorted(range(len(places)), key=places.__getitem__):  # each shard is read once
             shard, row = places[i]
-            table = self._records_of(shard)
+            table = self._records.recent(shard)
             found[i] = {name: table[name][row].as_py() for name in table.column_names}
         return found
 
@@ -87,15 +105,17 @@ class EmbeddingDatabase(Searchable):
         import pyarrow as pa
 
         tables = list(self.tables(columns))
-        return pa.concat_tables(tables) if tables else self._schema_of(columns).empty_table()
+        return (
+            pa.concat_tables(tables) if tables else self._records.schema_of(columns).empty_table()
+        )
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The same as `table`, shard by shard."""
         import pyarrow as pa
 
-        schema, start = self._schema_of(columns), 0
+        schema, start = self._records.schema_of(columns), 0
         for number, shard in enumerate(self.manifest.shards):
-            table = self._read_records(number, schema)
+            table = self._records.read(number, schema)
             if self.hidden is not None:
                 ends = torch.tensor([start, start + shard.rows])
                 first, last = torch.searchsorted(self.hidden, ends).tolist()
@@ -110,11 +130,20 @@ class EmbeddingDatabase(Searchable):
         [(shard, row)] = self._places(torch.tensor([index]))
         name = self.manifest.shards[shard].file("thumbnails")
         if name is None:
-            source = self.manifest.sources[self.manifest.shards[shard].source]
-            return show(self.records(torch.tensor([index]))[0], self.root or source.get("root"))
-        packed = self._thumbnails_of(self._here(name))
-        start, end = packed["offsets"][row : row + 2].tolist()
-        return to_float(read_image(packed["bytes"][start:end].numpy().tobytes()))
+            return show(self.records(torch.tensor([index]))[0], self._root_of(shard))
+        rows = self.manifest.shards[shard].rows
+        return to_float(read_image(self._thumbnails_of(self._here(name), rows)[row]))
+
+    def _root_of(self, shard: int) -> str | Path | None:
+        """Where the pictures of a shard lie, if this user has named that folder himself."""
+        root = self.manifest.sources[self.manifest.shards[shard].source].get("root")
+        if self.root is None and root is not None and root not in self.manifest.roots:
+            raise ValueError(
+                f"the pictures lie in {printable(root)}, says the manifest of {self.address}, "
+                "which was not written by you on this machine: open the database with "
+                "root= that folder if you trust it"
+            )
+        return self.root or root
 
     def stored(self, rows: Tensor) -> Tensor:
         """Row numbers (n,) here -> row numbers (n,) among the stored vectors."""
@@ -160,7 +189,7 @@ class EmbeddingDatabase(Searchable):
         if not save or recipe.name == "exact":
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
-        _check_writable(self._home() / "indexes")  # before the work
+        check_index_place(self._home() / "indexes" / recipe.name)  # before the work
         with writing(self._home()):
             return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
 
@@ -172,7 +201,7 @@ class EmbeddingDatabase(Searchable):
         """
         if self.recipe.name == "exact":
             return self
-        _check_writable(self._home() / "indexes")
+        check_index_place(self._home() / "indexes" / self.recipe.name)
         with writing(self._home()):
             return self._save_index()
 
@@ -210,20 +239,18 @@ class EmbeddingDatabase(Searchable):
         return self.with_index(recipe, index, recall)
 
     def verify(self) -> list[str]:
-        """What is wrong with the files, in words; empty if every byte is as it was written."""
-        wrong = []
-        for name, about in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                wrong.append(f"{name} is missing")
-            elif path.stat().st_size != about["bytes"]:
-                wrong.append(f"{name} has {path.stat().st_size} bytes, expected {about['bytes']}")
-            elif file_digest(path) != about["sha256"]:
-                wrong.append(f"{name} has changed since it was written")
-        for shard, part in zip(self.manifest.shards, self.vectors.parts, strict=False):
-            if not wrong and rows_digest(part) != shard.digest:
-                wrong.append(f"{shard.file('vectors')} does not hold the rows it should")
-        return wrong
+        """Reads every byte and says in words what is wrong; empty if nothing is.
+
+        Found are files that are missing or not as they were written (vectors, records, thumbnails,
+        deleted rows, saved indexes: by their SHA-256), and files that are as the manifest says and
+        still do not fit each other: rows of another hash, norms that are not those of their rows,
+        values that are not finite, records of another number of rows, thumbnails that lie outside
+        their file. The manifest itself is compared with its own hash whenever it is opened.
+        Pictures that the database only names are not looked at.
+        """
+        from retrodiff.databases.verify import faults
+
+        return faults(self)
 
     def push_to_hub(
         self,
@@ -261,6 +288,12 @@ class EmbeddingDatabase(Searchable):
         """A file of the database on this machine."""
         return self.path / name
 
+    def _compared(self, name: str) -> Path:
+        """The same, once it was compared with its hash."""
+        path = self._here(name)
+        check_file(path, self.manifest.files[name], AGAIN)
+        return path
+
     def _mapped(self) -> Vectors:
         shards = [self._map_shard(number) for number in range(len(self.manifest.shards))]
         if not shards:
@@ -271,15 +304,8 @@ class EmbeddingDatabase(Searchable):
     def _map_shard(self, number: int) -> tuple[Tensor, Tensor]:
         """Embeddings (n, d) and norms (n,) of a shard."""
         shard = self.manifest.shards[number]
-        name = str(shard.file("vectors"))
-        tensors = map_tensors(self._here(name))
-        found, expected = tensors["embeddings"].shape, (shard.rows, self.manifest.fingerprint.dim)
-        if found != expected or tensors["norms"].shape != expected[:1]:
-            raise ValueError(
-                f"{name} holds vectors {tuple(found)}, its manifest says {expected}: restore it, "
-                "or build again"
-            )
-        return tensors["embeddings"], tensors["norms"]
+        file = self._here(str(shard.file("vectors")))
+        return map_shard(file, shard.rows, self.manifest.fingerprint.dim)
 
     def _stored_hash(self) -> str:
         """Hash of the stored rows, deleted ones among them: what an index is built from."""
@@ -291,36 +317,9 @@ class EmbeddingDatabase(Searchable):
         shards = torch.searchsorted(self._starts, rows, right=True) - 1
         return list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
 
-    @cached_property
+    @property
     def _schema(self) -> Any:
-        import pyarrow.parquet as pq
-
-        files = [self._here(str(shard.file("records"))) for shard in self.manifest.shards]
-        return one_schema([pq.read_schema(file) for file in files], [file.name for file in files])
-
-    def _schema_of(self, columns: Sequence[str] | None) -> Any:
-        import pyarrow as pa
-
-        if columns is None:
-            return self._schema
-        return pa.schema([self._schema.field(name) for name in columns])
-
-    def _read_records(self, shard: int, schema: Any = None) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        file = self._here(str(self.manifest.shards[shard].file("records")))
-        if schema is None:
-            return pq.read_table(file)
-        has = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in schema.names if name in has])
-        arrays = [
-            table[field.name].cast(field.type)
-            if field.name in has
-            else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        return pa.table(arrays, schema=schema)
+        return self._records.schema
 
 
 def open_database(
@@ -348,7 +347,7 @@ def open_database(
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:
-        database = _open_folder(Path(path), root)
+        database = _open_folder(given(path), root)
     if index is None:
         return database if shared or len(database) <= EXACT_ROWS else _with_best_index(database)
     if isinstance(index, str):
@@ -360,8 +359,22 @@ def open_database(
     return database.build_index(index)
 
 
+def _opened_again(address: str, rows: str, recipe: Recipe, root: Path | None) -> EmbeddingDatabase:
+    """The rows that another process had open; an index that it did not save is built again."""
+    database = open_database(address, "exact", root=root)
+    if database.fingerprint.rows != rows:
+        raise ValueError(f"{address} has changed since it was opened: open it again")
+    if recipe.name == "exact":
+        return database.with_index(recipe, recipe.build(database.vectors), None)
+    if database.saved_indexes().get(recipe.name, (None,))[0] == recipe:
+        return database.open_index(recipe.name)
+    return database.build_index(recipe, progress=False, save=False)
+
+
 def unfinished(folder: Path) -> bool:
     """Whether a folder holds a build that was killed and can be resumed."""
+    if (folder / REPLACED).is_file():
+        return False  # an old database that a new one has replaced
     return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
 
 
@@ -371,7 +384,7 @@ def _open_folder(path: Path, root: str | Path | None) -> EmbeddingDatabase:
             raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
         raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
     manifest = Manifest.read(path / MANIFEST)
-    _check_sizes(path, manifest)
+    manifest.check_sizes(path)
     return EmbeddingDatabase(path, manifest, root)
 
 
@@ -385,29 +398,3 @@ def _with_best_index(database: EmbeddingDatabase) -> EmbeddingDatabase:
         message = f"{database.address} is searched exactly, without its saved index: {error}"
         warnings.warn(message, stacklevel=3)
         return database
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuses before the work of building an index what could not be saved after it."""
-    try:
-        make_folder(folder)
-    except OSError as error:
-        reason = str(error).partition(": ")[0]
-        raise type(error)(f"{reason}: keep the index in memory (save=False)") from None
-
-
-def _check_sizes(path: Path, manifest: Manifest) -> None:
-    """A cheap look for files that are missing or cut short; `verify` looks at every byte."""
-    for shard in manifest.shards:
-        for name, about in shard.files.items():
-            try:
-                size = (path / name).stat().st_size
-            except FileNotFoundError:
-                raise FileNotFoundError(
-                    f"{path / name} is missing: restore it, or build again"
-                ) from None
-            if size != about["bytes"]:
-                raise ValueError(
-                    f"{path / name} has {size} bytes, its manifest says {about['bytes']}: "
-                    "restore it, or build again"
-                )

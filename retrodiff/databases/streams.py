@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -10,7 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from retrodiff.databases.limits import Header, one_line, open_parquet, rows_at_a_time
 from retrodiff.pickled import read_plain_pickle
+
+WHOLE = 2**29
+"""Bytes of the largest array that has to be in memory as a whole."""
+
+HELD = 2**28
+"""Bytes of the largest piece of records."""
+
+INFLATED = 1_100
+"""How many times its compressed size an array may be; DEFLATE reaches 1,032."""
+
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, TypeError),
+    *(SyntaxError, OverflowError, MemoryError, RecursionError, RuntimeError, struct.error),
+)
 
 
 class NpyArray:
@@ -39,16 +55,23 @@ class NpyArray:
 
     def _map(self) -> np.ndarray:
         try:
+            with self.file.open("rb") as opened:
+                Header(opened, self.file.stat().st_size)
             return np.load(self.file, mmap_mode="c", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{self.file} is no whole npy file of numbers: {error}") from None
+        except FileNotFoundError:
+            raise
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{self.file} is no whole npy file of numbers: {one_line(error)}"
+            ) from None
 
 
 class NpzArray:
     """One array of an npz file; a piece of rows is read when it is asked for.
 
     Compressed or not, the file is read once from its beginning to its end, and its checksum is
-    compared. An array of objects or in Fortran's order has to be read whole.
+    compared. An array of objects or in Fortran's order has to be read whole, and may take a
+    half a gigabyte at most.
 
     Args:
         file: the npz file.
@@ -78,7 +101,9 @@ class NpzArray:
                 return piece
             return self._read(start, end)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ValueError(f"{self.file} is damaged ({error}): fetch it again") from None
+            raise ValueError(
+                f"{self.file} is damaged ({one_line(error)}): fetch it again"
+            ) from None
 
     def _read(self, start: int, end: int) -> np.ndarray:
         row = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
@@ -100,6 +125,11 @@ class NpzArray:
     def _read_whole(self) -> np.ndarray:
         if self._whole is None:
             stream = self._open()
+            if self._size > WHOLE:
+                raise ValueError(
+                    f"{self.name} of {self.file} takes {self._size} bytes, and its order asks for "
+                    "all at once: save it in C order, in smaller parts"
+                )
             if self.dtype.hasobject:
                 name = f"{self.name} of {self.file}"
                 self._whole = np.asarray(read_plain_pickle(stream, name)).reshape(self.shape)
@@ -114,25 +144,29 @@ class NpzArray:
         self._close()
         try:
             self._zip = zipfile.ZipFile(self.file)
-            stream: Any = self._zip.open(f"{self.name}.npy")
-            version = np.lib.format.read_magic(stream)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            self.shape, self._fortran, self.dtype = read(stream)
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            about = self._zip.getinfo(f"{self.name}.npy")
+            if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("it is compressed as numpy never does")
+            if about.file_size > INFLATED * about.compress_size:
+                raise ValueError(f"{about.compress_size} bytes claim to be {about.file_size}")
+            self._stream = self._zip.open(about)
+            header = Header(self._stream, about.file_size)
+        except FileNotFoundError:
+            raise
+        except _DAMAGED as error:
             self._close()
             raise ValueError(
-                f"{self.file} is truncated, or no npz file with an array {self.name!r} ({error}): "
-                "fetch it again and compare its size"
+                f"{self.file} is truncated, or no npz file with an array {self.name!r} "
+                f"({one_line(error)}): fetch it again and compare its size"
             ) from None
-        self._fortran = self._fortran and len(self.shape) > 1
-        return stream
+        self.shape, self.dtype, self._fortran = header.shape, header.dtype, header.fortran
+        self._size = about.file_size
+        return self._stream
 
     def _close(self) -> None:
-        if self._zip is not None:
-            self._zip.close()
+        for opened in (self._stream, self._zip):
+            if opened is not None:
+                opened.close()
         self._stream = self._zip = None
 
 
@@ -141,9 +175,12 @@ def npz_names(file: Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as opened:
             return [name.removesuffix(".npy") for name in opened.namelist()]
-    except zipfile.BadZipFile as error:
+    except FileNotFoundError:
+        raise
+    except _DAMAGED as error:
         raise ValueError(
-            f"{file} is truncated, or no npz file ({error}): fetch it again and compare its size"
+            f"{file} is truncated, or no npz file ({one_line(error)}): fetch it again and compare "
+            "its size"
         ) from None
 
 
@@ -156,14 +193,8 @@ class ParquetRows:
     """
 
     def __init__(self, file: Path, names: Mapping[str, str] | None = None):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.file, self.names = file, dict(names or {})
-        try:
-            self.rows: int = pq.read_metadata(file).num_rows
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
+        self.rows: int = open_parquet(file).metadata.num_rows
         self._batches: Any = None
         self._held: list[Any] = []
         self._at = 0
@@ -174,27 +205,37 @@ class ParquetRows:
     def __call__(self, start: int, end: int) -> Any:
         """Rows ``start`` to ``end`` as a pyarrow table."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if self._batches is None or start < self._at:
-            opened = pq.ParquetFile(self.file, memory_map=True, pre_buffer=False)
-            self._batches = opened.iter_batches(batch_size=8192)
-            self._held, self._at = [], 0
+            self._batches, self._held, self._at = self._open(), [], 0
         while self._at + sum(map(len, self._held)) < end:
-            self._held.append(next(self._batches))
+            try:
+                self._held.append(next(self._batches))
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                raise self._damaged(error) from None
             self._forget(start)
+            if sum(batch.nbytes for batch in self._held) > HELD:
+                raise ValueError(
+                    f"{self.file} has records of more than {HELD} bytes in rows {start} to {end}: "
+                    "leave its long columns out"
+                )
         table = pa.Table.from_batches(self._held).slice(start - self._at, end - start)
         self._forget(end)
         if end == self.rows:
             self._batches = None  # closes the file
         return table.rename_columns([self.names.get(n, n) for n in table.column_names])
 
+    def _open(self) -> Any:
+        try:
+            rows = rows_at_a_time(self.file, 8192)
+            return open_parquet(self.file, memory_map=True, pre_buffer=False).iter_batches(rows)
+        except OSError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.file} is damaged ({one_line(error)}): fetch it again")
+
     def _forget(self, row: int) -> None:
         """Lets go of what lies wholly before a row."""
         while self._held and self._at + len(self._held[0]) <= row:
             self._at += len(self._held.pop(0))
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from retrodiff.databases.images import UnreadableImage, from_pil, read_image
+from retrodiff.databases.groups import RowGroups, arrow_batches, checked_batch, plain_value
+from retrodiff.databases.limits import one_line, open_parquet
 from retrodiff.databases.sources import Item, Source
-from retrodiff.databases.streams import one_line
+from retrodiff.decoding import UnreadableImage, read_image
+from retrodiff.pictures import to_image, warn_of_range
+from retrodiff.text import escaped
+from retrodiff.untrusted import read_json
 
 
 class _Tables(Source):
-    """Rows of tables in groups; a group is read when one of its rows is asked for.
+    """Rows of tables in groups, read when they are asked for.
 
     Args:
-        column: of bytes, or of structs with ``bytes`` as Hugging Face writes them.
+        column: of bytes, of structs with ``bytes`` or ``path`` as Hugging Face writes them, or of
+            paths.
         columns: the same for every row.
         sizes: rows of each group.
         schema: of the tables.
         name: what the table is called in errors.
+        home: the folder that paths in the table must lie in, and are relative to.
     """
 
     def __init__(
@@ -35,13 +44,14 @@ class _Tables(Source):
         sizes: Sequence[int],
         schema: Any,
         name: str,
+        home: Path,
     ):
         import pyarrow as pa
 
         if column not in schema.names:
             names = ", ".join(schema.names)
             raise ValueError(f"{name} has no column {column!r}; columns: {names}")
-        self.column, self.columns = column, dict(columns or {})
+        self.column, self.columns, self.home = column, dict(columns or {}), home
         self.plain = [
             field.name
             for field in schema
@@ -51,8 +61,8 @@ class _Tables(Source):
         self._starts = np.cumsum([0, *sizes])
 
     @abstractmethod
-    def _group(self, number: int) -> Any:
-        """The table of a group."""
+    def _row(self, group: int, i: int) -> Any:
+        """Row ``i`` of a group, as a record batch of one row."""
         ...
 
     def __len__(self) -> int:
@@ -65,27 +75,51 @@ class _Tables(Source):
     def read(self, i: int) -> list[Item]:
         """The picture of row ``i``."""
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        row = self._group(number).slice(i - int(self._starts[number]), 1)
-        image = row.column(self.column)[0].as_py()
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(data, bytes):
-            raise UnreadableImage(f"column {self.column!r} holds no bytes")
-        record = {name: row.column(name)[0].as_py() for name in self.plain}
+        row = self._row(number, i - int(self._starts[number]))
+        record = {escaped(name): plain_value(row.column(name)[0]) for name in self.plain}
         for name, classes in self.classes.items():
             if isinstance(number := record.get(name), int):
                 record[name] = classes[number] if 0 <= number < len(classes) else None
-        return [Item(read_image(data), record | self.columns)]
+        return [Item(self._picture(row.column(self.column)[0].as_py()), record | self.columns)]
+
+    def _picture(self, value: Any) -> Tensor:
+        data, path = value, None
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, str):
+            data, path = None, data
+        if isinstance(data, bytes):
+            return read_image(data)
+        if not isinstance(path, str) or not path:
+            raise UnreadableImage(f"column {self.column!r} holds no bytes")
+        home = self.home.resolve()
+        try:
+            file = (home / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UnreadableImage(f"holds a path and no bytes: {error}") from None
+        if not file.is_relative_to(home):
+            raise UnreadableImage(
+                f"holds a path and no bytes, and {path} lies outside {home}: put the pictures "
+                "beside the table, or write their bytes into it"
+            )
+        try:
+            return read_image(file)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{path}: {error}") from None
 
 
 class ParquetImages(_Tables):
     """Pictures in a column of parquet files; the other plain columns become the records.
 
-    One row group is in memory at a time. A column ``id`` must not hold a value twice; numbers that
-    Hugging Face has written as classes become the classes' names.
+    Rows are decoded one at a time, in their order as fast as a disk reads them. A column ``id``
+    must not hold a value twice; numbers that Hugging Face has written as classes become the
+    classes' names. Where a row holds a path and no bytes, the file is read if it lies in the
+    folder of the first file or below it.
 
     Args:
         files: in the order they shall have.
-        column: of bytes, or of structs with ``bytes`` as Hugging Face writes them.
+        column: of bytes, of structs with ``bytes`` or ``path`` as Hugging Face writes them, or of
+            paths.
         columns: the same for every row.
     """
 
@@ -95,19 +129,13 @@ class ParquetImages(_Tables):
         column: str = "image",
         columns: Mapping[str, Any] | None = None,
     ):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.files = [Path(file) for file in files]
+        self.files = [Path(file).expanduser() for file in files]
         if not self.files:
             raise ValueError("no parquet files: give at least one")
         self.groups: list[tuple[int, int]] = []
         sizes, schema = [], None
         for number, file in enumerate(self.files):
-            try:
-                opened = pq.ParquetFile(file)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{file} is no whole parquet file: {one_line(error)}") from None
+            opened = open_parquet(file)
             schema = schema or opened.schema_arrow
             names = opened.schema_arrow.names
             if column not in names or not set(schema.names) <= set(names):
@@ -116,23 +144,31 @@ class ParquetImages(_Tables):
             for group in range(opened.num_row_groups):
                 self.groups.append((number, group))
                 sizes.append(opened.metadata.row_group(group).num_rows)
-        super().__init__(column, columns, sizes, schema, str(self.files[0]))
+        home = self.files[0].parent
+        super().__init__(column, columns, sizes, schema, str(self.files[0]), home)
         self._marks = [file.stat().st_mtime_ns for file in self.files]
 
-    def _group(self, number: int) -> Any:
-        file, group = self.groups[number]
-        return _row_group(self.files[file], self._marks[file], group)
+    def _row(self, group: int, i: int) -> Any:
+        number, group = self.groups[group]
+        names = (self.column, *self.plain)
+        rows = _row_groups(self.files[number], names, self._marks[number], os.getpid())
+        return rows.row(group, i)
 
     def ids(self) -> Iterable[Any] | None:
         """The column ``id``, if there is one."""
         return self._ids() if "id" in self.plain else None
 
     def _ids(self) -> Iterator[Any]:
-        import pyarrow.parquet as pq
-
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["id"]):
-                yield from batch.column(0).to_pylist()
+            try:
+                for batch in open_parquet(file).iter_batches(columns=["id"]):
+                    yield from map(plain_value, batch.column(0))
+            except OSError as error:
+                raise ValueError(f"{file}: column id is damaged: {one_line(error)}") from None
+
+    def paths(self) -> Iterable[Path]:
+        """The files."""
+        return self.files
 
     def describe(self) -> dict[str, Any]:
         """The files' names and the number of rows."""
@@ -142,6 +178,7 @@ class ParquetImages(_Tables):
             "files": names,
             "column": self.column,
             "count": len(self),
+            "bytes": sum(file.stat().st_size for file in self.files),
             "columns": self.columns,
         }
 
@@ -163,38 +200,53 @@ class SavedDataset(_Tables):
         column: str = "image",
         columns: Mapping[str, Any] | None = None,
     ):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if (self.folder / "dataset_dict.json").is_file():
-            splits = json.loads((self.folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-            paths = ", ".join(str(self.folder / split) for split in splits)
+            try:
+                about = read_json(self.folder / "dataset_dict.json")
+                paths = ", ".join(str(self.folder / str(split)) for split in about["splits"])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{folder} is no dataset: its dataset_dict.json is damaged"
+                ) from None
             raise ValueError(f"{folder} holds several datasets, give one of them: {paths}")
         try:
-            state = json.loads((self.folder / "state.json").read_text("utf-8"))
+            state = read_json(self.folder / "state.json")
             self.files = [self.folder / Path(f["filename"]).name for f in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{folder} is no dataset of save_to_disk: no state.json") from None
         self.mark = str(state.get("_fingerprint", ""))
+        for file in self.files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing, which state.json names: fetch it")
         self._marks = [file.stat().st_mtime_ns for file in self.files]
         self.groups: list[tuple[int, int]] = []
         sizes, schema = [], None
         for number, (file, mark) in enumerate(zip(self.files, self._marks, strict=True)):
-            schema, batches = _arrow_batches(file, mark)
+            schema, batches = arrow_batches(file, mark)
             self.groups += [(number, batch) for batch in range(len(batches))]
             sizes += [len(batch) for batch in batches]
         if schema is None:
             raise ValueError(f"{folder} names no files: the dataset is empty")
-        super().__init__(column, columns, sizes, schema, str(folder))
+        super().__init__(column, columns, sizes, schema, str(folder), self.folder)
 
-    def _group(self, number: int) -> Any:
-        file, batch = self.groups[number]
-        return _arrow_batches(self.files[file], self._marks[file])[1][batch]
+    def _row(self, group: int, i: int) -> Any:
+        return self._batch(group).slice(i, 1)
+
+    def _batch(self, group: int) -> Any:
+        file, batch = self.groups[group]
+        return checked_batch(self.files[file], self._marks[file], batch)
 
     def ids(self) -> Iterable[Any] | None:
         """The column ``id``, if there is one."""
         if "id" not in self.plain:
             return None
         groups = range(len(self.groups))
-        return (value for n in groups for value in self._group(n).column("id").to_pylist())
+        return (value for n in groups for value in self._batch(n).column("id").to_pylist())
+
+    def paths(self) -> Iterable[Path]:
+        """The dataset's files."""
+        return self.files
 
     def describe(self) -> dict[str, Any]:
         """The dataset's own fingerprint, and the number of rows."""
@@ -210,17 +262,36 @@ class SavedDataset(_Tables):
 class DatasetImages(Source):
     """Pictures of a Hugging Face ``datasets.Dataset``, or of any sequence of dicts.
 
+    A row that cannot be decoded, or lacks the column, is a skipped picture with its reason.
+
     Args:
         dataset: has a length; ``dataset[i]`` is a dict.
-        column: of PIL images, arrays (h, w, 3), encoded bytes, or dicts with ``bytes``.
-        keep: columns that become the records; None: all that are text, numbers or None.
+        column: of whatever `retrodiff.pictures.to_image` takes (PIL images, arrays, encoded bytes,
+            paths), or dicts with ``bytes`` or ``path``. Gray pictures become (3, h, w).
+        keep: columns that become the records; None: all that are text, numbers, dates or None.
     """
 
     def __init__(self, dataset: Any, column: str = "image", keep: Sequence[str] | None = None):
-        if len(dataset) and column not in dataset[0]:
-            names = ", ".join(dataset[0])
-            raise ValueError(f"the dataset has no column {column!r}; columns: {names}")
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                "the dataset has no length (a stream?): a build continues by row number, give one "
+                "that is loaded (streaming=False)"
+            )
         self.dataset, self.column, self.keep = dataset, column, keep
+        self._warned = False
+        names = self._names()
+        if names is not None and column not in names:
+            raise ValueError(f"the dataset has no column {column!r}; columns: {', '.join(names)}")
+
+    def _names(self) -> list[str] | None:
+        """The columns; None where the first row cannot be read."""
+        names = getattr(self.dataset, "column_names", None)  # of ``datasets``: decodes nothing
+        if isinstance(names, list):
+            return names
+        try:
+            return list(self.dataset[0])
+        except Exception:
+            return None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -231,30 +302,45 @@ class DatasetImages(Source):
 
     def read(self, i: int) -> list[Item]:
         """The picture of row ``i``."""
-        row = self.dataset[i]
-        image = row[self.column]
+        try:
+            row = self.dataset[i]
+            image = row[self.column]
+        except KeyError:
+            raise UnreadableImage(f"the row has no column {self.column!r}") from None
+        except Exception as error:  # whatever decodes the row may raise anything
+            reason = re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", one_line(error))
+            raise UnreadableImage(f"{type(error).__name__}: {reason}") from None
         if isinstance(image, dict):
-            image = image.get("bytes")
-        if isinstance(image, np.ndarray):
-            pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        elif isinstance(image, bytes):
-            pixels = read_image(image)
-        elif image is None:
+            image = image.get("bytes") or image.get("path")
+        if image is None:
             raise UnreadableImage(f"column {self.column!r} is empty")
-        else:
-            pixels = from_pil(image)
-        plain = (str, int, float, bool, type(None))
-        names = self.keep or [n for n, v in row.items() if isinstance(v, plain)]
-        return [Item(pixels, {"number": i, **{n: row[n] for n in names if n != self.column}})]
+        try:
+            pixels = to_image(image, name=f"column {self.column!r}")
+        except UnreadableImage:
+            raise
+        except ValueError as error:
+            raise UnreadableImage(str(error)) from None
+        if not self._warned and pixels.is_floating_point():
+            warn_of_range([pixels], f"column {self.column!r}")
+            self._warned = True
+        names = self.keep or [n for n, v in row.items() if isinstance(v, _PLAIN)]
+        record = {n: _item(row.get(n)) for n in names if n != self.column}
+        return [Item(pixels.expand(3, -1, -1), {"number": i, **record})]
 
     def ids(self) -> Iterable[Any] | None:
         """The column ``id``, if there is one and it is kept."""
         kept = self.keep is None or "id" in self.keep
-        if not len(self.dataset) or "id" not in self.dataset[0] or not kept:
+        if not len(self.dataset) or "id" not in (self._names() or ()) or not kept:
             return None
         if hasattr(self.dataset, "column_names"):  # of ``datasets``: decodes no picture
             return self.dataset["id"]
-        return (row["id"] for row in self.dataset)
+        return map(self._id, range(len(self.dataset)))
+
+    def _id(self, i: int) -> Any:
+        try:
+            return self.dataset[i].get("id")
+        except Exception:  # it will be skipped
+            return None
 
     def describe(self) -> dict[str, Any]:
         """The dataset's own fingerprint, if it has one, and the number of rows."""
@@ -263,24 +349,19 @@ class DatasetImages(Source):
 
 
 @lru_cache(2)
-def _row_group(file: Path, mark: int, group: int) -> Any:
-    import pyarrow.parquet as pq
-
-    del mark  # tells apart what had one name at different times
-    return pq.ParquetFile(file).read_row_group(group)
+def _row_groups(file: Path, columns: tuple[str, ...], mark: int, process: int) -> RowGroups:
+    del mark, process  # tell apart what had one name at different times, and forked processes
+    return RowGroups(file, columns)
 
 
-@lru_cache(64)
-def _arrow_batches(file: Path, mark: int) -> tuple[Any, list[Any]]:
-    """Schema and record batches of an arrow stream, memory-mapped."""
-    import pyarrow as pa
+_PLAIN = (str, int, float, bool, np.generic, date, type(None))
 
-    del mark
-    try:
-        with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
-            return stream.schema, list(stream)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is no whole arrow stream: {one_line(error)}") from None
+
+def _item(value: Any) -> Any:
+    """A value of a record as Python has it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
@@ -289,5 +370,5 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         features = about["info"]["features"].items()
         return {name: f["names"] for name, f in features if f.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -34,9 +34,8 @@ from retrodiff.interfaces import Database, Mode, Query
 from retrodiff.model import Model
 from retrodiff.networks.unet import UNet
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM
-from retrodiff.training import TrainingSet, cosine, fit
+from retrodiff.training import FitResult, TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_clip
-from retrodiff.training.fit import Fitted
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNSEEN = (8, 9)
@@ -123,7 +122,7 @@ def clip_of(parts: Split, settings: Settings, seed: int, progress: bool) -> CLIP
         [caption(digit) for digit in digits],
         steps=settings.clip_steps,
         batch_size=128,
-        rate=cosine(3e-3, settings.clip_steps, 20),
+        lr=cosine(3e-3, settings.clip_steps, 20),
         augment=moved,
         seed=seed,
         progress=progress,
@@ -297,7 +296,7 @@ class Digits:
 
     model: Model
     swapped: Model
-    fitted: Fitted
+    fitted: FitResult
     parts: Split
     judge: Judge
     asked: Tensor
@@ -307,7 +306,7 @@ class Digits:
 
 def trained(
     folder: Path, settings: Settings, seed: int, progress: bool
-) -> tuple[Fitted, Split, EmbeddingDatabase, TrainingSet]:
+) -> tuple[FitResult, Split, EmbeddingDatabase, TrainingSet]:
     """Split, CLIP, D on disk and reopened, neighbor ids, training."""
     parts = split(seed)
     encoder = clip_of(parts, settings, seed, progress)
@@ -327,11 +326,12 @@ def trained(
         data,
         steps=settings.steps,
         batch_size=settings.batch_size,
-        rate=cosine(2e-3, settings.steps, 30),
+        lr=cosine(2e-3, settings.steps, 30),
         ema=0.99,
         seed=seed,
         snapshots=[settings.steps // 2],
         checkpoint=folder / "digits-training.safetensors",
+        overwrite=True,
         progress=progress,
     )
     return fitted, parts, database, data
@@ -341,7 +341,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     """The whole digits half."""
     fitted, parts, database, data = trained(folder, settings, seed, progress)
     judge = Judge(parts)
-    counts = NeighborCounts.of_table(data.table, database)
+    counts = NeighborCounts.from_table(data.table, database)
     model = fitted.model.replace(proposal=TopM(counts, fraction=TOP_M))
     seen = [digit for digit in range(10) if digit not in UNSEEN]
     n, sampling = settings.per_mode, {"batch_size": 256, "progress": progress}

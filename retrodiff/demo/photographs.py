@@ -111,14 +111,14 @@ def to_float(images: Tensor) -> Tensor:
 def encoder_of(images: Tensor, settings: Settings, seed: int, progress: bool) -> TimmEncoder:
     """A small network of timm, trained on two views of each patch."""
     torch.manual_seed(seed)
-    encoder = TimmEncoder(settings.encoder, image_size=SIZE)
+    encoder = TimmEncoder(settings.encoder, image_size=SIZE, preprocessing="plain")
     fit_views(
         encoder,
         images,
         view,
         steps=settings.encoder_steps,
         batch_size=128,
-        rate=cosine(2e-3, settings.encoder_steps, 10),
+        lr=cosine(2e-3, settings.encoder_steps, 10),
         seed=seed,
         progress=progress,
     )
@@ -212,7 +212,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         data,
         steps=settings.steps,
         batch_size=settings.batch_size,
-        rate=cosine(2e-3, settings.steps, 30),
+        lr=cosine(2e-3, settings.steps, 30),
         ema=0.99,
         seed=seed,
         progress=progress,

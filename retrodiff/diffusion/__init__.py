@@ -6,7 +6,9 @@ from retrodiff.diffusion.conditioner import (
     NeighborEmbeddings,
     QueryAndNeighbors,
     QueryOnly,
+    QueryVector,
     Unconditional,
+    Wrapper,
 )
 from retrodiff.diffusion.denoiser import (
     EDMDenoiser,
@@ -15,8 +17,20 @@ from retrodiff.diffusion.denoiser import (
     Preconditioned,
     VDenoiser,
 )
+from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
-from retrodiff.diffusion.sampler import DDIM, DDPM, PLMS, DPMpp2M, Euler, Heun, sampler_named
+from retrodiff.diffusion.learned import LearnedNull, Projected
+from retrodiff.diffusion.sampler import (
+    DDIM,
+    DDPM,
+    PLMS,
+    DPMpp2M,
+    Euler,
+    Heun,
+    Step,
+    Stepwise,
+    get_sampler,
+)
 from retrodiff.diffusion.schedule import Karras, LinearFlow, LogSpaced, ScaledLinear
 
 __all__ = [
@@ -25,6 +39,7 @@ __all__ = [
     "PLMS",
     "ClassifierFree",
     "DPMpp2M",
+    "DiffusionGenerator",
     "Dropped",
     "EDMDenoiser",
     "EpsDenoiser",
@@ -34,16 +49,22 @@ __all__ = [
     "Identity",
     "Interval",
     "Karras",
+    "LearnedNull",
     "LinearFlow",
     "LogSpaced",
     "NeighborEmbeddings",
     "PixelUnshuffle",
     "Preconditioned",
+    "Projected",
     "QueryAndNeighbors",
     "QueryOnly",
+    "QueryVector",
     "ScaledLinear",
+    "Step",
+    "Stepwise",
     "Unconditional",
     "Unguided",
     "VDenoiser",
-    "sampler_named",
+    "Wrapper",
+    "get_sampler",
 ]

@@ -7,7 +7,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Conditioner, Context, Neighbors, Query, Scale, Tokens, unit
+from retrodiff.components import inside
+from retrodiff.interfaces import (
+    Conditioner,
+    Context,
+    Neighbors,
+    Query,
+    Scale,
+    Tokens,
+    member,
+    unit,
+)
+from retrodiff.numbers import real
+from retrodiff.randomness import uniform
 
 
 def _scaled(embedding: Tensor, scale: Scale) -> Tensor:
@@ -112,7 +124,7 @@ class QueryAndNeighbors(Conditioner):
     scale: Scale
 
     def refuses(self, stored: Scale) -> str | None:
-        """As `NeighborEmbeddings`."""
+        """Why a database stored at this scale does not fit; see `NeighborEmbeddings`."""
         return NeighborEmbeddings(self.scale).refuses(stored)
 
     def widths(self, dim: int) -> dict[str, int]:
@@ -126,8 +138,75 @@ class QueryAndNeighbors(Conditioner):
         return Context({**streams, **more})
 
 
+class Wrapper(Conditioner):
+    """A conditioner around another one: forwards everything, so that only changes are written.
+
+    A subclass is a dataclass or a torch module with a ``conditioner``, the inner one.
+    """
+
+    conditioner: Conditioner
+
+    @property
+    def uses_neighbors(self) -> bool:
+        """As the inner conditioner."""
+        return member(self.conditioner, Conditioner, "uses_neighbors")
+
+    def refuses(self, stored: Scale) -> str | None:
+        """As the inner conditioner."""
+        return refusal(self.conditioner, stored)
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """As the inner conditioner."""
+        return self.conditioner.widths(dim)
+
+    def vector_width(self, dim: int) -> int | None:
+        """As the inner conditioner."""
+        return member(self.conditioner, Conditioner, "vector_width")(dim)
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """As the inner conditioner."""
+        return self.conditioner.condition(query, neighbors)
+
+    def null(self, context: Context) -> Context:
+        """As the inner conditioner."""
+        return self.conditioner.null(context)
+
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """As the inner conditioner."""
+        return self.conditioner.drop(context, generator)
+
+
 @dataclass(frozen=True)
-class Dropped(Conditioner):
+class QueryVector(Wrapper):
+    """The query's embedding as a vector beside the tokens of another conditioner.
+
+    A network adds it to the timestep embedding: ``UNet(vector_width=...)``.
+
+    Args:
+        conditioner: what gives the tokens; `Unconditional()` for none.
+        scale: as for `NeighborEmbeddings`.
+    """
+
+    conditioner: Conditioner
+    scale: Scale
+
+    def vector_width(self, dim: int) -> int | None:
+        """That of an embedding."""
+        return dim
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """The inner context with the vector."""
+        if query.embedding.ndim != 2:
+            raise ValueError(
+                f"queries of shape {tuple(query.embedding.shape)} give no vector: ask with one "
+                "embedding for each image, (b, d)"
+            )
+        inner = self.conditioner.condition(query, neighbors)
+        return replace(inner, vector=_scaled(query.embedding, self.scale))
+
+
+@dataclass(frozen=True)
+class Dropped(Wrapper):
     """A conditioner that training hides at random, so that the null condition is learned.
 
     Ho & Salimans 2022. Sampling is not affected. Wrap twice to drop streams independently.
@@ -143,36 +222,13 @@ class Dropped(Conditioner):
     stream: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability={self.probability}, but it lies between 0 and 1")
-
-    @property
-    def uses_neighbors(self) -> bool:
-        """As the inner conditioner."""
-        return self.conditioner.uses_neighbors
-
-    def refuses(self, stored: Scale) -> str | None:
-        """As the inner conditioner, where it knows."""
-        inner = getattr(self.conditioner, "refuses", None)
-        return None if inner is None else inner(stored)
-
-    def widths(self, dim: int) -> dict[str, int]:
-        """As the inner conditioner."""
-        return self.conditioner.widths(dim)
-
-    def condition(self, query: Query, neighbors: Neighbors) -> Context:
-        """As the inner conditioner."""
-        return self.conditioner.condition(query, neighbors)
-
-    def null(self, context: Context) -> Context:
-        """As the inner conditioner."""
-        return self.conditioner.null(context)
+        real("probability", self.probability, 0, 1)
 
     def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
         """The null's values in place of the hidden samples' (their length is kept)."""
         context = self.conditioner.drop(context, generator)
         null = self.conditioner.null(context)
-        kept = torch.rand(len(context), generator=generator) >= self.probability
+        kept = uniform(generator, (len(context),)) >= self.probability
         streams = dict(context.streams)
         for name, tokens in context.streams.items():
             if self.stream in (None, name):
@@ -184,3 +240,19 @@ class Dropped(Conditioner):
         if vector is not None and null.vector is not None and self.stream is None:
             vector = torch.where(kept.to(vector.device).view(-1, 1), vector, null.vector)
         return Context(streams, vector)
+
+
+def refusal(conditioner: Conditioner, stored: Scale) -> str | None:
+    """Why a conditioner does not take embeddings stored at a scale, in a line; None: it does.
+
+    A wrapper that says nothing of its own is asked for what the conditioners inside it say.
+    """
+    spoken_for: set[int] = set()
+    for part in inside(conditioner):
+        own = getattr(type(part), "refuses", None)
+        if id(part) in spoken_for or own is None or own is Conditioner.refuses:
+            continue
+        if (line := part.refuses(stored)) is not None:
+            return line
+        spoken_for |= {id(inner) for inner in inside(part)}
+    return None

@@ -7,19 +7,28 @@ published loss: noise, velocity, EDM's unit-weight target, flow velocity.
 
 A network is called as ``network(x, timesteps, context)``, with timesteps on the scale of 0 to 1000
 whatever the parametrization, and says its latent ``shape`` and the ``widths`` of its context
-streams. One that can do work once per run has ``prepare(context)``.
+streams, and the ``vector_width`` of a vector that it takes beside them. One that can do work once
+per run has ``prepare(context)``.
+
+The four scalings, their sums and the target are computed in float32 at least, whatever the type of
+the network's weights and under autocast, too: at EDM's smallest sigma a target made from bfloat16
+numbers is wrong by half. Only the network itself sees its own type.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from retrodiff.components import summary
 from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
 from retrodiff.interfaces import Context, Schedule
+from retrodiff.numbers import real
+from retrodiff.precision import full_precision
 
 
 class Scalings(NamedTuple):
@@ -38,6 +47,8 @@ class Preconditioned(nn.Module):
         network: ``network(x, timesteps, context)`` with ``shape`` and ``widths``.
     """
 
+    takes_float64 = True
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -55,9 +66,28 @@ class Preconditioned(nn.Module):
         return dict(self.network.widths)  # type: ignore[arg-type]
 
     @property
+    def vector_width(self) -> int | None:
+        """Width of the vector that joins the timestep embedding; None: there is none."""
+        return getattr(self.network, "vector_width", None)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        weight = self._weight()
+        return torch.device("cpu") if weight is None else weight.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights; None: there are none."""
+        weight = self._weight()
+        return None if weight is None else weight.dtype
+
+    def _weight(self) -> Tensor | None:
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        return next((t for t in tensors if t.is_floating_point()), None)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({summary(self.network)})"
 
     @property
     @abstractmethod
@@ -75,17 +105,24 @@ class Preconditioned(nn.Module):
     def prepare(self, context: Context) -> Any:
         """What all steps share, computed once by networks that can."""
         prepare = getattr(self.network, "prepare", None)
+        context = context.to(dtype=self.dtype)
         return context if prepare is None else prepare(context)
 
     def _output(self, x: Tensor, sigma: Tensor, context: Any) -> tuple[Tensor, Tensor, Tensor]:
-        s = self.scalings(sigma)
-        skip, out, inp = (v.to(x.dtype).view(-1, 1, 1, 1) for v in s[:3])
-        x, noise = inp * x, s.noise.to(x.dtype)
-        if isinstance(context, Context) and not hasattr(self.network, "prepare"):
-            # Networks that prepare also share what the branches of guidance have in common.
-            branches = max(1, len(context) // len(x))
-            x, noise = x.repeat(branches, 1, 1, 1), noise.repeat(branches)
-        return skip, out, self.network(x, noise, context)
+        """c_skip, c_out and the network's output, all in the type of x."""
+        with full_precision():
+            s = self.scalings(sigma)
+            skip, out, inp = (v.to(x.dtype).view(-1, 1, 1, 1) for v in s[:3])
+            scaled, noise = (inp * x).to(self.dtype or x.dtype), s.noise.to(x.dtype)
+            if self.dtype is not None:
+                noise = noise.to(torch.promote_types(self.dtype, torch.float32))
+        if isinstance(context, Context):
+            context = context.to(dtype=self.dtype)
+            if not hasattr(self.network, "prepare"):
+                # Networks that prepare also share what the branches of guidance have in common.
+                branches = max(1, len(context) // len(x))
+                scaled, noise = scaled.repeat(branches, 1, 1, 1), noise.repeat(branches)
+        return skip, out, self.network(scaled, noise, context).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Any) -> Tensor:
         """E[x0 | x] for x = x0 + sigma * noise.
@@ -96,22 +133,33 @@ class Preconditioned(nn.Module):
             context: of b rows, or of a whole multiple of b: the branches of guidance on the same x.
 
         Returns:
-            (rows of the context, c, h, w).
+            (rows of the context, c, h, w), of x's type; computed in float32 at least.
         """
+        kind = x.dtype
+        x, sigma = _exact(x), _exact(sigma)
         skip, out, output = self._output(x, sigma, context)
-        clean = skip * x
-        branches = len(output) // len(x)
-        if branches == 1:
-            return clean + out * output
-        split = output.unflatten(0, (branches, len(x)))
-        return (clean + out * split).flatten(0, 1)
+        with full_precision():
+            clean = skip * x
+            branches = len(output) // len(x)
+            if branches == 1:
+                return (clean + out * output).to(kind)
+            split = output.unflatten(0, (branches, len(x)))
+            return (clean + out * split).flatten(0, 1).to(kind)
 
     def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
-        """Squared error (b,) of the network's output, averaged over c, h, w."""
-        x = x0 + sigma.to(x0.dtype).view(-1, 1, 1, 1) * noise
+        """Squared error (b,) of the network's output, averaged over c, h, w; float32 at least."""
+        x0, sigma, noise = _exact(x0), _exact(sigma), _exact(noise)
+        with full_precision():
+            x = x0 + sigma.to(x0.dtype).view(-1, 1, 1, 1) * noise
         skip, out, output = self._output(x, sigma, context)
-        target = (x0 - skip * x) / out
-        return (output - target).square().flatten(1).mean(1)
+        with full_precision():
+            target = (x0 - skip * x) / out
+            return (output - target).square().flatten(1).mean(1)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class EpsDenoiser(Preconditioned):
@@ -178,6 +226,10 @@ class EDMDenoiser(Preconditioned):
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__(network)
+        real("sigma_data", sigma_data, above=0)
+        real("mean", mean)
+        real("std", std, above=0)
+        Karras(sigma_min, sigma_max)  # which says what is wrong with them
         self.sigma_data, self.mean, self.std = sigma_data, mean, std
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
@@ -230,6 +282,9 @@ class FlowDenoiser(Preconditioned):
         shift: float = 1.0,
     ) -> None:
         super().__init__(network)
+        real("mean", mean)
+        real("std", std, above=0)
+        LinearFlow(t_max, shift)  # which says what is wrong with them
         self.mean, self.std, self.t_max, self.shift = mean, std, t_max, shift
 
     @property

@@ -1,19 +1,34 @@
-"""From a context to images by diffusion: the one place where sampler, guidance and decoder meet."""
+"""From a context to images by diffusion: where denoiser, guidance, sampler and decoder meet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Autoencoder, Context, Denoiser, Guidance, Sampler, Schedule
+from retrodiff.components import evaluating, where
+from retrodiff.interfaces import (
+    Autoencoder,
+    Callback,
+    Context,
+    Denoiser,
+    Generator,
+    Guidance,
+    Sampler,
+    Schedule,
+    member,
+)
+from retrodiff.precision import full_precision
+from retrodiff.randomness import normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionGenerator:
+class DiffusionGenerator(Generator):
     """Runs a sampler on a guided denoiser.
+
+    Networks compute in the type of their weights, everything between them in float64 where it can,
+    float32 elsewhere: rounding then hardly depends on the batch size. Images are float32.
 
     Args:
         denoiser: ``(x, sigma, context) -> denoised``.
@@ -29,33 +44,103 @@ class DiffusionGenerator:
     schedule: Schedule
     autoencoder: Autoencoder
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the denoiser's latents."""
+        return self.denoiser.shape
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The streams that the denoiser takes."""
+        return self.denoiser.widths
+
+    @property
+    def vector_width(self) -> int | None:
+        """Of the vector that the denoiser takes."""
+        return member(self.denoiser, Denoiser, "vector_width")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return member(self.denoiser, Denoiser, "device")
+
     @torch.no_grad()
-    def latents(
+    def generate(
         self,
         context: Context,
         null: Context,
         noise: Tensor,
+        *,
         steps: int,
         generator: torch.Generator | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """Unit noise (b, c, h, w) -> latents (b, c, h, w).
-
-        Args:
-            context: the condition, b rows.
-            null: the unconditional branch's condition, b rows.
-            noise: standard normal.
-            steps: of the sampler.
-            generator: randomness of stochastic samplers.
-            callback: told ``(step, denoised)`` after each step.
-        """
-        sigmas = self.schedule.sigmas(steps)
-        denoise = self.guidance.guide(self.denoiser, {"cond": context, "null": null})
-        x = self.schedule.start(noise, sigmas)
-        x = self.sampler.sample(denoise, x, sigmas, generator, callback)
-        return self.schedule.finish(x, sigmas)
+        """Unit noise (b, c, h, w) -> latents (b, c, h, w); see `Generator.generate`."""
+        with evaluating(self.denoiser):
+            sigmas = self.schedule.sigmas(steps)
+            denoise = self.guidance.guide(self.denoiser, {"cond": context, "null": null})
+            kind = noise.dtype
+            if member(self.denoiser, Denoiser, "takes_float64") and noise.device.type != "mps":
+                noise = noise.double()
+            x = self.schedule.start(noise, sigmas)
+            x = self.sampler.sample(denoise, x, sigmas, generator, callback)
+            return self.schedule.finish(x, sigmas).to(kind)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images (b, c, h, w), clamped to [-1, 1]."""
-        return self.autoencoder.decode(latents).clamp(-1, 1)
+        """Latents -> images (b, c, h, w), float32, clamped to [-1, 1]."""
+        at = where(self.autoencoder)
+        if at is not None:
+            latents = latents.to(*at)
+        with evaluating(self.autoencoder):
+            return self.autoencoder.decode(latents).float().clamp(-1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] -> latents on the denoiser's device, float32 at least.
+
+        Raises:
+            ValueError: the latents have another shape than the denoiser's.
+        """
+        device, kind = where(self.autoencoder) or (self.device, None)
+        with torch.no_grad(), full_precision():
+            x0 = self.autoencoder.encode(images.to(device, kind)).to(self.device)
+        if tuple(x0.shape[1:]) != tuple(self.shape):
+            raise ValueError(
+                f"images {tuple(images.shape[1:])} have latents {tuple(x0.shape[1:])}, which do "
+                f"not match the denoiser's shape={tuple(self.shape)}: resize the images or "
+                "build the network for them"
+            )
+        return x0.to(torch.promote_types(x0.dtype, torch.float32))
+
+    def loss(
+        self,
+        images: Tensor,
+        context: Context,
+        generator: torch.Generator | None = None,
+        *,
+        sigma: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The denoiser's training objective for each image (b,).
+
+        Args:
+            images: (b, c, h, w) in [-1, 1].
+            context: of b rows.
+            generator: of noise levels and noise, in that order.
+            sigma: (b,) noise levels; None: drawn from the training distribution.
+            noise: standard normal, of the latents' shape; None: drawn.
+        """
+        denoiser = self.denoiser
+        if not (hasattr(denoiser, "loss") and hasattr(denoiser, "draw_sigmas")):
+            raise ValueError(
+                f"{type(denoiser).__name__} has no loss and no draw_sigmas, so it cannot be "
+                "trained: use one of retrodiff.diffusion's denoisers, or add the two methods"
+            )
+        x0 = self.encode(images)
+        if sigma is None:
+            sigma = denoiser.draw_sigmas(len(x0), generator)  # type: ignore[attr-defined]
+        if noise is None:
+            noise = normal(generator, x0.shape, x0.dtype)
+        return denoiser.loss(  # type: ignore[attr-defined]
+            x0, torch.as_tensor(sigma).to(x0.device), noise.to(x0), context.to(x0.device)
+        )

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from retrodiff.interfaces import Context, Denoise, Denoiser, Guidance
+from retrodiff.numbers import real
+
+SAME = 1e-5
+"""Relative difference below which two noise levels are the same one in another precision."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class ClassifierFree(Guidance):
 
     scale: float
 
+    def __post_init__(self) -> None:
+        real("scale", self.scale)
+
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
         """One network call per step on both branches at once."""
         if self.scale == 1:
@@ -57,13 +64,17 @@ class Interval(Guidance):
 
     Args:
         guidance: what acts inside the interval; outside, the conditional branch alone.
-        low: smallest sigma that is guided.
-        high: largest sigma that is guided.
+        low: smallest sigma that is guided; a level of the schedule that equals it is guided, too.
+        high: largest sigma that is guided, likewise; infinity for no limit.
     """
 
     guidance: Guidance
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        real("low", self.low, 0)
+        real("high", self.high, self.low, infinite=True)
 
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
         """As many calls as the inner guidance makes."""
@@ -71,7 +82,8 @@ class Interval(Guidance):
         outside = Unguided().guide(denoiser, branches)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            guided = self.low <= float(sigma[0]) <= self.high
+            level = float(sigma[0])
+            guided = self.low * (1 - SAME) <= level <= self.high * (1 + SAME)
             return (inside if guided else outside)(x, sigma)
 
         return denoise

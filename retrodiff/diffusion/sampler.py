@@ -1,18 +1,99 @@
-"""Ways from noise to data along decreasing noise levels, all on ``(x, sigma) -> denoised``."""
+"""Ways from noise to data along decreasing noise levels, all on ``(x, sigma) -> denoised``.
+
+A sampler says how one step is made; `Stepwise` makes them all.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Denoise, Sampler
+from retrodiff.interfaces import Callback, Denoise, Sampler
+from retrodiff.numbers import real
+from retrodiff.randomness import normal_like
 
-Callback = Callable[[int, Tensor], None]
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What is known when a step is made.
+
+    Args:
+        x: (b, c, h, w) at ``sigma``.
+        denoised: the denoiser's estimate there.
+        sigma: the noise level.
+        following: the level that the step leads to.
+        look: the denoiser's estimate for another x and level: one more network call.
+        generator: randomness of the run.
+    """
+
+    x: Tensor
+    denoised: Tensor
+    sigma: float
+    following: float
+    look: Callable[[Tensor, float], Tensor]
+    generator: torch.Generator | None
+
+    @property
+    def slope(self) -> Tensor:
+        """dx/dsigma = (x - denoised) / sigma, the noise in x."""
+        return (self.x - self.denoised) / self.sigma
+
+    def slope_at(self, x: Tensor) -> Tensor:
+        """The slope of another x at the level that the step leads to: one more network call."""
+        return (x - self.look(x, self.following)) / self.following
+
+
+class Stepwise(Sampler):
+    """A sampler that is given by its step; subclass it and write `step`."""
+
+    memory: int = 0
+    """Earlier steps that `step` wants to see."""
+
+    @abstractmethod
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """X at ``now.following``.
+
+        Args:
+            now: where the run is.
+            past: the last `memory` steps before it, oldest first; fewer at the beginning.
+        """
+        ...
+
+    def sample(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """One step for each pair of levels; see `Sampler.sample`.
+
+        x is kept in float64: slopes are differences divided by noise levels down to a thousandth.
+        The denoiser sees it in the type that it came in.
+        """
+        kind = x.dtype
+        x = x.to(torch.float64 if x.device.type != "mps" else torch.float32)
+
+        def look(x: Tensor, sigma: float) -> Tensor:
+            x, wide = x.to(kind), x.dtype
+            levels = torch.full((len(x),), sigma, dtype=torch.promote_types(kind, torch.float32))
+            return denoise(x, levels.to(x.device)).to(wide)
+
+        past: list[Step] = []
+        for number, (sigma, following) in enumerate(_levels(x, sigmas)):
+            now = Step(x, look(x, sigma), sigma, following, look, generator)
+            x = self.step(now, past)
+            past = [*past, now][max(0, len(past) + 1 - self.memory) :]
+            if callback is not None:
+                callback(number, now.denoised.to(kind))
+        return x.to(kind)
 
 
 def _levels(x: Tensor, sigmas: Tensor) -> list[tuple[float, float]]:
@@ -27,18 +108,9 @@ def _levels(x: Tensor, sigmas: Tensor) -> list[tuple[float, float]]:
     return list(pairwise(values))
 
 
-def _at(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
-    return denoise(x, torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device))
-
-
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else x.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-
-
 @dataclass(frozen=True)
-class DDIM(Sampler):
-    """The paper's sampler (Song et al. 2021, eq. 12), in σ-space.
+class DDIM(Stepwise):
+    """The paper's sampler (Song et al. 2021, eq. 12), in σ-space: one network call per step.
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of DDPM's posterior.
@@ -46,25 +118,17 @@ class DDIM(Sampler):
 
     eta: float = 0.0
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """One network call per step."""
-        for step, (sigma, following) in enumerate(_levels(x, sigmas)):
-            denoised = _at(denoise, x, sigma)
-            fresh = self.eta * following * math.sqrt(sigma**2 - following**2) / sigma
-            kept = math.sqrt(max(following**2 - fresh**2, 0.0))
-            x = denoised + (kept / sigma) * (x - denoised)
-            if fresh > 0:
-                x = x + fresh * _randn_like(x, generator)
-            if callback is not None:
-                callback(step, denoised)
-        return x
+    def __post_init__(self) -> None:
+        real("eta", self.eta, 0, 1)
+
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """Towards the estimate, with eta of the noise renewed."""
+        del past
+        sigma, following = now.sigma, now.following
+        fresh = self.eta * following * math.sqrt(sigma**2 - following**2) / sigma
+        kept = math.sqrt(max(following**2 - fresh**2, 0.0))
+        x = now.denoised + (kept / sigma) * (now.x - now.denoised)
+        return x + fresh * normal_like(x, now.generator) if fresh > 0 else x
 
 
 @dataclass(frozen=True)
@@ -75,125 +139,82 @@ class DDPM(DDIM):
 
 
 @dataclass(frozen=True)
-class PLMS(Sampler):
-    """Pseudo linear multistep (Liu et al. 2022): Adams-Bashforth of order 4 on the noise.
+class PLMS(Stepwise):
+    """Pseudo linear multistep (Liu et al. 2022, eq. 12): Adams-Bashforth coefficients on the noise.
 
-    The first step is an improved Euler step, so a run of S steps makes S + 1 network calls.
+    The coefficients are those of order 4 for even steps. The first step is an improved Euler step
+    and the levels are uneven in sigma, so as a whole it converges with order 2. A run of S steps
+    makes S + 1 network calls.
     """
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """One network call per step, two in the first."""
-        del generator
-        past: list[Tensor] = []
-        for step, (sigma, following) in enumerate(_levels(x, sigmas)):
-            denoised = _at(denoise, x, sigma)
-            eps = (x - denoised) / sigma
-            match past:
-                case []:
-                    mean = eps
-                    if following > 0:
-                        ahead = x + (following - sigma) * eps
-                        mean = (eps + (ahead - _at(denoise, ahead, following)) / following) / 2
-                case [a]:
-                    mean = (3 * eps - a) / 2
-                case [b, a]:
-                    mean = (23 * eps - 16 * a + 5 * b) / 12
-                case _:
-                    *_, c, b, a = past
-                    mean = (55 * eps - 59 * a + 37 * b - 9 * c) / 24
-            past = [*past[-2:], eps]
-            x = x + (following - sigma) * mean
-            if callback is not None:
-                callback(step, denoised)
-        return x
+    memory = 3
+
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """One network call, two in the first step."""
+        eps, before = now.slope, [step.slope for step in past]
+        ahead = now.following - now.sigma
+        match before:
+            case []:
+                mean = eps
+                if now.following > 0:
+                    mean = (eps + now.slope_at(now.x + ahead * eps)) / 2
+            case [a]:
+                mean = (3 * eps - a) / 2
+            case [b, a]:
+                mean = (23 * eps - 16 * a + 5 * b) / 12
+            case _:
+                c, b, a = before
+                mean = (55 * eps - 59 * a + 37 * b - 9 * c) / 24
+        return now.x + ahead * mean
 
 
 @dataclass(frozen=True)
-class Euler(Sampler):
-    """First order along dx/dsigma = (x - denoised) / sigma (Karras et al. 2022)."""
+class Euler(Stepwise):
+    """First order along dx/dsigma (Karras et al. 2022): one network call per step."""
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """One network call per step."""
-        del generator
-        for step, (sigma, following) in enumerate(_levels(x, sigmas)):
-            denoised = _at(denoise, x, sigma)
-            x = x + (following - sigma) / sigma * (x - denoised)
-            if callback is not None:
-                callback(step, denoised)
-        return x
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """Straight along the slope."""
+        del past
+        return now.x + (now.following - now.sigma) * now.slope
 
 
 @dataclass(frozen=True)
-class Heun(Sampler):
-    """Second order by a corrected Euler step (Karras et al. 2022, algorithm 1)."""
+class Heun(Stepwise):
+    """Second order by a corrected Euler step (Karras et al. 2022, algorithm 1).
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Two network calls per step, one where the step ends at zero."""
-        del generator
-        for step, (sigma, following) in enumerate(_levels(x, sigmas)):
-            denoised = _at(denoise, x, sigma)
-            slope = (x - denoised) / sigma
-            ahead = x + (following - sigma) * slope
-            if following > 0:
-                slope = (slope + (ahead - _at(denoise, ahead, following)) / following) / 2
-            x = x + (following - sigma) * slope
-            if callback is not None:
-                callback(step, denoised)
-        return x
+    Two network calls per step, one where the step ends at zero.
+    """
+
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """Along the mean of the slopes at both ends."""
+        del past
+        slope = now.slope
+        if now.following > 0:
+            ahead = now.x + (now.following - now.sigma) * slope
+            slope = (slope + now.slope_at(ahead)) / 2
+        return now.x + (now.following - now.sigma) * slope
 
 
 @dataclass(frozen=True)
-class DPMpp2M(Sampler):
+class DPMpp2M(Stepwise):
     """DPM-Solver++(2M): second-order multistep in log sigma (Lu et al. 2022, algorithm 2).
 
-    Few steps suffice where they are of like length in log sigma: on the paper's models choose
-    ``schedule=LogSpaced(...)`` with it. On their own even timesteps, 20 steps lose to DDIM.
+    One network call per step. Few steps suffice where they are of like length in log sigma: on the
+    paper's models choose ``schedule=LogSpaced(...)`` with it. On their own even timesteps, 20 steps
+    lose to DDIM.
     """
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """One network call per step."""
-        del generator
-        previous: tuple[Tensor, float] | None = None
-        for step, (sigma, following) in enumerate(_levels(x, sigmas)):
-            denoised = _at(denoise, x, sigma)
-            estimate = denoised
-            h = math.log(sigma / following) if following > 0 else math.inf
-            if previous is not None and following > 0:
-                old, h_old = previous
-                estimate = denoised + (denoised - old) * (h / (2 * h_old))
-            x = (following / sigma) * x - math.expm1(-h) * estimate
-            previous = (denoised, h)
-            if callback is not None:
-                callback(step, denoised)
-        return x
+    memory = 1
+
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """Towards an estimate that is extrapolated from the last two."""
+        estimate = now.denoised
+        h = math.log(now.sigma / now.following) if now.following > 0 else math.inf
+        if past and now.following > 0:
+            last = past[-1]
+            h_last = math.log(last.sigma / last.following)
+            estimate = now.denoised + (now.denoised - last.denoised) * (h / (2 * h_last))
+        return (now.following / now.sigma) * now.x - math.expm1(-h) * estimate
 
 
 SAMPLERS: dict[str, type[DDIM | PLMS | Euler | Heun | DPMpp2M]] = {
@@ -206,8 +227,8 @@ SAMPLERS: dict[str, type[DDIM | PLMS | Euler | Heun | DPMpp2M]] = {
 }
 
 
-def sampler_named(name: str) -> Sampler:
-    """A sampler with its default settings by the field's name for it."""
+def get_sampler(name: str) -> Sampler:
+    """The sampler of a usual name, such as ``ddim`` or ``dpmpp_2m``, with its default settings."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]()

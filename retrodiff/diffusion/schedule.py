@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.interfaces import Schedule
+from retrodiff.numbers import real, whole
 
 
 def check_steps(steps: int, most: int | None = None) -> None:
@@ -42,19 +43,26 @@ class ScaledLinear(Schedule):
     beta_end: float = 0.0195
     length: int = 1000
 
+    def __post_init__(self) -> None:
+        real("beta_start", self.beta_start, above=0, below=1)
+        real("beta_end", self.beta_end, self.beta_start, below=1)
+        whole("length", self.length, 2)
+
+    @property
+    def betas(self) -> Tensor:
+        """Variance of the noise that each step adds (T,), float64."""
+        low, high = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(low, high, self.length, dtype=torch.float64).square()
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the signal's variance that is left after each step (T,), float64."""
+        return (1 - self.betas).cumprod(0)
+
     @cached_property
     def table(self) -> Tensor:
         """Sigma of every integer timestep (T,), float64, increasing."""
-        betas = (
-            torch.linspace(
-                math.sqrt(self.beta_start),
-                math.sqrt(self.beta_end),
-                self.length,
-                dtype=torch.float64,
-            )
-            ** 2
-        )
-        signal = torch.cumprod(1 - betas, 0)
+        signal = self.alphas_cumprod
         return ((1 - signal) / signal).sqrt()
 
     def timesteps(self, steps: int) -> Tensor:
@@ -130,6 +138,11 @@ class Karras(Schedule):
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    def __post_init__(self) -> None:
+        real("sigma_min", self.sigma_min, above=0)
+        real("sigma_max", self.sigma_max, above=self.sigma_min)
+        real("rho", self.rho, above=0)
+
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps + 1,), the last zero."""
         check_steps(steps)
@@ -150,6 +163,10 @@ class LinearFlow(Schedule):
 
     t_max: float = 0.995
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        real("t_max", self.t_max, above=0, below=1)
+        real("shift", self.shift, above=0)
 
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps + 1,), the last zero."""

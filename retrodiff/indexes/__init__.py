@@ -8,12 +8,10 @@ from retrodiff.indexes.faiss import Faiss
 from retrodiff.indexes.recipe import (
     Recall,
     Recipe,
-    load_index,
     recall_of,
     recipe_from_string,
-    save_index,
-    saved_index,
 )
+from retrodiff.indexes.saved import load_index, save_index, saved_index
 from retrodiff.indexes.scann import ScaNN
 from retrodiff.indexes.usearch import USearch
 from retrodiff.indexes.vectors import Vectors

@@ -10,13 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import principal_axes, rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.native import heard
+from retrodiff.indexes.principal import principal_axes, rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
+from retrodiff.tensors import map_tensors, write_tensors
 
 _works: bool | None = None
 
@@ -43,6 +54,7 @@ class Annoy:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> AnnoyIndex:
         """Projects every row, and grows the trees."""
         check_annoy()
@@ -54,17 +66,19 @@ class Annoy:
                 for i, row in enumerate((unit_rows(rows, norms) @ axes).tolist(), start):
                     trees.add_item(i, row)
                 bar.update(len(rows))
-        trees.build(self.trees, n_jobs=1)
+        heard(trees.build, self.trees, n_jobs=1)
         return AnnoyIndex(self, vectors, axes, trees)
 
     def load(self, folder: Path, vectors: Vectors) -> AnnoyIndex:
         """The index that `AnnoyIndex.save` wrote; its trees stay on disk until touched."""
-        from safetensors.torch import load_file
-
         check_annoy()
-        axes = load_file(folder / "axes.safetensors")["axes"]
+        file = folder / "axes.safetensors"
+        axes = map_tensors(file, again="build the index again").get("axes")
+        if axes is None or axes.ndim != 2 or axes.dtype != torch.float32:
+            raise ValueError(f"{file} holds no axes: build the index again")
         trees = _empty(axes.shape[1])
         trees.load(str(folder / "trees.ann"))
+        check_loaded(folder, trees.get_n_items(), axes.shape[0], vectors)
         return AnnoyIndex(self, vectors, axes, trees)
 
 
@@ -76,20 +90,20 @@ class AnnoyIndex(Index):
 
     def save(self, folder: Path) -> None:
         """Writes axes and trees."""
-        from safetensors.torch import save_file
-
-        save_file({"axes": self.axes.contiguous()}, folder / "axes.safetensors")
+        write_tensors(folder / "axes.safetensors", {"axes": self.axes})
         self.trees.save(str(folder / "trees.ann"))
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
         visit = self.recipe.search or self.recipe.trees * n
-        cpu = queries.detach().cpu().float()
-        points = unit_rows(cpu, cpu.norm(dim=1)) @ self.axes
+        points = unit64(queries.cpu()).float() @ self.axes
         found = [
-            torch.tensor(self.trees.get_nns_by_vector(point, n, search_k=visit), dtype=torch.int64)
+            torch.from_numpy(
+                np.array(self.trees.get_nns_by_vector(point, n, search_k=visit), np.int64)
+            )
             for point in points.tolist()
         ]
         return rank_again(self.vectors, queries, found, k)
@@ -108,7 +122,8 @@ def check_annoy() -> None:
 
 
 def _finds_neighbors(rows: int = 300, dim: int = 8, k: int = 10) -> bool:
-    points = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(rows, dim, generator=g, dtype=torch.float32, device="cpu")
     points = points / points.norm(dim=1, keepdim=True)
     trees = _empty(dim)
     trees.set_seed(0)

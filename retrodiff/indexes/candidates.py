@@ -2,7 +2,8 @@
 
 A pass over the rows hands in approximate scores and how far they may stray from the true cosine.
 What cannot be among the k best any more is dropped; what is left at the end is scored again from
-the stored values. So the result is exact however coarse the pass was.
+the stored values, and ranked before anything is rounded to float32. So the result is exact however
+coarse the pass was, also among rows that are equal to the last digit of float32.
 """
 
 from __future__ import annotations
@@ -25,11 +26,28 @@ def float_margin(terms: int) -> float:
     return 2 * (terms + 32) * 2.0**-24
 
 
+def shortfall(values: Tensor, queries: Tensor) -> Tensor:
+    """How much the cosine of rows and unit queries is less than 1: (n,) float64.
+
+    Half the squared distance of the two unit vectors, so that it also tells apart rows whose cosine
+    is 1 to all digits of float64. Exactly 1 where the row or the query is zero.
+
+    Args:
+        values: (n, d) stored rows, float32 or narrower.
+        queries: (n, d) or (d,) unit norm or zero, float64.
+    """
+    wide = values.to(torch.float64, copy=True)
+    norm = torch.linalg.vector_norm(wide, dim=1)
+    zero = (norm == 0) | ~queries.any(-1)
+    wide.div_(norm.masked_fill(norm == 0, 1).unsqueeze(1)).sub_(queries)
+    return wide.square_().sum(1).mul_(0.5).masked_fill_(zero, 1)
+
+
 class Candidates:
     """The rows seen so far that may be among the k nearest of each query.
 
     Args:
-        queries: (b, d) unit norm, float64.
+        queries: (b, d) unit norm or zero, float64.
         k: neighbors per query.
         margin: how far the scores handed in stray from the true cosine, at most.
         stored: row numbers (n,) -> stored values (n, d), on the queries' device.
@@ -39,6 +57,7 @@ class Candidates:
         self.queries, self.k, self.margin, self.stored = queries, k, margin, stored
         self.least = queries.new_full((len(queries),), -torch.inf, dtype=torch.float32)
         """(b,) the k-th nearest has at least this true cosine."""
+        # Queries, rows, and how much the cosine is less than 1.
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []
         self._count, self._limit = 0, 2 * k * len(queries) + 4096
 
@@ -53,7 +72,7 @@ class Candidates:
 
     def add(self, query: Tensor, row: Tensor, score: Tensor) -> None:
         """More candidates (n,); the rows of a query must come in rising order, over all calls."""
-        self._found.append((query, row, score))
+        self._found.append((query, row, 1 - score.double()))
         self._count += len(row)
         if self._count > self._limit:
             self._prune()
@@ -65,44 +84,43 @@ class Candidates:
         """Cosine (b, k) float32 and rows (b, k), nearest first; ties go to the lowest row."""
         self._prune()
         self._settle()
-        _, row, score = self._found[0]
-        return score.view(-1, self.k), row.view(-1, self.k)
+        _, row, less = self._found[0]
+        return (1 - less).float().view(-1, self.k), row.view(-1, self.k)
 
     def _prune(self) -> None:
         """Drops what the k-th best score of its query rules out."""
-        query, row, score = self._joined()
-        self._note(query, score, *_ranked(query, score, len(self.queries)))
-        self._keep(query, row, score, score >= self.floor[query])
+        query, row, less = self._joined()
+        self._note(query, less, *_ranked(query, less, len(self.queries)))
+        self._keep(query, row, less, 1 - less >= self.floor[query])
 
     def _settle(self) -> None:
         """Scores the candidates in float64 and keeps the k best of each query."""
-        query, row, score = self._joined()
+        query, row, less = self._joined()
         at_once = _AT_ONCE.get(row.device.type, 512)
         for at in torch.arange(len(row), device=row.device).split(at_once):
-            values = self.stored(row[at]).double()
-            dots = self.queries[query[at]].mul_(values).sum(1)
-            score[at] = (dots / values.norm(dim=1).clamp_min(1e-12)).float()
-        order, place = _ranked(query, score, len(self.queries))
-        self._note(query, score, order, place)
-        self._keep(query, row, score, order[place < self.k])
+            less[at] = shortfall(self.stored(row[at]), self.queries[query[at]])
+        order, place = _ranked(query, less, len(self.queries))
+        self._note(query, less, order, place)
+        self._keep(query, row, less, order[place < self.k])
 
-    def _note(self, query: Tensor, score: Tensor, order: Tensor, place: Tensor) -> None:
+    def _note(self, query: Tensor, less: Tensor, order: Tensor, place: Tensor) -> None:
         kth = order[place == self.k - 1]
         reached = torch.full_like(self.least, -torch.inf)
-        self.reached(reached.scatter_(0, query[kth], score[kth] - self.margin))
+        cosine = (1 - less[kth] - self.margin).float()
+        self.reached(reached.scatter_(0, query[kth], cosine))
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        query, row, score = (torch.cat(part) for part in zip(*self._found, strict=True))
-        return query, row, score
+        query, row, less = (torch.cat(part) for part in zip(*self._found, strict=True))
+        return query, row, less
 
-    def _keep(self, query: Tensor, row: Tensor, score: Tensor, which: Tensor) -> None:
-        self._found = [(query[which], row[which], score[which])]
+    def _keep(self, query: Tensor, row: Tensor, less: Tensor, which: Tensor) -> None:
+        self._found = [(query[which], row[which], less[which])]
         self._count = len(self._found[0][0])
 
 
-def _ranked(query: Tensor, score: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Order (n,) by query, then falling score, and each one's place among those of its query."""
-    order = score.argsort(descending=True, stable=True)
+def _ranked(query: Tensor, less: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Order (n,) by query, then falling cosine, and each one's place among those of its query."""
+    order = less.argsort(stable=True)
     order = order[query[order].argsort(stable=True)]
     counts = torch.bincount(query, minlength=b)
     first = (counts.cumsum(0) - counts)[query[order]]

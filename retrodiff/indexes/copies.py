@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from retrodiff.indexes.candidates import float_margin
-from retrodiff.indexes.principal import unit_rows
-from retrodiff.indexes.vectors import Vectors
+from retrodiff.indexes.vectors import ORDINARY, Vectors, unit_rows
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -43,13 +43,14 @@ class Narrow:
     turn: Tensor | None = None
 
     @classmethod
+    @full_precision()
     def copy_of(
         cls, vectors: Vectors, storage: str, device: torch.device, progress: bool = False
     ) -> Narrow:
         """All rows, on a device."""
         dtype, m, d = STORAGE[storage], len(vectors), vectors.dim
         values = torch.empty(m, d, dtype=dtype, device=device)
-        scale = torch.empty(m, device=device)
+        scale = torch.empty(m, dtype=torch.float32, device=device)
         turn = rotation(d).to(device) if dtype == torch.int8 else None
         strays, lossless = [0.0], True
         with progress_bar(m, f"copy in {storage}", progress, unit="rows") as bar:
@@ -69,7 +70,7 @@ class Narrow:
         if dtype == torch.float16:
             values = rows.to(dtype)
             if torch.equal(values.to(rows.dtype), rows):
-                return cls(values, norms.clamp_min(1e-12).reciprocal(), 0.0, True)
+                return cls(values, norms.clamp_min(ORDINARY[0]).reciprocal(), 0.0, True)
         unit = unit_rows(rows, norms)
         scale = torch.ones_like(norms, dtype=torch.float32)
         turning = 0.0
@@ -97,7 +98,8 @@ class Narrow:
 def rotation(d: int) -> Tensor:
     """A random rotation (d, d), the same for every d."""
     g = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q.float()
+    drawn = torch.randn(d, d, generator=g, dtype=torch.float64, device="cpu")
+    return torch.linalg.qr(drawn).Q.float()
 
 
 def moved(rows: Tensor, device: torch.device) -> Tensor:

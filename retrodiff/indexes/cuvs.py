@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
 
@@ -39,6 +40,7 @@ class CuVS:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> CuVSIndex:
         """The graph over every row; rows (float16) and graph must fit on the GPU."""
         cagra = _import_cagra()
@@ -72,13 +74,13 @@ class CuVSIndex(Index):
         """Writes graph and rows."""
         _import_cagra().save(str(folder / "graph.cagra"), self.graph, include_dataset=True)
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         cagra = _import_cagra()
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        wide = queries.detach().cuda().float()
-        points = unit_rows(wide, wide.norm(dim=1)).half()
+        points = unit64(queries.cuda()).half()
         parameters = cagra.SearchParams(itopk_size=max(self.recipe.visit, n))
         _, ids = cagra.search(parameters, self.graph, points, n)
         rows = torch.from_numpy(ids.copy_to_host().astype(np.int64))

@@ -21,9 +21,16 @@ from torch import Tensor
 
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import STORAGE, Narrow
-from retrodiff.indexes.principal import leading_axes, unit_rows
+from retrodiff.indexes.principal import leading_axes
 from retrodiff.indexes.projection import PAIR, Projection
-from retrodiff.indexes.vectors import Vectors, in_parts
+from retrodiff.indexes.vectors import (
+    Vectors,
+    in_parts,
+    outstanding,
+    row_norms,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
 
 if TYPE_CHECKING:
@@ -102,8 +109,7 @@ class ExactIndex(Index):
         return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        exact = queries.detach().cpu().double()
-        exact = exact / exact.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        exact = unit64(queries.cpu())
         margin, turned = float_margin(self.vectors.dim), exact
         if self.copy is not None:
             margin, turned = margin + self.copy.stray, self.copy.turned(exact)
@@ -125,14 +131,18 @@ class ExactIndex(Index):
             yield from self.copy.blocks(size)
             return
         for start, rows, norms in self.vectors.blocks(size):
-            yield start, rows, norms.clamp_min(1e-12).reciprocal()
+            if outstanding(norms) is None:
+                yield start, rows, norms.reciprocal()
+            else:
+                yield start, unit_rows(rows, norms), torch.ones_like(norms)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Some of the unit rows, and the leading half of their principal axes."""
         if self._sampled is None:
-            rows = torch.linspace(0, len(self.vectors) - 1, _SAMPLE, dtype=torch.float64).long()
+            last = len(self.vectors) - 1
+            rows = torch.linspace(0, last, _SAMPLE, dtype=torch.float64, device="cpu").long()
             values = self.vectors.rows(rows.unique())
-            sample = unit_rows(values, values.norm(dim=1))
+            sample = unit_rows(values, row_norms(values))
             self._sampled = sample, leading_axes(sample.T @ sample, self.vectors.dim // 2)
         return self._sampled
 
@@ -152,8 +162,8 @@ class _Pass:
         self.queries, self.transposed = queries, queries.T
         wide = block + -block % _TILE
         held = block if sampled is not None else min(block, _ROWS)
-        self.unit = torch.empty(held, queries.shape[1])
-        self.scores = torch.empty(wide, len(queries))
+        self.unit = queries.new_empty(held, queries.shape[1])
+        self.scores = queries.new_empty(wide, len(queries))
         self.projection: Projection | None = None
         self.planned, self.pause, self.pauses = 0, 0, 1
         if sampled is not None and best.k <= len(sampled[0]):
@@ -200,7 +210,7 @@ class _Pass:
         )
         if self.projection is not None:
             self.bounding = self.projection.coordinates(self.queries).T
-            self.coordinates = torch.empty(len(self.unit), len(self.bounding))
+            self.coordinates = self.unit.new_empty(len(self.unit), len(self.bounding))
 
     def _bounded(self, start: int, unit: Tensor, projection: Projection) -> bool:
         """Looks at bounds first; False, and nothing is done, where they leave too much."""
@@ -257,11 +267,11 @@ def pair_products(
 ) -> Tensor:
     """The products of chosen pairs (n,), float32."""
     if _samples_products():
-        starts = torch.zeros(len(queries) + 1, dtype=torch.int64)
+        starts = torch.zeros(len(queries) + 1, dtype=torch.int64, device=query.device)
         starts[1:] = torch.bincount(query, minlength=len(queries)).cumsum(0)
         return _sampled(starts, row, queries, rows)
-    out = torch.empty(len(row))
-    for at in torch.arange(len(row)).split(1024):
+    out = rows.new_empty(len(row))
+    for at in torch.arange(len(row), device=row.device).split(1024):
         out[at] = (rows[row[at]] * queries[query[at]]).sum(1)
     return out
 
@@ -271,7 +281,7 @@ def _sampled(starts: Tensor, column: Tensor, left: Tensor, right: Tensor) -> Ten
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         size = (len(left), len(right))
         pairs = torch.sparse_csr_tensor(
-            starts, column, torch.zeros(len(column)), size, check_invariants=False
+            starts, column, left.new_zeros(len(column)), size, check_invariants=False
         )
     return torch.sparse.sampled_addmm(pairs, left, right.T, beta=0.0).values()
 
@@ -280,7 +290,9 @@ def _sampled(starts: Tensor, column: Tensor, left: Tensor, right: Tensor) -> Ten
 def _samples_products() -> bool:
     """Whether this build of torch has sampled products; without, pairs cost several times more."""
     try:
-        found = _sampled(torch.tensor([0, 1, 1]), torch.tensor([1]), torch.eye(2), torch.ones(2, 2))
+        kind = {"dtype": torch.float32, "device": "cpu"}
+        starts, column = torch.tensor([0, 1, 1], device="cpu"), torch.tensor([1], device="cpu")
+        found = _sampled(starts, column, torch.eye(2, **kind), torch.ones(2, 2, **kind))
     except RuntimeError:
         return False
     return found.tolist() == [1.0]

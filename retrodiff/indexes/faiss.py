@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.native import heard
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    row_norms,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
 
@@ -36,6 +46,7 @@ class Faiss:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> FaissIndex:
         """Fits what must be fitted and adds every row."""
         faiss = _import_faiss()
@@ -47,9 +58,11 @@ class Faiss:
             ) from error
         if not index.is_trained:
             n = min(self.train_rows, len(vectors))
-            sample = vectors.rows(torch.linspace(0, len(vectors) - 1, n).long())
+            # In float64: float32 has no whole numbers beyond 2^24.
+            chosen = torch.linspace(0, len(vectors) - 1, n, dtype=torch.float64, device="cpu")
+            sample = vectors.rows(chosen.long())
             try:
-                index.train(unit_rows(sample, sample.norm(dim=1)).numpy())
+                heard(index.train, unit_rows(sample, row_norms(sample)).numpy())
             except RuntimeError as error:
                 reason = str(error).rpartition("failed: ")[2]
                 raise ValueError(
@@ -58,13 +71,14 @@ class Faiss:
                 ) from error
         with progress_bar(len(vectors), "faiss", progress, unit="rows") as bar:
             for _, rows, norms in vectors.blocks(8192):
-                index.add(unit_rows(rows, norms).numpy())
+                heard(index.add, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return FaissIndex(self, vectors, index)
 
     def load(self, folder: Path, vectors: Vectors) -> FaissIndex:
         """The index that `FaissIndex.save` wrote."""
         index = _import_faiss().read_index(str(folder / "index.faiss"))
+        check_loaded(folder, index.ntotal, index.d, vectors)
         return FaissIndex(self, vectors, index)
 
 
@@ -78,12 +92,12 @@ class FaissIndex(Index):
         """Writes faiss's own file."""
         _import_faiss().write_index(self.index, str(folder / "index.faiss"))
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        cpu = queries.detach().cpu().float()
-        _, ids = self.index.search(unit_rows(cpu, cpu.norm(dim=1)).numpy(), n)
+        _, ids = self.index.search(unit64(queries.cpu()).float().numpy(), n)
         found = [row[row >= 0] for row in torch.from_numpy(ids)]
         return rank_again(self.vectors, queries, found, k)
 

@@ -36,7 +36,7 @@ class Projection:
         """The projection on some axes (d, p)."""
         d, p = axes.shape
         gram = axes.double().T @ axes.double()
-        skew = float((gram - torch.eye(p, dtype=torch.float64)).norm())
+        skew = float((gram - torch.eye(p, dtype=torch.float64, device=gram.device)).norm())
         unit = (d + 32) * 2.0**-24  # a float32 dot product of unit vectors strays by less
         return cls(axes, 2 * skew + unit * (2 * p**0.5 + 2), skew + unit * (2 * p**0.5 + 4))
 
@@ -44,7 +44,7 @@ class Projection:
         """Unit vectors (n, d) -> (n, p + 1): along the axes, and the norm of the rest."""
         p = self.axes.shape[1]
         if out is None:
-            out = torch.empty(len(unit), p + 1)
+            out = unit.new_empty(len(unit), p + 1)
         torch.mm(unit, self.axes, out=out[:, :p])
         rest = 1 + self.rest - out[:, :p].square().sum(1)
         out[:, p] = rest.clamp_min_(self.rest).sqrt_()

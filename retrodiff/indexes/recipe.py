@@ -1,15 +1,12 @@
-"""Builds, measures, saves and reopens indexes, whatever their kind.
+"""Builds and measures indexes, whatever their kind.
 
-A recipe holds hyper-parameters; ``build`` makes an index from vectors. A saved index carries the
-fingerprint of the rows that it was built from, and its recall against the exact search on them.
+A recipe holds hyper-parameters; ``build`` makes an index from vectors, and ``load`` opens one that
+was saved (see `retrodiff.indexes.saved`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,7 +21,6 @@ from retrodiff.indexes.usearch import USearch
 from retrodiff.indexes.vectors import Vectors
 from retrodiff.interfaces import Index
 
-FORMAT = 1
 EXACT_ROWS = 1_000_000
 """Up to here exact search is the automatic choice on a CPU."""
 RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss, ScaNN, CuVS)}
@@ -95,70 +91,6 @@ def recall_of(
     return Recall(hits / total, k, len(rows))
 
 
-def save_index(
-    index: SavableIndex, recipe: Recipe, folder: Path, rows: str, recall: Recall
-) -> None:
-    """Writes an index into a folder, all at once.
-
-    Args:
-        index: what the recipe built.
-        recipe: its hyper-parameters.
-        folder: replaced if it exists.
-        rows: hash of the rows that the index was built from.
-        recall: what was measured.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    index.save(partial)
-    about = {
-        "format": FORMAT,
-        "recipe": {"name": recipe.name, **asdict(recipe)},
-        "rows": rows,
-        "recall": asdict(recall),
-    }
-    (partial / "index.json").write_text(json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
-def load_index(folder: Path, vectors: Vectors, rows: str) -> tuple[SavableIndex, Recipe, Recall]:
-    """The index of a folder, refused if it was built from other rows."""
-    recipe, recall, built_from = saved_index(folder)
-    if built_from != rows:
-        raise ValueError(
-            f"index {folder} was built from rows {built_from[:12]}, the database has rows "
-            f"{rows[:12]}: build the index again"
-        )
-    return recipe.load(folder, vectors), recipe, recall
-
-
-def saved_index(folder: Path) -> tuple[Recipe, Recall, str]:
-    """Recipe, recall and hash of the rows of a saved index, without loading it."""
-    file = folder / "index.json"
-    again = "build the index again, or delete that folder"
-    try:
-        about = json.loads(file.read_text("utf-8"))
-        newer = int(about["format"]) > FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no description of an index ({error!r}): {again}") from None
-    if newer:
-        raise ValueError(f"{folder} has a newer format than {FORMAT}: upgrade retrodiff")
-    try:
-        options, measured = dict(about["recipe"]), dict(about["recall"])
-        name, rows = str(options.pop("name")), str(about["rows"])
-        value = float(measured["value"])
-        recall = Recall(value, int(measured["k"]), int(measured["queries"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): {again}") from None
-    if name not in RECIPES:
-        raise ValueError(f"{file} names an unknown index {name!r}: upgrade retrodiff, or {again}")
-    try:
-        return RECIPES[name](**options), recall, rows
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not fit {name} ({error}): {again}") from None
-
-
 def recipe_from_string(text: str) -> Recipe:
     """The recipe that a command line names: ``annoy``, ``annoy:trees=20,rerank=200``."""
     name, _, options = text.partition(":")
@@ -185,5 +117,5 @@ def _whole(recipe: str, option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(
-            f"{recipe} takes a whole number as {option}, not {text!r}: {recipe}:{option}=20, for example"
+            f"{recipe} takes a whole number as {option}, not {text!r}: such as {recipe}:{option}=20"
         ) from None

@@ -17,7 +17,7 @@ from torch import Tensor
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import BLOCK, STORAGE, Narrow, moved
 from retrodiff.indexes.tile_maxima import TILE, tile_maxima
-from retrodiff.indexes.vectors import Vectors, in_parts
+from retrodiff.indexes.vectors import Vectors, in_parts, unit64
 from retrodiff.interfaces import Index
 
 _QUERIES = 1024  # searched at a time
@@ -69,8 +69,7 @@ class ResidentIndex(Index):
         return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        exact = queries.detach().to(self.device, torch.float64)
-        exact = exact / exact.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        exact = unit64(queries.to(self.device))
         # Rows that pass through and are not halves are rounded to halves.
         stray = 2.0**-11 + self.vectors.dim**0.5 * 2.0**-25
         turned = exact

@@ -7,6 +7,7 @@ exact cosine. It installs on Linux only.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.native import heard
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
+from retrodiff.text import printable
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class ScaNN:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> ScaNNIndex:
         """Partitions and codes of every row; they are all in memory in float32 meanwhile."""
         scann = _import_scann()
@@ -62,7 +74,7 @@ class ScaNN:
                 training_sample_size=min(self.train_rows, m),
             )
         plan = plan.score_ah(2, anisotropic_quantization_threshold=self.threshold / 100)
-        return ScaNNIndex(self, vectors, plan.build())
+        return ScaNNIndex(self, vectors, heard(plan.build))
 
     def load(self, folder: Path, vectors: Vectors) -> ScaNNIndex:
         """The index that `ScaNNIndex.save` wrote."""
@@ -72,7 +84,9 @@ class ScaNN:
             raise ValueError(
                 f"{folder} holds a pickle that retrodiff did not write: build the index again"
             )
+        _check_inside(folder / "scann" / "scann_assets.pbtxt")
         searcher = scann.scann_ops_pybind.load_searcher(str(folder / "scann"))
+        check_loaded(folder, searcher.size(), vectors.dim, vectors)
         return ScaNNIndex(self, vectors, searcher)
 
 
@@ -87,12 +101,12 @@ class ScaNNIndex(Index):
         (folder / "scann").mkdir()
         self.searcher.serialize(str(folder / "scann"), relative_path=True)
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        cpu = queries.detach().cpu().float()
-        points = unit_rows(cpu, cpu.norm(dim=1)).numpy()
+        points = unit64(queries.cpu()).float().numpy()
         ids, scores = self.searcher.search_batched(points, final_num_neighbors=n)
         # Where fewer are found, the rest is row 0 with a score of NaN.
         found = [
@@ -100,6 +114,18 @@ class ScaNNIndex(Index):
             for row, score in zip(np.asarray(ids), np.asarray(scores), strict=True)
         ]
         return rank_again(self.vectors, queries, found, k)
+
+
+def _check_inside(assets: Path) -> None:
+    """Refuses a list of files that lie elsewhere; ScaNN would read them."""
+    with assets.open("rb") as file:
+        text = file.read(2**20).decode("utf-8", "replace")
+    for name in re.findall(r"asset_path\s*:\s*[\"']([^\"']*)", text):
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"{assets} names {printable(name[:100])!r}, which does not lie beside it: build "
+                "the index again"
+            )
 
 
 def _import_scann() -> Any:

@@ -40,7 +40,7 @@ def tile_maxima(
 def multiplied(values: Tensor, scale: Tensor, queries: Tensor) -> Tensor:
     """`tile_maxima` in plain PyTorch."""
     n, b = len(values), len(queries)
-    out = torch.empty(-(-n // TILE), b, device=values.device)
+    out = torch.empty(-(-n // TILE), b, dtype=torch.float32, device=values.device)
     step = max(_SCORES // (b * TILE), 1) * TILE
     for start in range(0, n, step):
         part, factor = values[start : start + step], scale[start : start + step, None]
@@ -69,7 +69,7 @@ def launched(
     (n, d), b = values.shape, len(queries)
     columns = max(16, min(128, 1 << (b - 1).bit_length()))
     rows, channels, stages = sizes or launch_sizes(_shared_memory(values.device), columns)
-    out = torch.empty(-(-n // TILE), b, device=values.device)
+    out = torch.empty(-(-n // TILE), b, dtype=torch.float32, device=values.device)
     groups = -(-b // columns)
     kernel: Any = tile_maxima_kernel
     kernel[(-(-n // rows) * groups,)](

@@ -13,9 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import rank_again, unit_rows
-from retrodiff.indexes.vectors import Vectors, check_numbers, check_search
+from retrodiff.indexes.native import heard
+from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.vectors import (
+    Vectors,
+    check_loaded,
+    check_numbers,
+    check_search,
+    unit64,
+    unit_rows,
+)
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
 
@@ -39,13 +48,14 @@ class USearch:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+    @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> USearchIndex:
         """Inserts every row into the graph."""
         graph = self._empty(vectors.dim)
         with progress_bar(len(vectors), "usearch", progress, unit="rows") as bar:
             for start, rows, norms in vectors.blocks(8192):
                 keys = np.arange(start, start + len(rows), dtype=np.uint64)
-                graph.add(keys, unit_rows(rows, norms).numpy())
+                heard(graph.add, keys, unit_rows(rows, norms).numpy())
                 bar.update(len(rows))
         return USearchIndex(self, vectors, graph)
 
@@ -53,6 +63,7 @@ class USearch:
         """The index that `USearchIndex.save` wrote, memory-mapped."""
         graph = self._empty(vectors.dim)
         graph.view(str(folder / "graph.usearch"))
+        check_loaded(folder, len(graph), graph.ndim, vectors)
         return USearchIndex(self, vectors, graph)
 
     def _empty(self, dim: int) -> Any:
@@ -82,12 +93,12 @@ class USearchIndex(Index):
         """Writes the graph."""
         self.graph.save(str(folder / "graph.usearch"))
 
+    @full_precision()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries (b, d) of any norm -> similarity (b, k) and indices (b, k), nearest first."""
-        check_search(queries, k, len(self.vectors), self.vectors.dim)
+        k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
-        cpu = queries.detach().cpu().float()
-        points = unit_rows(cpu, cpu.norm(dim=1)).numpy()
+        points = unit64(queries.cpu()).float().numpy()
         found = [
             torch.from_numpy(self.graph.search(point, n).keys.astype(np.int64)) for point in points
         ]

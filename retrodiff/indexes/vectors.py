@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from retrodiff.numbers import whole
+from retrodiff.precision import full_precision
+
+ORDINARY = (1e-15, 1e15)
+"""Norms whose squares float32 holds well; rows of others are divided in float64."""
 
 
 class Vectors:
@@ -27,7 +34,7 @@ class Vectors:
             raise ValueError("no vectors: give at least one part, (0, d) if there is no row")
         self.norms = list(norms) if norms is not None else [row_norms(part) for part in parts]
         self.dim = self.parts[0].shape[1]
-        sizes = torch.tensor([0, *(len(part) for part in self.parts)])
+        sizes = torch.tensor([0, *(len(part) for part in self.parts)], device="cpu")
         self._starts = sizes.cumsum(0)
 
     def __len__(self) -> int:
@@ -45,7 +52,7 @@ class Vectors:
         """Row numbers (n,) -> stored values (n, d) in float32."""
         if len(self.parts) == 1:
             return self.parts[0][indices].float()
-        out = torch.empty(len(indices), self.dim)
+        out = torch.empty(len(indices), self.dim, dtype=torch.float32, device="cpu")
         order = indices.argsort()
         counts = torch.bincount(
             torch.searchsorted(self._starts, indices, right=True) - 1, minlength=len(self.parts)
@@ -74,7 +81,7 @@ class VectorsView(Vectors):
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First row, stored values (n, d) and norms (n,), at most ``size`` rows at a time."""
         for i in range(0, len(self.chosen), size):
-            block = self.rows(torch.arange(i, min(i + size, len(self.chosen))))
+            block = self.rows(torch.arange(i, min(i + size, len(self.chosen)), device="cpu"))
             yield i, block, row_norms(block)
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -83,14 +90,46 @@ class VectorsView(Vectors):
 
 
 def row_norms(rows: Tensor, block: int = 512) -> Tensor:
-    """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all."""
-    norms = torch.empty(len(rows))
-    wide = torch.empty(min(block, len(rows)), rows.shape[1])  # one for all: fresh memory costs more
+    """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all.
+
+    Those that float32 would round to zero or to infinity on the way are computed in float64.
+    """
+    held = {"dtype": torch.float32, "device": rows.device}
+    norms = torch.empty(len(rows), **held)
+    # One for all blocks: fresh memory costs more.
+    wide = torch.empty(min(block, len(rows)), rows.shape[1], **held)
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         wide[: len(part)].copy_(part)
         torch.linalg.vector_norm(wide[: len(part)], dim=1, out=norms[start : start + len(part)])
+    odd = outstanding(norms)
+    if odd is not None:
+        norms[odd] = rows[odd].double().norm(dim=1).float()
     return norms
+
+
+def outstanding(norms: Tensor) -> Tensor | None:
+    """Numbers of the norms (n,) outside `ORDINARY`; None where there is none."""
+    least, most = ORDINARY
+    odd = ((norms < least) | (norms > most)).nonzero().flatten()
+    return odd if len(odd) else None
+
+
+def unit_rows(rows: Tensor, norms: Tensor) -> Tensor:
+    """Stored rows (n, d) divided by their norms (n,), float32; zero stays zero."""
+    unit = rows.float() / norms.float().clamp_min(ORDINARY[0]).unsqueeze(1)
+    odd = outstanding(norms)
+    if odd is not None:
+        unit[odd] = unit64(rows[odd]).float()
+    return unit
+
+
+def unit64(rows: Tensor) -> Tensor:
+    """Rows (n, d) of any norm divided by it, in float64; zero stays zero."""
+    wide = rows.detach().double()
+    largest = wide.abs().amax(1, keepdim=True)
+    wide = wide / torch.where(largest > 0, largest, 1)  # squares would leave the range of float64
+    return wide / wide.norm(dim=1, keepdim=True).clamp_min(1)
 
 
 def check_numbers(recipe: Any) -> None:
@@ -109,23 +148,39 @@ def check_numbers(recipe: Any) -> None:
             )
 
 
-def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
-    """Refuses what no index could answer."""
+def check_loaded(folder: Path, rows: int, dim: int, vectors: Vectors) -> None:
+    """Refuses a loaded index that holds other rows than the vectors."""
+    if (rows, dim) != (len(vectors), vectors.dim):
+        raise ValueError(
+            f"index {folder} holds {rows} rows of width {dim}, the database {len(vectors)} of "
+            f"width {vectors.dim}: build the index again"
+        )
+
+
+def check_search(queries: Tensor, k: int, rows: int, dim: int) -> int:
+    """Refuses what no index could answer; gives k as an ``int``."""
+    k = whole("k", k)
+    if queries.is_complex():
+        raise ValueError(f"queries are {queries.dtype}, expected floats")
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ValueError(
             f"queries have shape {tuple(queries.shape)}, the index holds vectors of width {dim}: "
             "use the encoder that the database was built with"
         )
-    if not 1 <= k <= rows:
+    if k > rows:
         raise ValueError(
             f"k={k} neighbors asked of {rows} rows: ask for at most {rows}, or add rows"
-            if k > rows
-            else f"k={k}: ask for at least one neighbor"
         )
     if not queries.isfinite().all():
-        raise ValueError("a query holds NaN or infinity: look at the encoder that made it")
+        bad = (~queries.isfinite()).any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"queries hold NaN or infinity, first in row {bad[0]} ({len(bad)} of {len(queries)} "
+            "rows): look at the encoder that made them"
+        )
+    return k
 
 
+@full_precision()
 def in_parts(
     search: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],
     vectors: Vectors,
@@ -139,9 +194,10 @@ def in_parts(
     Returns:
         Similarity (b, k) and indices (b, k), on the queries' device.
     """
-    check_search(queries, k, len(vectors) - (0 if hidden is None else len(hidden)), vectors.dim)
+    rows = len(vectors) - (0 if hidden is None else len(hidden))
+    k = check_search(queries, k, rows, vectors.dim)
     if not len(queries):
-        none = torch.empty(0, k, device=queries.device)
+        none = torch.empty(0, k, dtype=torch.float32, device=queries.device)
         return none, none.long()
     parts = [search(part, k, hidden) for part in queries.split(size)]
     similarity, indices = (torch.cat(part).to(queries.device) for part in zip(*parts, strict=True))

@@ -129,6 +129,15 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def check_channels(channels: int) -> None:
+    """Raises a ValueError where the norms' groups do not divide the channels of a first level."""
+    if channels < 1 or channels % GROUPS:
+        raise ValueError(
+            f"channels={channels} is not a multiple of {GROUPS}, the groups of every norm: choose "
+            "one that is"
+        )
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """The module with all its weights set to zero, so that a new block starts as the identity."""
     for parameter in module.parameters():

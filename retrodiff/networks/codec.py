@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample
+from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample, check_channels
+from retrodiff.networks.placed import check_floating
 
 EPS = 1e-6
 
@@ -98,6 +99,7 @@ class Encoder(nn.Module):
         attention_factors: Sequence[int],
     ):
         super().__init__()
+        check_channels(channels)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         width, last = channels, len(multipliers) - 1
         self.levels = nn.ModuleList()
@@ -167,9 +169,20 @@ def check_images(images: Tensor, channels: int, factor: int) -> None:
         raise ValueError(
             f"images have shape {tuple(images.shape)}, the autoencoder takes (b, {channels}, h, w)"
         )
+    check_floating(images, "images", "numbers in [-1, 1]: pixels / 127.5 - 1")
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(
             f"images of {height}x{width} do not divide by the autoencoder's factor {factor}: crop "
             f"or resize them to multiples of {factor}"
         )
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise a ValueError where latents (b, c, h, w) don't fit a decoder."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, the autoencoder takes "
+            f"(b, {channels}, h, w)"
+        )
+    check_floating(latents, "latents", "numbers, as encode returns them")

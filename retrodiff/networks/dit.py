@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retrodiff.attention import NeighborAttention
 from retrodiff.interfaces import Context, Tokens
 from retrodiff.networks.blocks import timestep_embedding, zeroed
+from retrodiff.networks.placed import Placed, check_floating, check_rows
 from retrodiff.networks.streams import join_streams
 from retrodiff.networks.transformer import repeated
 
@@ -35,7 +36,7 @@ class PreparedTokens:
     rows: int
 
 
-class DiT(nn.Module):
+class DiT(Placed):
     """A transformer over patches of the latent.
 
     Args:
@@ -61,6 +62,8 @@ class DiT(nn.Module):
         channels, height, breadth = shape
         if height % patch or breadth % patch:
             raise ValueError(f"patch={patch} does not divide a latent of {height}x{breadth}")
+        if width % heads:
+            raise ValueError(f"heads={heads} does not divide width={width}")
         self._config = {
             "shape": list(shape),
             "patch": patch,
@@ -95,7 +98,12 @@ class DiT(nn.Module):
         """
         if isinstance(context, Tensor):
             context = Context.of(context, next(iter(self.widths), "neighbors"))
-        tokens = join_streams(context, self.widths, dict(self.project.items()))
+        if context.vector is not None:
+            raise ValueError(
+                f"context.vector has width {context.vector.shape[-1]}, but a DiT takes none: use a "
+                "UNet with vector_width, or a conditioner that makes tokens"
+            )
+        tokens = join_streams(context, self.widths, dict(self.project.items()), self.dtype)
         if tokens is None:
             return PreparedTokens((None,) * len(self.blocks), 0)
         positions = self.grid[0] * self.grid[1]
@@ -108,12 +116,19 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Latents (b, c, h, w), timesteps (b,), context -> output (rows of the context, c, h, w).
 
-        A context may have a whole multiple of x's rows: the branches of guidance.
+        A context may have a whole multiple of x's rows: the branches of guidance. x may have any
+        floating dtype, which the output has, too.
+
+        Raises:
+            ValueError: x or the context does not fit.
         """
         prepared = context if isinstance(context, PreparedTokens) else self.prepare(context)
+        self._check(x, prepared)
         rows = prepared.rows or len(x)
-        time = F.silu(self.time(timestep_embedding(timesteps, self.width).to(x.dtype)))
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        time = timestep_embedding(timesteps.expand(len(x)), self.width).to(self.dtype)
+        time = F.silu(self.time(time))
+        wide = x.to(self.dtype)
+        tokens = rearrange(wide, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         h = repeated(self.embed(tokens) + self.position, rows)
         time = repeated(time, rows)
         for block, layer in zip(self.blocks, prepared.layers, strict=True):
@@ -121,7 +136,7 @@ class DiT(nn.Module):
         shift, scale = self.modulate(time).unsqueeze(1).chunk(2, -1)
         h = self.out(self.norm(h) * (1 + scale) + shift)
         height, width = self.grid
-        return rearrange(
+        out = rearrange(
             h,
             "b (h w) (c p q) -> b c (h p) (w q)",
             h=height,
@@ -129,6 +144,16 @@ class DiT(nn.Module):
             p=self.patch,
             q=self.patch,
         )
+        return out.to(x.dtype)
+
+    def _check(self, x: Tensor, prepared: PreparedTokens) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, the network takes (b, "
+                f"{', '.join(map(str, self.shape))})"
+            )
+        check_floating(x, "latents", "noisy numbers")
+        check_rows(x, prepared.rows)
 
 
 class DiTBlock(nn.Module):

@@ -11,11 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retrodiff.networks.codec import Decoder, Encoder, check_images
+from retrodiff.interfaces import Autoencoder
+from retrodiff.networks.codec import Decoder, Encoder, check_images, check_latents
+from retrodiff.networks.placed import Placed, at_least_float32
 
 
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Placed, Autoencoder):
     """Images in [-1, 1] <-> latents: the mean of the posterior, times ``scale_factor``.
+
+    Images and latents may have any floating dtype. Computed in the weights' dtype (under autocast
+    in its own); what is returned is float32, or float64 where the weights are.
 
     Args:
         channels: channels of the first level.
@@ -79,7 +84,8 @@ class KLAutoencoder(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, c, h, w) -> mean and log-variance (b, latent, h/f, w/f), without the scale."""
         check_images(images, self.image_channels, self.factor)
-        mean, log_variance = self.to_latent(self.encoder(images)).contiguous().chunk(2, dim=1)
+        moments = self.to_latent(self.encoder(images.to(self.dtype))).contiguous()
+        mean, log_variance = at_least_float32(moments).chunk(2, dim=1)
         return mean, log_variance
 
     def encode(self, images: Tensor) -> Tensor:
@@ -88,4 +94,6 @@ class KLAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, latent, h, w), scaled -> images (b, c, f*h, f*w) in about [-1, 1]."""
-        return self.decoder(self.from_latent(latents / self.scale_factor)).contiguous()
+        check_latents(latents, self.latent_channels)
+        unscaled = (at_least_float32(latents) / self.scale_factor).to(self.dtype)
+        return at_least_float32(self.decoder(self.from_latent(unscaled))).contiguous()

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrodiff.interfaces import Autoencoder
+from retrodiff.networks.codec import check_latents
+from retrodiff.networks.placed import Placed, at_least_float32, check_floating
+from retrodiff.precision import full_precision
 
 
-class PrincipalPatches(nn.Module, Autoencoder):
+class PrincipalPatches(Placed, Autoencoder):
     """Images (b, c, h, w) <-> latents (b, components, h / patch, w / patch). Make one with `fit`.
+
+    Images and latents may have any floating dtype. Computed and returned in float32 whatever the
+    dtype of the components, autocast or not, and in float64 where they are.
 
     Args:
         channels: c of the images.
@@ -66,14 +72,27 @@ class PrincipalPatches(nn.Module, Autoencoder):
         Raises:
             ValueError: the images cannot be cut into patches.
         """
-        centered = self._patches(images) - self.mean.view(1, -1, 1, 1)
-        return torch.einsum("kf,bfhw->bkhw", self.basis / self.scale[:, None], centered)
+        with full_precision():
+            mean, basis, scale = self._components()
+            centered = self._patches(images).to(mean.dtype) - mean.view(1, -1, 1, 1)
+            return torch.einsum("kf,bfhw->bkhw", basis / scale[:, None], centered)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Whitened components -> the images that they describe."""
-        pixels = torch.einsum("kf,bkhw->bfhw", self.basis * self.scale[:, None], latents)
-        pixels = pixels + self.mean.view(1, -1, 1, 1)
+        check_latents(latents, self.components)
+        with full_precision():
+            mean, basis, scale = self._components()
+            wide = latents.to(mean.dtype)
+            pixels = torch.einsum("kf,bkhw->bfhw", basis * scale[:, None], wide)
+            pixels = pixels + mean.view(1, -1, 1, 1)
         return rearrange(pixels, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def _components(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            at_least_float32(self.mean),
+            at_least_float32(self.basis),
+            at_least_float32(self.scale),
+        )
 
     def _patches(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -82,4 +101,5 @@ class PrincipalPatches(nn.Module, Autoencoder):
                 f"images {tuple(images.shape[1:])} cannot be cut into patches of {self.channels} "
                 f"channels and side {self.patch}: resize them to a multiple"
             )
+        check_floating(images, "images", "numbers in [-1, 1]: pixels / 127.5 - 1")
         return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)

@@ -15,6 +15,7 @@ def join_streams(
     context: Context,
     widths: Mapping[str, int],
     project: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tokens | None:
     """The tokens of all streams, in the order of ``widths``; None for a network without any.
 
@@ -22,6 +23,7 @@ def join_streams(
         context: its streams must be those of ``widths``.
         widths: width of each stream that the network accepts.
         project: brings each stream to a common width.
+        dtype: of the tokens; None: as they are.
 
     Raises:
         ValueError: streams or widths differ from the network's, or there is no token at all.
@@ -34,12 +36,11 @@ def join_streams(
         )
     if not widths:
         return None
-    parts = [
-        replace(context.streams[name], values=project[name](context.streams[name].values))
-        if project
-        else context.streams[name]
-        for name in widths
-    ]
+    parts: list[Tokens] = []
+    for name in widths:
+        values = context.streams[name].values.to(dtype)
+        values = project[name](values) if project else values
+        parts.append(replace(context.streams[name], values=values))
     total = sum(part.values.shape[-2] for part in parts)
     if total == 0:
         raise ValueError(

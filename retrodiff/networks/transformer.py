@@ -104,20 +104,29 @@ class SpatialTransformer(nn.Module):
     Args:
         channels: c.
         context_width: d of the tokens; None leaves the cross-attention out.
-        channels_per_head: must divide the channels.
+        channels_per_head: must divide the channels where ``heads`` is None.
+        heads: must divide the channels; None: as many as ``channels_per_head`` gives.
         depth: number of blocks.
     """
 
     def __init__(
-        self, channels: int, *, context_width: int | None, channels_per_head: int, depth: int = 1
+        self,
+        channels: int,
+        *,
+        context_width: int | None,
+        channels_per_head: int = 32,
+        heads: int | None = None,
+        depth: int = 1,
     ):
         super().__init__()
-        heads, rest = divmod(channels, channels_per_head)
-        if rest:
+        name = "heads" if heads is not None else "channels_per_head"
+        divisor = channels_per_head if heads is None else heads
+        if divisor < 1 or channels % divisor:
             raise ValueError(
-                f"channels_per_head={channels_per_head} does not divide {channels} channels: "
-                "choose a divisor of every level's channels"
+                f"{name}={divisor} does not divide {channels} channels: choose a divisor of every "
+                "level's channels"
             )
+        heads = channels // channels_per_head if heads is None else heads
         self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(

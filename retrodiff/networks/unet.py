@@ -22,9 +22,11 @@ from retrodiff.networks.blocks import (
     Downsample,
     ResBlock,
     Upsample,
+    check_channels,
     timestep_embedding,
     zeroed,
 )
+from retrodiff.networks.placed import Placed, check_floating, check_rows
 from retrodiff.networks.streams import join_streams
 from retrodiff.networks.transformer import SpatialTransformer, repeated
 
@@ -46,7 +48,7 @@ class PreparedContext:
     vector: Tensor | None = None
 
 
-class UNet(nn.Module):
+class UNet(Placed):
     """Noise prediction ``(x, timesteps, context) -> eps``.
 
     Args:
@@ -61,7 +63,10 @@ class UNet(nn.Module):
             neighbors; the middle always does.
         context_width: d of the neighbors; None: a network without cross-attention.
         streams: names of the context streams it is meant for, all of width ``context_width``.
-        channels_per_head: width of an attention head.
+        channels_per_head: width of an attention head; not used where ``heads`` is given.
+        heads: attention heads at every place that attends, as the text-to-image and the
+            class-conditional models of the family have it; None: as many as ``channels_per_head``
+            gives.
         vector_width: v of a vector that joins the timestep embedding; None: there is none.
         depth: transformer blocks at each place that attends.
         dropout: probability inside the residual blocks.
@@ -81,22 +86,19 @@ class UNet(nn.Module):
         context_width: int | None,
         streams: Sequence[str] = ("neighbors",),
         channels_per_head: int = 32,
+        heads: int | None = None,
         vector_width: int | None = None,
         depth: int = 1,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        if channels % GROUPS:
-            raise ValueError(
-                f"channels={channels} is not a multiple of {GROUPS}, the groups of every norm: "
-                f"choose one that is"
-            )
+        check_channels(channels)
         self.in_channels, self.out_channels, self.size = in_channels, out_channels, size
         self.channels, self.multipliers = channels, tuple(multipliers)
         self.blocks_per_level, self.attention_factors = blocks_per_level, tuple(attention_factors)
         self.context_width, self.streams = context_width, tuple(streams)
-        self.channels_per_head = channels_per_head
+        self.channels_per_head, self.heads = channels_per_head, heads
         self.vector_width, self.depth, self.dropout = vector_width, depth, dropout
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -110,6 +112,7 @@ class UNet(nn.Module):
                     width_out,
                     context_width=context_width,
                     channels_per_head=channels_per_head,
+                    heads=heads,
                     depth=depth,
                 )
             zeroed(res.conv2)
@@ -164,6 +167,7 @@ class UNet(nn.Module):
             "context_width": self.context_width,
             "streams": list(self.streams),
             "channels_per_head": self.channels_per_head,
+            "heads": self.heads,
             "vector_width": self.vector_width,
             "depth": self.depth,
             "dropout": self.dropout,
@@ -179,11 +183,6 @@ class UNet(nn.Module):
     def widths(self) -> dict[str, int]:
         """Width of each context stream; empty: takes no tokens."""
         return {} if self.context_width is None else dict.fromkeys(self.streams, self.context_width)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.conv_in.weight.dtype
 
     def prepare(
         self, context: Tensor | Context | None, steps: int | None = None
@@ -311,21 +310,18 @@ class UNet(nn.Module):
 
     def _check(self, x: Tensor, prepared: PreparedContext) -> None:
         factor = 2 ** (len(self.multipliers) - 1)
-        height, width = x.shape[-2:]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, the network takes (b, {self.in_channels}, h, w)"
             )
+        height, width = x.shape[-2:]
         if height % factor or width % factor:
             raise ValueError(
                 f"a latent of {height}x{width} cannot be halved {len(self.multipliers) - 1} times: "
                 f"use multiples of {factor}"
             )
-        if prepared.rows and prepared.rows % len(x):
-            raise ValueError(
-                f"x has {len(x)} rows, the context {prepared.rows}: hand in as many of both, or a "
-                "whole multiple for the branches of guidance"
-            )
+        check_floating(x, "latents", "noisy numbers")
+        check_rows(x, prepared.rows)
 
 
 class Stage(nn.Module):

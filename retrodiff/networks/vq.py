@@ -13,14 +13,21 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from retrodiff.networks.codec import Decoder, Encoder, check_images
+from retrodiff.interfaces import Autoencoder
+from retrodiff.networks.codec import Decoder, Encoder, check_images, check_latents
+from retrodiff.networks.placed import Placed, at_least_float32
+from retrodiff.precision import full_precision
 
 ROWS_AT_ONCE = 8192
 """Latent positions compared with the codebook at a time: with 8,192 codes 256 MB in float32."""
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(Placed, Autoencoder):
     """Images in [-1, 1] <-> latents, quantized on the way back.
+
+    Images and latents may have any floating dtype. Computed in the weights' dtype (under autocast
+    in its own); what is returned is float32, or float64 where the weights are. The nearest codes
+    are always found in float32 or better: rounded distances pick other codes.
 
     Args:
         channels: channels of the first level.
@@ -88,7 +95,8 @@ class VQAutoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] -> latents before quantization (b, latent, h/f, w/f)."""
         check_images(images, self.image_channels, self.factor)
-        return self.to_latent(self.encoder(images)).contiguous() * self.scale_factor
+        latents = self.to_latent(self.encoder(images.to(self.dtype))).contiguous()
+        return at_least_float32(latents) * self.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, latent, h, w), quantized -> images (b, c, f*h, f*w) in about [-1, 1]."""
@@ -101,17 +109,19 @@ class VQAutoencoder(nn.Module):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Numbers of codes (b, h, w) -> images (b, c, f*h, f*w)."""
         quantized = rearrange(self.codebook(codes), "b h w c -> b c h w")
-        return self.decoder(self.from_latent(quantized)).contiguous()
+        return at_least_float32(self.decoder(self.from_latent(quantized))).contiguous()
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents (b, latent, h, w) -> numbers of the nearest codes (b, h, w)."""
-        rows = rearrange(latents.float() / self.scale_factor, "b c h w -> (b h w) c")
-        book = self.codebook.weight.float()
-        # |z - e|^2 less |z|^2, which is the same for all codes.
-        norms = book.square().sum(1)
-        found = [
-            torch.addmm(norms, part, book.T, alpha=-2).argmin(1)
-            for part in rows.split(ROWS_AT_ONCE)
-        ]
+        check_latents(latents, self.latent_channels)
+        with full_precision():
+            book = at_least_float32(self.codebook.weight)
+            rows = rearrange(latents.to(book.dtype), "b c h w -> (b h w) c") / self.scale_factor
+            # |z - e|^2 less |z|^2, which is the same for all codes.
+            norms = book.square().sum(1)
+            found = [
+                torch.addmm(norms, part, book.T, alpha=-2).argmin(1)
+                for part in rows.split(ROWS_AT_ONCE)
+            ]
         b, _, h, w = latents.shape
         return rearrange(torch.cat(found), "(b h w) -> b h w", b=b, h=h, w=w)

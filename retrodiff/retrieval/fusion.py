@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.interfaces import Database, Neighbors, Query, Retriever, TextEncoder
+from retrodiff.numbers import real, whole
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class ReciprocalRankFusion(Retriever):
     retriever: Retriever
     top: int
     constant: float = 60.0
+
+    def __post_init__(self) -> None:
+        whole("top", self.top)
+        real("constant", self.constant, 0)
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """Queries (b, q, d) -> k rows (b, k), highest score first."""
@@ -60,6 +65,9 @@ class MaxSimilarity(Retriever):
 
     retriever: Retriever
     top: int
+
+    def __post_init__(self) -> None:
+        whole("top", self.top)
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """Queries (b, q, d) -> k rows (b, k), highest cosine to any of the q first."""

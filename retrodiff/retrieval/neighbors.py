@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Database, Query, Retriever
+from retrodiff.files import given, place
+from retrodiff.interfaces import Database, Query, Randomness, Retriever
+from retrodiff.numbers import LARGEST_SEED, whole
 from retrodiff.retrieval.table import map_table, tabulated
 
 
@@ -46,16 +48,18 @@ def neighbor_table(
             from it and takes no memory. None: in memory.
         resume: continue a file that was begun, to the same bytes; a whole one is opened.
         overwrite: replace what is there.
-        batch_size: queries per search.
-        seed: of retrievers that draw; every batch draws from its own.
+        batch_size: queries per search; the result does not depend on it.
+        seed: of retrievers that draw; every query draws from its own randomness.
         progress: show a bar.
 
     Raises:
         ValueError: the file that is there is of other queries, another database, k or retriever.
     """
+    k, batch_size = whole("k", k), whole("batch_size", batch_size)
+    seed = whole("seed", seed, 0, LARGEST_SEED)
 
     def rows(start: int, stop: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + start) % 2**63)
+        generator = Randomness.of(seed, range(start, stop), "retrieval")
         query = dataclasses.replace(queries.rows(slice(start, stop)), generator=generator)
         return retriever.retrieve(query, database, k).indices
 
@@ -77,7 +81,7 @@ def neighbor_table(
         batch_size=batch_size,
         what="neighbors",
         progress=progress,
-        path=None if path is None else Path(path),
+        path=None if path is None else place(path),
         about=about,
         resume=resume,
         overwrite=overwrite,
@@ -92,7 +96,7 @@ def open_neighbor_table(path: str | Path, database: Database, k: int | None = No
         database: the one that the rows are of; any other is refused.
         k: neighbors per query, the first of those in the file; None: all.
     """
-    table, about = map_table(Path(path))
+    table, about = map_table(given(path))
     for name, value in _of_database(database).items():
         if about.get(name) != str(value):
             raise ValueError(

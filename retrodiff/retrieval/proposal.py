@@ -1,4 +1,4 @@
-"""What to ask when nobody asks: distributions over the rows of a database."""
+"""Distributions over database rows used as queries in unconditional sampling (p_D)."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retrodiff.files import write_safetensors
+from retrodiff.files import given, place
 from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
+from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
+from retrodiff.tensors import map_file, write_hashed_tensors
 
 FORMAT = 1
 
@@ -34,7 +36,7 @@ class _Drawing(ProposalDistribution, Protocol):
         """
         rows, weights = self.support(database)
         cumulative = weights.double().cumsum(0)
-        point = torch.rand(n, generator=generator, dtype=torch.float64) * cumulative[-1]
+        point = uniform(generator, (n,), torch.float64) * cumulative[-1]
         chosen = rows[torch.searchsorted(cumulative, point, right=True).clamp_max(len(rows) - 1)]
         source = tuple(f"row {row}" for row in chosen.tolist())
         return Query(database.embeddings(chosen), source, chosen, generator)
@@ -42,7 +44,7 @@ class _Drawing(ProposalDistribution, Protocol):
 
 @dataclass(frozen=True)
 class Uniform(_Drawing):
-    """Every row alike: what there is before a proposal has been fitted to a new database."""
+    """Every row with the same probability; needs no fitting."""
 
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
         """All rows, weight 1."""
@@ -51,7 +53,9 @@ class Uniform(_Drawing):
 
 @dataclass(frozen=True, eq=False)
 class NeighborCounts(_Drawing):
-    """p_D: each row as often as it is a neighbor of a training image (Blattmann et al. 2022).
+    """Each row in proportion to how often it is a neighbor of a training image.
+
+    The p_D of Blattmann et al. 2022.
 
     Make one with `fit`. It belongs to the database it was fitted on and refuses any other.
 
@@ -77,10 +81,10 @@ class NeighborCounts(_Drawing):
         """Counts the k neighbors of every query; needs nothing but embeddings, so no training."""
         retriever = retriever or NearestNeighbors()
         table = neighbor_table(queries, database, k, retriever, progress=progress)
-        return cls.of_table(table, database)
+        return cls.from_table(table, database)
 
     @classmethod
-    def of_table(cls, table: Tensor, database: Database) -> NeighborCounts:
+    def from_table(cls, table: Tensor, database: Database) -> NeighborCounts:
         """Counts the rows in a neighbor table (n, k) that training already has, mapped or not."""
         counts = torch.zeros(len(database), dtype=torch.int64)
         for part in table.split(max(1, COUNTED // max(1, table[:1].numel()))):
@@ -110,22 +114,33 @@ class NeighborCounts(_Drawing):
     def save(self, path: str | Path) -> None:
         """One safetensors file with the fingerprint in its header."""
         header = {"format": str(FORMAT), "fingerprint": json.dumps(vars(self.fingerprint))}
-        write_safetensors(Path(path), {"rows": self.rows, "counts": self.counts}, header)
+        write_hashed_tensors(place(path), {"rows": self.rows, "counts": self.counts}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> NeighborCounts:
-        """What `save` wrote."""
-        from safetensors import safe_open
+        """The proposal in a file written by `save`.
 
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != str(FORMAT):
-                raise ValueError(
-                    f"{path} has format {header.get('format')}, but this version reads proposals "
-                    f"of format {FORMAT}"
-                )
-            fingerprint = Fingerprint(**json.loads(header["fingerprint"]))
-            return cls(file.get_tensor("rows"), file.get_tensor("counts"), fingerprint)
+        Raises:
+            ValueError: the file is damaged, or of another format.
+        """
+        again = "fit the proposal again"
+        found = map_file(given(path), again=again)
+        if found.metadata.get("format") != str(FORMAT):
+            raise ValueError(
+                f"{path} has format {found.metadata.get('format')!r:.40}, but this version reads "
+                f"proposals of format {FORMAT}"
+            )
+        try:
+            fingerprint = Fingerprint.from_json(json.loads(found.metadata["fingerprint"]))
+            rows, counts = found.tensors["rows"].clone(), found.tensors["counts"].clone()
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no proposal ({error}): {again}") from None
+        whole = rows.dtype == counts.dtype == torch.int64
+        if not whole or rows.ndim != 1 or rows.shape != counts.shape or not len(rows):
+            raise ValueError(f"{path} holds no counts of rows: {again}")
+        if int(rows[0]) < 0 or bool((rows.diff() <= 0).any()) or int(counts.min()) < 1:
+            raise ValueError(f"{path} is damaged (rows and counts out of range): {again}")
+        return cls(rows, counts, fingerprint)
 
 
 @dataclass(frozen=True)

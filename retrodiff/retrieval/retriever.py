@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Database, Neighbors, Query, Retriever, unit
+from retrodiff.interfaces import Database, Neighbors, Query, Record, Retriever, unit
+from retrodiff.numbers import real, whole
+from retrodiff.randomness import uniform
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class RandomOfTop(Retriever):
     retriever: Retriever
     top: int
 
+    def __post_init__(self) -> None:
+        whole("top", self.top)
+
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """Some k of the top rows, nearest first among the drawn."""
         if self.top < k:
             raise ValueError(f"top={self.top} rows are fewer than k={k}: raise top to k or more")
         pool = self.retriever.retrieve(query, database, self.top)
-        chance = torch.rand(pool.indices.shape, generator=query.generator)
+        chance = uniform(query.generator, pool.indices.shape)
         return pool.take(chance.argsort(-1)[..., :k].sort(-1).values)
 
 
@@ -62,6 +68,10 @@ class Diverse(Retriever):
     retriever: Retriever
     diversity: float
     top: int
+
+    def __post_init__(self) -> None:
+        real("diversity", self.diversity, 0, 1)
+        whole("top", self.top)
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """Some k of the top rows, in the order in which they were taken."""
@@ -92,11 +102,18 @@ class ExcludeSelf(Retriever):
     retriever: Retriever
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k rows other than ``query.ids``; queries without an id get their k nearest."""
-        if query.ids is None:
-            return self.retriever.retrieve(query, database, k)
-        ids = query.ids.reshape(-1, *[1] * (query.embedding.ndim - 1))
-        return _first_allowed(self.retriever, query, database, k, 1, lambda n: n.indices != ids)
+        """Some k rows other than ``query.ids``; queries of id -1 get their k nearest.
+
+        Raises:
+            ValueError: the query has no ids, or too few rows are left.
+        """
+        _ids(self, query)
+
+        def allowed(query: Query, found: Neighbors) -> Tensor:
+            own = _ids(self, query).to(found.indices.device)
+            return found.indices != own.reshape(-1, *[1] * (found.indices.ndim - 1))
+
+        return _first_allowed(self.retriever, query, database, k, 1, allowed)
 
 
 @dataclass(frozen=True)
@@ -112,30 +129,31 @@ class ExcludeGroup(Retriever):
     column: str
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k rows of other groups; queries without an id get their k nearest."""
-        if query.ids is None:
-            return self.retriever.retrieve(query, database, k)
-        known = query.ids >= 0
-        own: list[object] = [object()] * len(query)
-        for row, record in zip(
-            known.nonzero().flatten().tolist(),
-            database.records(query.ids[known]),
-            strict=True,
-        ):
-            if self.column not in record:
-                raise ValueError(
-                    f"column {self.column!r} is not in the database's records, which have "
-                    f"{', '.join(sorted(record))}"
-                )
-            own[row] = record[self.column]
+        """Some k rows of other groups; queries of id -1 get their k nearest.
 
-        def allowed(found: Neighbors) -> Tensor:
-            flat = database.records(found.indices.reshape(-1))
-            per_query = len(flat) // len(query)
-            groups = [r[self.column] != own[i // per_query] for i, r in enumerate(flat)]
-            return torch.tensor(groups).view(found.indices.shape)
+        Raises:
+            ValueError: the query has no ids, the records lack the column, or too few rows are left.
+        """
+        ids = _ids(self, query).cpu()
+        known = ids[ids >= 0].unique()
+        group = dict(zip(known.tolist(), map(self._group, database.records(known)), strict=True))
+
+        def allowed(query: Query, found: Neighbors) -> Tensor:
+            records = database.records(found.indices.reshape(-1).cpu())
+            own = [group.get(row, _NO_GROUP) for row in _ids(self, query).tolist()]
+            each = len(records) // len(query)
+            other = [self._group(r) != own[i // each] for i, r in enumerate(records)]
+            return torch.tensor(other, device=found.indices.device).view(found.indices.shape)
 
         return _first_allowed(self.retriever, query, database, k, k, allowed)
+
+    def _group(self, record: Record) -> object:
+        if self.column not in record:
+            raise ValueError(
+                f"column {self.column!r} is not in the database's records, which have "
+                f"{', '.join(sorted(record))}"
+            )
+        return record[self.column]
 
 
 @dataclass(frozen=True)
@@ -150,11 +168,30 @@ class ExcludeDuplicates(Retriever):
     retriever: Retriever
     threshold: float
 
+    def __post_init__(self) -> None:
+        real("threshold", self.threshold, -1, 1)
+
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """The k nearest rows at or below the threshold."""
-        return _first_allowed(
-            self.retriever, query, database, k, k, lambda n: n.similarity <= self.threshold
+
+        def allowed(query: Query, found: Neighbors) -> Tensor:
+            del query
+            return found.similarity <= self.threshold
+
+        return _first_allowed(self.retriever, query, database, k, k, allowed)
+
+
+_NO_GROUP = object()
+
+
+def _ids(retriever: Retriever, query: Query) -> Tensor:
+    """The rows that the queries are; refused where that is unknown."""
+    if query.ids is None:
+        raise ValueError(
+            f"{type(retriever).__name__} leaves out the queries' own rows, but the query has no "
+            "ids: give Query(embedding, ids=rows), -1 for a query that is no row of the database"
         )
+    return query.ids
 
 
 def _first_allowed(
@@ -163,21 +200,34 @@ def _first_allowed(
     database: Database,
     k: int,
     extra: int,
-    allowed: Callable[[Neighbors], Tensor],
+    allowed: Callable[[Query, Neighbors], Tensor],
 ) -> Neighbors:
-    """The first k allowed rows of every query, looking further until all have them."""
+    """The first k allowed rows of every query.
+
+    Queries that have too few are asked again for more, and only they: how far one has to look does
+    not change what another gets.
+    """
     total = len(database)
-    while True:
-        reach = min(k + extra, total)
-        found = retriever.retrieve(query, database, reach)
-        keep = allowed(found)
-        if bool((keep.sum(-1) >= k).all()):
-            # A stable sort of "not allowed" brings the allowed rows forward in their own order.
-            return found.take((~keep).int().argsort(dim=-1, stable=True)[..., :k])
-        if reach == total:
-            least = int(keep.sum(-1).min())
-            raise ValueError(
-                f"k={k} neighbors were asked for, but after exclusion only {least} of the "
-                f"database's {total} rows are left for some query: lower k or add rows"
-            )
-        extra *= 4
+    reach = min(k + extra, total)
+    found = retriever.retrieve(query, database, reach)
+    keep = allowed(query, found)
+    # A stable sort of "not allowed" brings the allowed rows forward in their own order.
+    first = found.take((~keep).int().argsort(dim=-1, stable=True)[..., :k])
+    enough = (keep.sum(-1) >= k).reshape(len(query), -1).all(-1).cpu()
+    if bool(enough.all()):
+        return first
+    if reach == total:
+        least = int(keep.sum(-1).min())
+        raise ValueError(
+            f"k={k} neighbors were asked for, but after exclusion only {least} of the "
+            f"database's {total} rows are left for some query: lower k or add rows"
+        )
+    missing = (~enough).nonzero().flatten()
+    more = _first_allowed(retriever, query.rows(missing), database, k, extra * 4, allowed)
+    at = missing.to(first.indices.device)
+    return dataclasses.replace(
+        first,
+        indices=first.indices.index_copy(0, at, more.indices),
+        similarity=first.similarity.index_copy(0, at, more.similarity),
+        embeddings=first.embeddings.index_copy(0, at, more.embeddings),
+    )

@@ -1,8 +1,9 @@
 """A tensor computed batch by batch: in memory, or in a file that grows and is mapped when whole.
 
-The file is safetensors. Until it is whole it lies at ``PATH.partial``, which at any moment is a
-prefix of the bytes to be: a process that is killed leaves its finished batches behind, and the next
-one goes on after them. Batches begin where the row numbers say, so the bytes come out the same.
+The file is safetensors, with the SHA-256 of its bytes in its header. Until it is whole it lies at
+``PATH.partial``, and ``PATH.batches.partial`` holds the hash of all that came before the end of
+each batch. A process that is killed leaves both behind; the next one goes on after the last batch
+that is as it was written. Batches begin where the row numbers say, so the bytes come out the same.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -10,25 +11,29 @@ one goes on after them. Batches begin where the row numbers say, so the bytes co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrodiff.files import make_folder
+from retrodiff.files import make_folder, room_for, sync_folder
+from retrodiff.hashed import HASH
 from retrodiff.locks import writing
 from retrodiff.progress import progress_bar
+from retrodiff.tensors import BLANK, Tensors, header, map_file, put_hash, read_header
 
 FORMAT = 1
 NAME = "rows"
 """Of the one tensor in the file."""
 
-_DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.float32: "F32"}
+AGAIN = "make it again"
 
 
 def tabulated(
@@ -85,96 +90,152 @@ def tabulated(
         for i, rows in enumerate(batches(0)):
             table[i * batch_size : i * batch_size + len(rows)] = rows
         return table
-    header = _header(shape, dtype, {**(about or {}), "format": FORMAT, "batch_size": batch_size})
-    partial = path.with_name(path.name + ".partial")
+    layout = {NAME: (dtype, shape)}
+    metadata = {**(about or {}), "format": FORMAT, "batch_size": batch_size, HASH: BLANK}
+    begin = header(layout, {name: str(value) for name, value in metadata.items()})
     if path.exists() and not overwrite:
         if not resume:
             raise FileExistsError(
                 f"{path} exists: use it (resume=True), replace it (overwrite=True), or choose "
                 "another path"
             )
-        _check_same(path, _read_header(path), header)
-        return map_table(path)[0]
-    if partial.exists() and not (resume or overwrite):
+        whole = map_file(path, again=AGAIN)
+        _check_same(path, _facts_of(whole), _facts(begin))
+        return whole.tensors[NAME]
+    begun = Unfinished(path, begin, shape[0], batch_size, math.prod(shape[1:]) * dtype.itemsize)
+    if begun.partial.exists() and not (resume or overwrite):
         raise FileExistsError(
-            f"{partial} is unfinished: continue it (resume=True) or start anew (overwrite=True)"
+            f"{begun.partial} is unfinished: continue it (resume=True) or start anew "
+            "(overwrite=True)"
         )
     make_folder(path.parent)
-    with partial.open("ab") as file, writing(partial):
-        width = math.prod(shape[1:]) * dtype.itemsize
-        begun = _rows_in(partial, header, width) if resume else None
-        whole = (begun or 0) if begun == shape[0] else (begun or 0) // batch_size * batch_size
-        file.truncate(0 if begun is None else len(header) + whole * width)
-        if begun is None:
-            file.write(header)
-        for rows in batches(whole):
-            file.write(rows.numpy().data)
-            file.flush()
-        os.fsync(file.fileno())
-        os.replace(partial, path)
+    way_out = "make room, then continue (resume=True)"
+    with writing(begun.partial, make=Path.touch), room_for(path.parent, way_out):
+        begun.finish(batches, resume)
     return map_table(path)[0]
 
 
 def map_table(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The tensor of a whole file, mapped and not read, and what its header says about it."""
-    from safetensors import SafetensorError, safe_open
+    """The tensor of a whole file, mapped, and what its header says about it.
 
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != str(FORMAT):
-                raise ValueError(
-                    f"{path} has format {about.get('format')}, but this version reads tables of "
-                    f"format {FORMAT}"
+    Every byte is compared with the hash in the header, once per process.
+    """
+    found = map_file(path, again=AGAIN)
+    if found.metadata.get("format") != str(FORMAT):
+        raise ValueError(
+            f"{path} has format {found.metadata.get('format')!r:.40}, but this version reads "
+            f"tables of format {FORMAT}: {AGAIN}"
+        )
+    if found.tensors.keys() != {NAME} or found.tensors[NAME].ndim < 2:
+        raise ValueError(f"{path} is no table: {AGAIN}")
+    return found.tensors[NAME], found.metadata
+
+
+class Unfinished:
+    """The file of a table that is being made, and the hashes of its batches.
+
+    Args:
+        path: of the file to be.
+        begin: its header, with a blank hash.
+        rows: of the table.
+        batch_size: rows per batch.
+        width: bytes of a row.
+    """
+
+    def __init__(self, path: Path, begin: bytes, rows: int, batch_size: int, width: int):
+        self.path, self.begin, self.rows = path, begin, rows
+        self.batch_size, self.width = batch_size, width
+        self.partial = path.with_name(path.name + ".partial")
+        self.log = path.with_name(path.name + ".batches.partial")
+
+    def finish(self, batches: Callable[[int], Iterator[Tensor]], resume: bool) -> None:
+        """Writes the batches from a row on that are missing, and gives the file its name."""
+        self.log.touch()
+        with self.partial.open("r+b") as file, self.log.open("r+b") as log:
+            digest, hashes = hashlib.sha256(self.begin), list[bytes]()
+            if resume and self._is_ours(file):
+                digest, hashes = self._intact(file, log.read().splitlines())
+            done = min(len(hashes) * self.batch_size, self.rows)
+            log.seek(0)
+            log.truncate()
+            log.write(b"".join(line + b"\n" for line in hashes))
+            file.seek(0)
+            file.write(self.begin)
+            file.seek(len(self.begin) + done * self.width)
+            file.truncate()
+            for rows in batches(done):
+                piece = rows.numpy().data
+                file.write(piece)
+                file.flush()
+                digest.update(piece)
+                log.write(digest.hexdigest().encode() + b"\n")
+                log.flush()
+            put_hash(file, digest.hexdigest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        self.log.unlink(missing_ok=True)
+
+    def _is_ours(self, file: Any) -> bool:
+        """Whether a file was begun with the same header; what was made otherwise is refused."""
+        if self.begin.startswith(file.read(len(self.begin))):
+            return True
+        file.seek(0)
+        try:
+            found = read_header(file, self.partial, AGAIN)
+        except ValueError:
+            found = b""
+        if not (facts := _facts(found)):
+            raise ValueError(
+                f"{self.partial} is damaged, or no unfinished table: start anew (overwrite=True)"
+            )
+        _check_same(self.partial, facts, _facts(self.begin))
+        return len(found) == len(self.begin)
+
+    def _intact(self, file: Any, lines: Sequence[bytes]) -> tuple[Any, list[bytes]]:
+        """Hash after the last batch that is as it was written, and the hashes up to it."""
+        digest, hashes = hashlib.sha256(self.begin), list[bytes]()
+        file.seek(len(self.begin))
+        for number, line in enumerate(lines):
+            rows = min(self.batch_size, self.rows - number * self.batch_size)
+            piece = file.read(max(0, rows) * self.width)
+            ahead = digest.copy()
+            ahead.update(piece)
+            if rows <= 0 or line != ahead.hexdigest().encode():
+                warnings.warn(
+                    f"{self.partial} is not as it was written: rows from "
+                    f"{number * self.batch_size} on are computed again",
+                    stacklevel=6,
                 )
-            return file.get_tensor(NAME), about
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole table ({error}): make it again") from None
+                break
+            digest = ahead
+            hashes.append(line)
+        return digest, hashes
 
 
-def _header(shape: tuple[int, ...], dtype: torch.dtype, about: Mapping[str, object]) -> bytes:
-    """The first bytes of a safetensors file that holds one tensor."""
-    size = math.prod(shape) * dtype.itemsize
-    tensor = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}
-    metadata = {name: str(value) for name, value in about.items()}
-    text = json.dumps({"__metadata__": metadata, NAME: tensor}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _facts_of(found: Tensors) -> dict[str, Any]:
+    table = found.tensors.get(NAME)
+    shape = None if table is None else list(table.shape)
+    return {**found.metadata, "shape": shape}
 
 
-def _read_header(path: Path) -> bytes | None:
-    """The header of a file; None where it was cut off."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        text = file.read(int.from_bytes(length, "little"))
-    whole = len(length) == 8 and len(text) == int.from_bytes(length, "little")
-    return length + text if whole else None
-
-
-def _rows_in(partial: Path, header: bytes, width: int) -> int | None:
-    """Whole rows in a file that was begun with the same header; None if not even that is whole."""
-    found = _read_header(partial)
-    if found is None:
-        return None
-    _check_same(partial, found, header)
-    return (partial.stat().st_size - len(header)) // width
-
-
-def _check_same(path: Path, found: bytes | None, wanted: bytes) -> None:
-    """Refuses a file that was made from something else, and says from what."""
-    if found == wanted:
-        return
-    theirs, mine = (_facts(header) for header in (found, wanted))
-    name = next((n for n in mine if mine[n] != theirs.get(n)), "header")
-    raise ValueError(
-        f"{path} was made with {name}={theirs.get(name)!r}, now {name}={mine.get(name)!r}: give "
-        "the same, choose another path, or start anew (overwrite=True)"
-    )
-
-
-def _facts(header: bytes | None) -> dict[str, Any]:
+def _facts(begin: bytes) -> dict[str, Any]:
+    """What a header says that a table was made from; nothing if it is none."""
     try:
-        value = json.loads((header or b"")[8:])
-        return {**value["__metadata__"], "shape": value[NAME]["shape"]}
-    except (ValueError, KeyError, TypeError):
+        value = json.loads(begin[8:])
+        facts = {**value["__metadata__"], "shape": value[NAME]["shape"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return {name: fact for name, fact in facts.items() if name != HASH}
+
+
+def _check_same(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses a file that was made from something else, and says from what."""
+    for name in mine:
+        if mine[name] != theirs.get(name):
+            raise ValueError(
+                f"{path} was made with {name}={theirs.get(name)!r:.200}, now "
+                f"{name}={mine[name]!r:.200}: give the same, choose another path, or start anew "
+                "(overwrite=True)"
+            )

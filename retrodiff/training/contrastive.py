@@ -14,7 +14,10 @@ from torch import Tensor
 
 from retrodiff.encoders import CLIPEncoder, TimmEncoder
 from retrodiff.interfaces import unit
-from retrodiff.training.optimize import Rate, optimize
+from retrodiff.numbers import real, whole
+from retrodiff.training.images import as_images, pixels
+from retrodiff.training.optimize import optimize
+from retrodiff.training.rates import LearningRate
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Images (b, c, h, w) and randomness -> other views of the same images."""
@@ -27,13 +30,13 @@ def fit_clip(
     *,
     steps: int,
     batch_size: int,
-    rate: Rate,
+    lr: LearningRate | float,
     augment: Augment | None = None,
     weight_decay: float = 0.1,
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Trains a CLIP in place (Radford et al. 2021), equal captions being equally right.
+    """Trains a CLIP in place (Radford et al. 2021); images of the same caption are all right.
 
     With few distinct captions a batch holds many correct pairs; their targets share the
     probability (UniCL, Yang et al. 2022).
@@ -42,9 +45,9 @@ def fit_clip(
         encoder: made by `CLIPEncoder.from_config`.
         images: (n, c, h, w) in [-1, 1].
         captions: n texts.
-        steps: how many.
+        steps: steps in all.
         batch_size: pairs per step.
-        rate: learning rate by step.
+        lr: learning rate: a number, or by step.
         augment: changes the images of a batch.
         weight_decay: of AdamW.
         seed: of everything random.
@@ -53,8 +56,12 @@ def fit_clip(
     Returns:
         The loss of every step (steps,).
     """
+    if isinstance(captions, str):
+        raise ValueError("captions is one text: give a list with one for each image")
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions: give one for each")
+    batch_size = whole("batch_size", batch_size)
+    images = as_images(images)
     distinct = list(dict.fromkeys(captions))
     number = {text: i for i, text in enumerate(distinct)}
     which = torch.tensor([number[text] for text in captions])
@@ -62,7 +69,8 @@ def fit_clip(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        batch = images[rows] if augment is None else augment(images[rows], generator)
+        batch = pixels(images, rows)
+        batch = batch if augment is None else augment(batch, generator)
         present, at = which[rows].unique(return_inverse=True)
         image = unit(encoder.image_features(batch))
         text = unit(encoder.text_features(tokens[present]))[at]
@@ -75,7 +83,7 @@ def fit_clip(
         encoder,
         loss,
         steps=steps,
-        rate=rate,
+        lr=lr,
         weight_decay=weight_decay,
         seed=seed,
         progress=progress,
@@ -90,7 +98,7 @@ def fit_views(
     *,
     steps: int,
     batch_size: int,
-    rate: Rate,
+    lr: LearningRate | float,
     temperature: float = 0.2,
     weight_decay: float = 1e-4,
     seed: int = 0,
@@ -102,9 +110,9 @@ def fit_views(
         encoder: any timm network.
         images: (n, c, h, w) in [-1, 1].
         augment: makes a view.
-        steps: how many.
+        steps: steps in all.
         batch_size: images per step.
-        rate: learning rate by step.
+        lr: learning rate: a number, or by step.
         temperature: of the contrast.
         weight_decay: of AdamW.
         seed: of everything random.
@@ -113,10 +121,18 @@ def fit_views(
     Returns:
         The loss of every step (steps,).
     """
+    batch_size, temperature = (
+        whole("batch_size", batch_size, 2),
+        real("temperature", temperature, above=0),
+    )
+    images = as_images(images)
+    if len(images) < 2:
+        raise ValueError("one image has no others to be compared with: give two or more")
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randperm(len(images), generator=generator)[:batch_size]
-        views = torch.cat([augment(images[rows], generator), augment(images[rows], generator)])
+        batch = pixels(images, rows)
+        views = torch.cat([augment(batch, generator), augment(batch, generator)])
         z = unit(encoder.features(views))
         logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
         n = len(rows)
@@ -127,7 +143,7 @@ def fit_views(
         encoder,
         loss,
         steps=steps,
-        rate=rate,
+        lr=lr,
         weight_decay=weight_decay,
         seed=seed,
         progress=progress,

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from retrodiff.numbers import real
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -19,14 +21,15 @@ class NamedEMA:
 
     Args:
         module: whose parameters are averaged, after it was moved and wrapped.
-        decay: per update; the first updates use (1 + n) / (10 + n) where that is smaller.
+        decay: per update, 0 to 1; the first updates use (1 + n) / (10 + n) where that is smaller.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         from torch_ema import ExponentialMovingAverage
 
+        self.decay = real("ema", decay, 0, 1)
         self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self._average: Any = ExponentialMovingAverage([p for _, p in self._named], decay)
+        self._average: Any = ExponentialMovingAverage([p for _, p in self._named], self.decay)
 
     def update(self) -> None:
         """After every optimizer step."""
@@ -41,7 +44,7 @@ class NamedEMA:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """What `state` returned.
+        """Takes what `state` returned.
 
         Raises:
             ValueError: the names differ.

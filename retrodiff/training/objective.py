@@ -7,25 +7,32 @@ from torch import Tensor, nn
 
 from retrodiff.interfaces import Neighbors, Query
 from retrodiff.model import Model
+from retrodiff.training.parts import trainable_modules
 
 
 class Objective(nn.Module):
     """The training loss of a model; its parameters are those of denoiser and conditioner.
 
+    Parameters inside of wrappers are among them, see `trainable_modules`.
+
     Args:
         model: encoder and autoencoder stay as they are.
+
+    Raises:
+        ValueError: nothing in it can be trained.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
-        if not isinstance(model.denoiser, nn.Module):
+        found = trainable_modules(model)
+        if not any(p.requires_grad for module in found.values() for p in module.parameters()):
             raise ValueError(
-                f"{type(model.denoiser).__name__} is no torch module, so there is nothing to train"
+                f"neither {type(model.denoiser).__name__} nor {type(model.conditioner).__name__} "
+                "has a parameter that requires a gradient, so there is nothing to train"
             )
-        self.denoiser = model.denoiser
-        if isinstance(model.conditioner, nn.Module):
-            self.conditioner = model.conditioner
+        for name, module in found.items():
+            self.add_module(name, module)
 
     def forward(
         self,

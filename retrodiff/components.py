@@ -1,0 +1,116 @@
+"""What is inside a component: wrappers hold others, and any of them may have weights."""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from retrodiff.text import printable
+
+DEEPEST = 16
+
+
+def inside(component: Any) -> Iterator[Any]:
+    """The component itself and every object that its attributes hold, each once, outermost first.
+
+    Lists, tuples, sets and dictionaries are looked into; tensors, text and numbers are left out.
+    """
+    yield from _inside(component, set(), 0)
+
+
+def modules(component: Any) -> list[nn.Module]:
+    """The torch modules of a component that no other of them contains.
+
+    Usually the component itself; for a wrapper that is no torch module, those that it wraps.
+    """
+    found: list[nn.Module] = []
+    contained: set[int] = set()
+    for part in inside(component):
+        if isinstance(part, nn.Module) and id(part) not in contained:
+            found.append(part)
+            contained |= {id(module) for module in part.modules()}
+    return found
+
+
+def where(component: Any) -> tuple[torch.device, torch.dtype] | None:
+    """Device and floating type of a component's weights or buffers; None: it has none."""
+    for module in modules(component):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+    return None
+
+
+@contextmanager
+def evaluating(*components: Any) -> Generator[None]:
+    """Evaluation mode for all modules inside, and back to the mode of each afterwards."""
+    all_modules = [m for part in components for top in modules(part) for m in top.modules()]
+    training = [module for module in all_modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def first_not_finite(component: Any) -> str | None:
+    """Name of the first weight that is infinite or NaN; None: all are finite."""
+    for module in modules(component):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return name
+    return None
+
+
+def summary(component: Any, limit: int = 160) -> str:
+    """A component on one line: its repr, or class, shape and weights of a torch module."""
+    if isinstance(component, nn.Module) and type(component).__repr__ is nn.Module.__repr__:
+        count = sum(p.numel() for p in component.parameters())
+        shape = getattr(component, "shape", None)
+        facts = [] if shape is None else [f"shape={tuple(shape)}"]
+        text = f"{type(component).__name__}({', '.join([*facts, f'{_rounded(count)} weights'])})"
+    else:
+        text = printable(repr(component))
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _rounded(count: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
+    if value is None or isinstance(value, (Tensor, str, bytes, int, float, complex, type)):
+        return
+    if id(value) in seen or depth > DEEPEST:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        held = list(cast("Mapping[Any, Any]", value).values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        held = list(cast("list[Any]", value))
+    elif inspect.isroutine(value) or inspect.ismodule(value):
+        return
+    else:
+        yield value
+        held = [v for k, v in getattr(value, "__dict__", {}).items() if k not in _WEIGHTS]
+        if dataclasses.is_dataclass(value):
+            held += [getattr(value, f.name) for f in dataclasses.fields(value)]
+    for one in held:
+        yield from _inside(one, seen, depth + 1)
+
+
+_WEIGHTS = ("_parameters", "_buffers", "__objclass__")

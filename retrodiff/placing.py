@@ -1,0 +1,77 @@
+"""Moves the weights of a model between devices and types, and compiles its network."""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+
+from retrodiff.components import modules
+from retrodiff.devices import get_device
+
+
+class Placed:
+    """What `retrodiff.Model` can do about devices."""
+
+    def parts(self) -> dict[str, Any]:
+        """The components and numbers by slot."""
+        raise NotImplementedError
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        encoder_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Moves every component that has weights, in place; returns the model itself.
+
+        Other models that share a component move with it, as with ``torch.nn.Module.to``.
+
+        Args:
+            device: of all components; None: they stay where they are.
+            dtype: of all but encoders, such as ``torch.bfloat16``; None: as it is. Images are
+                float32 in any case.
+            encoder_dtype: of encoders, whose embeddings then differ: databases that were built in
+                another type are refused. None: as it is.
+        """
+        device = None if device is None else get_device(device)
+        for part in self.parts().values():
+            for module in modules(part):
+                encoder = hasattr(module, "encode_image")
+                module.to(device, encoder_dtype if encoder else dtype)
+        return self
+
+    def cuda(self) -> Self:
+        """Moves all weights to the GPU."""
+        return self.to("cuda")
+
+    def cpu(self) -> Self:
+        """Moves all weights to the CPU."""
+        return self.to("cpu")
+
+    def half(self) -> Self:
+        """Brings the weights of all but encoders to float16."""
+        return self.to(dtype=torch.float16)
+
+    def bfloat16(self) -> Self:
+        """Brings the weights of all but encoders to bfloat16."""
+        return self.to(dtype=torch.bfloat16)
+
+    def compile(self, **options: Any) -> Self:
+        """Compiles the network with ``torch.compile``, in place; returns the model itself.
+
+        The first batch of each size and number of tokens takes a minute or so. Nothing of it is
+        saved: a loaded model has to be compiled again.
+
+        Args:
+            options: of ``torch.compile``, such as ``mode="max-autotune"``.
+        """
+        for module in modules(self.parts()["generator"] or self.parts()["denoiser"]):
+            inner = getattr(module, "network", module)
+            cast("nn.Module", inner).compile(**options)
+        return self

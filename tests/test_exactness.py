@@ -1,0 +1,250 @@
+"""Exact search among rows that are hard to tell apart, of any norm, and under autocast."""
+
+import numpy as np
+import pytest
+import torch
+
+from retrodiff.indexes import Annoy, Exact, Faiss, USearch, Vectors
+from retrodiff.indexes import exact as exact_module
+from retrodiff.indexes.principal import principal_axes
+from retrodiff.indexes.resident import ResidentIndex
+from retrodiff.precision import full_precision
+
+STORAGE = [None, "float16", "bfloat16", "int8"]
+
+
+def gaps(stored: torch.Tensor, queries: torch.Tensor) -> np.ndarray:
+    """1 - cosine (b, m) to 64 binary digits: half the squared distance of unit vectors."""
+
+    def unit(x: torch.Tensor) -> np.ndarray:
+        wide = x.double().numpy().astype(np.longdouble)
+        norm = np.sqrt((wide * wide).sum(1, keepdims=True))
+        return wide / np.where(norm > 0, norm, 1)
+
+    x, q = unit(stored), unit(queries)
+    apart = np.stack([((x - one) ** 2).sum(1) / 2 for one in q])
+    apart[:, ~x.any(1)] = 1
+    apart[~q.any(1)] = 1
+    return apart
+
+
+def check(search, stored: torch.Tensor, queries: torch.Tensor, k: int, hidden=()) -> None:
+    """The k nearest, in order, up to what float64 cannot tell apart; twins by row number."""
+    rows = torch.tensor(hidden) if len(hidden) else None
+    similarity, found = search(queries, k, rows) if rows is not None else search(queries, k)
+    assert similarity.dtype == torch.float32
+    apart = gaps(stored, queries)
+    apart[:, list(hidden)] = np.inf
+    order = np.argsort(apart, axis=1, kind="stable")[:, :k]
+    best, got = np.take_along_axis(apart, order, 1), np.take_along_axis(apart, found.numpy(), 1)
+    slack = 4e-16 * np.sqrt(best) + 1e-30
+    assert (np.abs(got - best) <= slack).all()
+    np.testing.assert_allclose(similarity.numpy(), 1 - got.astype(np.float64), atol=1e-7)
+    assert (similarity.diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == k for row in found.tolist())
+    _, kind = np.unique(stored.float().numpy(), axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+    allowed = ~np.isin(np.arange(len(stored)), list(hidden))
+    for row in found.numpy():
+        for twins in set(kind[row].tolist()):  # the first of them, in rising order
+            mine = row[kind[row] == twins]
+            assert mine.tolist() == np.flatnonzero((kind == twins) & allowed)[: len(mine)].tolist()
+
+
+def one_rounding_away(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Every row with one of its values moved to the next number of its type."""
+    kind = {2: torch.int16, 4: torch.int32}[x.itemsize]
+    bits = x.clone().view(kind)
+    at = torch.randint(x.shape[1], (len(x), 1), generator=g)
+    return bits.scatter_add(1, at, torch.ones_like(at, dtype=kind)).view(x.dtype)
+
+
+def adversarial(dtype: torch.dtype, dim: int, seed: int = 0, rows: int = 900) -> torch.Tensor:
+    """Twins, rows a rounding apart, scaled copies, zeros, and norms from 1e-6 to 1e4."""
+    g = torch.Generator().manual_seed(seed)
+    some = torch.randn(rows // 6, dim, generator=g)
+    spread = 10 ** (torch.rand(len(some), 1, generator=g) * 10 - 6)
+    if dtype == torch.float16:
+        spread = spread.clamp(1e-3, 1e3)
+    scaled = (some * spread).to(dtype)
+    near = one_rounding_away(scaled, g)
+    parts = [scaled, near, one_rounding_away(near, g), scaled, (2 * some).to(dtype), near]
+    every = torch.cat(parts)
+    every[7] = every[500] = 0
+    return every[torch.randperm(len(every), generator=g)]
+
+
+def asked(stored: torch.Tensor, b: int) -> torch.Tensor:
+    """Rows of the database, also scaled; others; zero."""
+    g = torch.Generator().manual_seed(5)
+    queries = stored[torch.randint(len(stored), (b,), generator=g)].float()
+    queries[::4] *= 3e-5
+    queries[1::4] = torch.randn(queries[1::4].shape, generator=g)
+    queries[-1] = 0
+    return queries
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("dim", [5, 48])
+def test_hard_rows_are_told_apart(dtype, storage, dim):
+    stored = adversarial(dtype, dim)
+    queries = asked(stored, 24)
+    vectors = Vectors(list(stored.chunk(3)))
+    for block, k in ((32_768, 1), (100, 11)):
+        check(Exact(block, storage=storage).build(vectors).search, stored, queries, k)
+    index = Exact(storage=storage).build(vectors)
+    check(index.search, stored, queries, 60, hidden=[0, 3, 64, 65, 899])
+    check(index.search, stored, queries[:1], 900)
+    if storage is not None:
+        index = ResidentIndex.on(vectors, storage, torch.device("cpu"))
+        check(index.search, stored, queries, 11, hidden=[5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("storage", [None, "float16"])
+def test_bounds_from_principal_axes_tell_them_apart_too(dtype, storage, monkeypatch):
+    monkeypatch.setattr(exact_module, "_PROJECTED", (8, 500))
+    monkeypatch.setattr(exact_module, "_SAMPLE", 300)
+    stored = adversarial(dtype, 80)
+    index = Exact(block=128, storage=storage).build(Vectors([stored]))
+    check(index.search, stored, asked(stored, 40), 9)
+
+
+def test_a_row_comes_before_its_near_copies():
+    """Their cosines are 1 to all digits of float32, and mostly of float64."""
+    g = torch.Generator().manual_seed(0)
+    row = torch.randn(512, generator=g)
+    stored = row.repeat(200, 1)
+    stored = one_rounding_away(stored, g)
+    stored[150] = row
+    for recipe in (Exact(), Exact(storage="int8"), Faiss("HNSW16", rerank=400)):
+        similarity, found = recipe.build(Vectors([stored])).search(2 * row[None], 5)
+        assert found[0, 0] == 150, recipe
+        torch.testing.assert_close(similarity, torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("recipe", [Exact(), Exact(storage="int8"), USearch(), Faiss("HNSW16")])
+def test_norms_beyond_what_float32_squares(recipe):
+    """A norm of 1e-25 or 1e25 has a square of zero or infinity in float32."""
+    g = torch.Generator().manual_seed(1)
+    stored = torch.randn(300, 24, generator=g)
+    stored *= torch.tensor([1e-38, 1e-25, 1e-13, 1.0, 1e20, 1e37]).repeat(50)[:, None]
+    queries = stored[:40].clone()
+    queries[20:] = torch.randn(20, 24, generator=g) * 1e-30
+    vectors = Vectors([stored])
+    check(recipe.build(vectors).search, stored, queries, 7)
+    # Norms as a database may hold them that was written with a square of zero.
+    held = Vectors([stored], [stored.norm(dim=1)])
+    check(Exact().build(held).search, stored, queries, 7)
+
+
+def test_queries_of_any_float_type_and_range():
+    stored = adversarial(torch.float32, 16)
+    index = Exact().build(Vectors([stored]))
+    for queries in (
+        asked(stored, 9).double() * 1e-200,
+        asked(stored, 9).double() * 1e200,
+        asked(stored, 9).half(),
+        asked(stored, 9).bfloat16(),
+        (asked(stored, 9) * 5).long(),
+    ):
+        similarity, found = index.search(queries, np.int64(6))
+        expected = gaps(stored, queries.double() / queries.double().abs().max().clamp_min(1e-300))
+        got = np.take_along_axis(expected, found.numpy(), 1)
+        assert (got[:, -1] <= np.sort(expected, 1)[:, 5] + 1e-15).all()
+        np.testing.assert_allclose(similarity, 1 - got.astype(np.float64), atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", [Exact(), Exact(storage="float16"), Annoy(trees=5), USearch()])
+def test_queries_and_numbers_that_mean_nothing(recipe):
+    index = recipe.build(Vectors([torch.randn(200, 8)]))
+    queries = torch.randn(4, 8)
+    queries[2, 1] = torch.inf
+    cases = [
+        (queries, 3, r"NaN or infinity, first in row 2 \(1 of 4 rows\)"),
+        (torch.randn(2, 8), 2.5, "k=2.5: give a whole number"),
+        (torch.randn(2, 8), True, "k=True: give a whole number"),
+        (torch.randn(2, 8), -1, "k=-1: give a whole number, at least 1"),
+        (torch.randn(8), 3, "width 8"),
+        (torch.randn(2, 8).to(torch.complex64), 3, "complex64"),
+    ]
+    for asked_for, k, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            index.search(asked_for, k)
+        assert "\n" not in str(error.value)
+    assert index.search(torch.randn(2, 8), np.int32(3))[1].shape == (2, 3)
+    assert index.search(torch.randn(2, 8), torch.tensor(3))[1].shape == (2, 3)
+
+
+# --- autocast, and other settings of the process ------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_search(narrow, monkeypatch):
+    monkeypatch.setattr(exact_module, "_SAMPLE", 300)
+    stored = torch.randn(3000, 64) * torch.arange(1, 65).rsqrt()
+    queries = torch.randn(300, 64)
+    vectors = Vectors([stored])
+    recipes = [Exact(), Exact(storage="float16"), Exact(storage="bfloat16"), Exact(storage="int8")]
+    recipes += [Annoy(trees=5, components=16), USearch(), Faiss("HNSW16")]
+    for few in ((256, 65_536), (256, 1000)):  # without bounds from principal axes, and with them
+        monkeypatch.setattr(exact_module, "_PROJECTED", few)
+        for recipe in recipes if few[1] == 65_536 else recipes[:2]:
+            asked_for = queries if isinstance(recipe, Exact) else queries[:20]
+            index = recipe.build(vectors)
+            expected = index.search(asked_for, 10)
+            with torch.autocast("cpu", narrow):
+                if not isinstance(recipe, USearch):  # whose graphs are never twice the same
+                    index = recipe.build(vectors)
+                found = index.search(asked_for, 10)
+            for mine, theirs in zip(found, expected, strict=True):
+                assert torch.equal(mine, theirs), recipe
+    resident = ResidentIndex.on(vectors, "float16", torch.device("cpu"))
+    expected = resident.search(queries, 10)
+    axes = principal_axes(vectors, 8)
+    with torch.autocast("cpu", narrow):
+        assert torch.equal(resident.search(queries, 10)[1], expected[1])
+        assert torch.equal(principal_axes(vectors, 8), axes)
+
+
+def test_many_queries_and_rows_under_autocast():
+    """256 queries over 65,536 rows: the size from which bounds are tried by themselves."""
+    stored, queries = torch.randn(65_536, 16).half(), torch.randn(256, 16)
+    expected = Exact().build(Vectors([stored])).search(queries, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Exact().build(Vectors([stored])).search(queries, 4)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_defaults_of_the_process_change_no_search(monkeypatch):
+    stored, queries = torch.randn(3000, 40), torch.randn(300, 40)
+    monkeypatch.setattr(exact_module, "_PROJECTED", (256, 1000))
+    recipes = [Exact(), Exact(storage="int8"), Annoy(trees=5, components=16)]
+    expected = [recipe.build(Vectors([stored])).search(queries, 5) for recipe in recipes]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [recipe.build(Vectors([stored])).search(queries, 5) for recipe in recipes]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        found += [recipe.build(Vectors([stored])).search(queries, 5) for recipe in recipes]
+    for mine, theirs in zip(found, 2 * expected, strict=True):
+        assert mine[0].dtype == torch.float32
+        assert torch.equal(mine[1], theirs[1])
+
+
+def test_full_precision_turns_off_and_back_on():
+    matmul = torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision("medium")
+    try:
+        allowed = matmul.fp32_precision
+        with torch.autocast("cpu", torch.bfloat16):
+            with full_precision():
+                assert not torch.is_autocast_enabled("cpu")
+                assert matmul.fp32_precision != "bf16"
+                assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.float32
+            assert torch.is_autocast_enabled("cpu")
+        assert matmul.fp32_precision == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")

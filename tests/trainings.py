@@ -1,0 +1,54 @@
+"""Small trainings that tests share."""
+
+from __future__ import annotations
+
+import torch
+from parts import HashingEncoder, small_network
+
+from retrodiff.retrieval import NearestNeighbors
+from retrodiff.training import TrainingSet, constant, fit
+
+
+def small_data(database, encoder=None, n=20, k=4, seed=0):
+    """Images of one gray each, with their neighbors."""
+    generator = torch.Generator().manual_seed(seed)
+    images = (torch.rand(n, 1, 1, 1, generator=generator) * 2 - 1).expand(-1, 1, 8, 8)
+    encoder = encoder or HashingEncoder()
+    return TrainingSet.of(images.clone(), encoder, database, NearestNeighbors(), k, progress=False)
+
+
+def run(recipe, data, **options):
+    """A short training from the same initial weights."""
+    model = recipe.build()
+    model.denoiser.network.load_state_dict(small_network().state_dict())
+    settings = {"steps": 12, "batch_size": 8, "lr": constant(1e-2), "ema": 0.9, "progress": False}
+    return fit(model, data, **{**settings, **options})
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class InterruptedAt:
+    """A learning rate that is interrupted before a step, as by Ctrl-C between two steps."""
+
+    def __init__(self, step, lr=1e-2):
+        self.step, self.lr = step, lr
+
+    def __call__(self, step):
+        if step == self.step:
+            raise KeyboardInterrupt
+        return self.lr
+
+
+def interrupted(recipe, data, path, at=6, **options):
+    """Leaves a checkpoint of ``at`` steps."""
+    try:
+        run(recipe, data, lr=InterruptedAt(at), checkpoint=path, **options)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the training was not interrupted")
