@@ -11,7 +11,7 @@ import torch
 
 from retrodiff.encoders import CLIPEncoder, TimmEncoder, load_encoder, save_encoder
 from retrodiff.encoders.described import problem
-from retrodiff.encoders.preprocessing import PRESETS, preprocessing_from
+from retrodiff.encoders.preprocessing import PRESETS
 from retrodiff.files import plain_json
 
 TINY: dict[str, Any] = {
@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preprocessing_of_ours_may_be_in_a_file(name: str) -> None:
-    steps = plain_json(preprocessing_from(name, 32).config())
+    steps = plain_json(PRESETS[name](32).config())
     described = {"kind": "timm", "name": "resnet18", "preprocessing": steps}
     assert problem(described) is None
 
@@ -37,7 +37,7 @@ def test_every_preprocessing_of_ours_may_be_in_a_file(name: str) -> None:
         ({"checkpoint_path": "/x"}, "takes no 'checkpoint_path'"),
         ({"in_chans": "3"}, "takes no in_chans='3'"),
         ({"image_size": 10**6}, "takes no image_size=1000000"),
-        ({"kind": "open_clip"}, "takes no 'image_size'"),
+        ({"kind": "open_clip"}, "takes no 'in_chans'"),
         ({"preprocessing": {"name": "x", "steps": [{"step": "Exec"}]}}, "unknown preprocessing"),
         ({"preprocessing": {"name": "x", "steps": [{"step": "Resize", "size": 1.5}]}}, "size=1.5"),
     ],
