@@ -19,12 +19,6 @@ from typing import Any, cast
 MOST = 1 << 29
 """Bytes of the largest pickle that is read."""
 
-READING = (
-    pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
-    OverflowError, RecursionError, TypeError, UnicodeError, ValueError,
-)  # fmt: skip
-"""What Python's unpickler raises on damaged bytes."""
-
 
 class Refused(Exception):
     """A pickle asks for something that is neither a plain value nor part of an array."""
@@ -89,13 +83,11 @@ PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
         for module in ("builtins", "__builtin__")
         for call, kinds in (
             (_number, (bool, int, float, complex)),
-            (_filled, (list, tuple, set, frozenset)),
+            (_filled, (list, tuple, set, frozenset, bytes, bytearray)),
             (_mapping, (dict,)),
         )
         for kind in kinds
     },
-    ("builtins", "bytearray"): partial(_filled, bytearray),
-    ("__builtin__", "bytearray"): partial(_filled, bytearray),
 }
 """Calls that a pickle of plain values makes, as functions of ours."""
 

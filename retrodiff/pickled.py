@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from retrodiff.pickle_machine import MOST, PLAIN, READING, PlainUnpickler, Rebuilt, Refused
+from retrodiff.pickle_machine import MOST, PLAIN, PlainUnpickler, Rebuilt, Refused
 from retrodiff.text import printable
 
 DEEPEST = 64
@@ -42,7 +42,7 @@ def read_plain_pickle(file: BinaryIO, name: str) -> Any:
             f"{name} wants to call {error} while it is read: refused, nothing was run. Data has "
             "no need to; don't use this file unless you know its maker"
         ) from None
-    except READING as error:
+    except Exception as error:  # damaged bytes can spell anything
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise ValueError(f"{name} is damaged, or no pickle: {reason}") from None
 

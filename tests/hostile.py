@@ -129,7 +129,7 @@ def originals(folder: Path) -> None:
         sampler=DPMpp2M(),
         guidance=Interval(ClassifierFree(2.0), 0.0, float("inf")),
         autoencoder=PrincipalPatches(channels=1, patch=1, components=1),
-        retriever=ExcludeGroup(NearestNeighbors(), "source"),
+        retriever=ExcludeGroup(NearestNeighbors(), "label"),
         proposal=NeighborCounts(torch.tensor([1, 5]), torch.tensor([3, 1]), database.fingerprint),
         steps=2,
     )

@@ -151,7 +151,7 @@ def _component(description: Any, expected: Any, weights: Mapping[str, Tensor], p
         raise _wrong(prefix, description, _words(expected))
     kind, config = class_named(description["class"]), description["config"]
     given = arguments_from(config, kind, weights, prefix)
-    inner = [key for key, value in given.items() if isinstance(value, nn.Module)]
+    inner = [key for key, value in given.items() if _is_component(value)]
     skipped = tuple(f"{prefix}.{key}." for key in inner)
     state = {
         key.removeprefix(f"{prefix}."): tensor
@@ -312,6 +312,10 @@ def is_custom(description: Any) -> bool:
     if isinstance(description, dict):
         return _is_named(description) or any(map(is_custom, description.values()))
     return isinstance(description, list) and any(map(is_custom, description))
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, nn.Module) or dataclasses.is_dataclass(value)
 
 
 def _is_named(description: Any) -> bool:
