@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if options.encoder is not None:
         # The databases of this family were made without antialiasing and crop, whatever CLIP saw.
         rdm = options.encoder.startswith("open_clip:") and "preprocessing=" not in options.encoder
-        given = {"preprocessing": "rdm"} if rdm else {}
+        given: dict[str, Any] = {"preprocessing": "rdm"} if rdm else {}
         recipe = recipe.encoder(encoder_from_string(options.encoder, **given))
     if options.database is not None:
         recipe = recipe.database(open_database(options.database))

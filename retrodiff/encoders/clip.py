@@ -28,7 +28,7 @@ from retrodiff.numbers import whole
 from retrodiff.untrusted import read_json
 
 
-class CLIPEncoder(nn.Module, TextEncoder):
+class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A CLIP model as encoder of images and text; embeddings are raw, as CLIP gives them.
 
     They come back as float32 on the CPU, wherever the weights are; ``encoder.to(device)`` moves
