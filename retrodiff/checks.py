@@ -26,10 +26,7 @@ from retrodiff.interfaces import (
 from retrodiff.numbers import whole
 
 ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "encoder": (
-        Encoder,
-        ("dim", "fingerprint", "encode_image", "loaded", "identity", "preparation", "to"),
-    ),
+    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
     "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
     "retriever": (Retriever, ("retrieve",)),
     "proposal": (ProposalDistribution, ("support", "propose")),
