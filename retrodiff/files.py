@@ -163,7 +163,9 @@ def given(path: str | Path) -> Path:
 
 
 def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) -> None:
-    """Refuse to write where something is, unless it is a folder of the same kind to overwrite.
+    """Refuses a place where something is, unless it is a folder of the same kind to overwrite.
+
+    An empty folder is in nobody's way.
 
     Args:
         path: the folder to be written.
@@ -178,11 +180,13 @@ def check_free(path: str | Path, marker: str, overwrite: bool, own: Own | None) 
 def _check_free(path: Path, marker: str, overwrite: bool, own: Own | None) -> None:
     if not os.path.lexists(path):
         return
+    if path.is_dir() and not any(path.iterdir()):
+        return  # nothing can be lost
     if not overwrite:
         raise FileExistsError(
             f"{path} exists: choose another path, or overwrite it (overwrite=True, --overwrite)"
         )
-    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+    if not (path / marker).is_file():
         raise FileExistsError(
             f"{path} has no {marker}, so it is not ours to overwrite: choose another path"
         )

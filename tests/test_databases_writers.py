@@ -313,6 +313,11 @@ def test_a_column_that_changes_from_shard_to_shard(tmp_path):
     assert len(seen) == 1
     assert database.column("v").tolist() == ["1", "2", "3", "4", "5", None, "x", "y"]
     assert database.where("v == '5'").rows.tolist() == [4]
+    assert [r["v"] for r in database.records(torch.arange(8))] == database.column("v").tolist()
+    more = append_to_database(
+        tmp_path / "d", Images(pictures(2), [{"v": 9}] * 2), Pooled(), **QUIET
+    )
+    assert [r["v"] for r in more.records(torch.tensor([0, 9]))] == ["1", "9"]
 
 
 # --- work that goes on ---------------------------------------------------------------------------

@@ -195,9 +195,10 @@ def test_folders_of_another_kind_are_left_alone(tmp_path):
         with pytest.raises(FileExistsError, match=r"has no things\.json, so it is not ours"):
             save(tmp_path / name, overwrite=True)
     assert tree(tmp_path) == {"out/mine.txt": "mine", "file": "mine"}
-    (tmp_path / "empty").mkdir()
-    save(tmp_path / "empty", overwrite=True)
-    assert tree(tmp_path / "empty") == WHOLE
+    for overwrite in (False, True):
+        (tmp_path / f"empty {overwrite}").mkdir()
+        save(tmp_path / f"empty {overwrite}", overwrite=overwrite)
+        assert tree(tmp_path / f"empty {overwrite}") == WHOLE
 
 
 def test_links_are_followed(tmp_path):

@@ -18,8 +18,8 @@ from retrodiff import interrupts
 from retrodiff.diffusion import Dropped, EDMDenoiser, NeighborEmbeddings
 from retrodiff.networks.dit import DiT
 from retrodiff.testing import small_database
-from retrodiff.training import constant, cosine, fit, from_checkpoint, optimize
 from retrodiff.training import checkpoint as checkpoints
+from retrodiff.training import constant, cosine, fit, from_checkpoint, optimize
 from retrodiff.training.checkpoint import State, read_state, write_state
 
 
@@ -435,9 +435,7 @@ def test_a_second_signal_ends_the_step_at_once(recipe, data, path):
     assert read_state(path).done == 5
 
 
-def test_a_second_signal_does_not_damage_what_is_being_written(
-    recipe, data, path, monkeypatch
-):
+def test_a_second_signal_does_not_damage_what_is_being_written(recipe, data, path, monkeypatch):
     real = checkpoints.write_safetensors
 
     def interrupted_again(file, tensors, header):

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from retrodiff.databases.ingest import Build, Engine
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
+from retrodiff.databases.records import TEXT
+from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.shards import reached
 from retrodiff.databases.skipped import warn_of
 from retrodiff.databases.sources import Source, check_ids, state_of
@@ -83,6 +85,7 @@ def append_to_database(
             deleted=None,
             settings={"batch_size": 64, "thumbnails": None, **manifest.settings},
             sources=(described,),
+            trusted=None,
         )
         first = (len(manifest.shards), manifest.rows, len(manifest.sources))
         build = Build(
@@ -97,11 +100,14 @@ def append_to_database(
                     _link(partial / name, path / name)
             sync_folder(path)
             reached("append linked")
+            text = {name: added.settings[name] for name in (TEXT,) if name in added.settings}
             replace(
                 manifest,
+                settings=manifest.settings | text,
                 shards=manifest.shards + added.shards,
                 skipped=manifest.skipped + added.skipped,
                 sources=manifest.sources + added.sources,
+                trusted=manifest.roots | added.roots,
             ).write(path / MANIFEST)
             reached("append recorded")
         _remove(partial)
@@ -120,7 +126,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
     with writing(path):
         database = open_database(path, "exact")
         make_folder(path)  # says in one line if nothing can be written
-        chosen = torch.as_tensor(rows, dtype=torch.int64).unique()
+        chosen = row_numbers(rows).unique()
         hidden = database.stored(database._checked(chosen))
         if database.hidden is not None:
             hidden = torch.cat([hidden, database.hidden]).sort().values

@@ -17,7 +17,6 @@ from retrodiff.indexes import Recipe, Vectors
 from retrodiff.indexes.vectors import row_norms
 from retrodiff.interfaces import Fingerprint, Record
 
-
 STRAY = 0.01
 """How far a stored row may lie from the one that was given, as a fraction of its norm."""
 
@@ -80,7 +79,7 @@ class ArrayDatabase(Searchable):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         if self._images is None:
-            return show(self.records(torch.tensor([index]))[0], None)
+            return show(self.records(torch.tensor([index]))[0], None, anywhere=True)
         return to_float(self._images[index]).expand(3, -1, -1)
 
 
@@ -164,7 +163,9 @@ def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tu
     small = (norms < STRAY**-1 * 2.0**-25 * embeddings.shape[1] ** 0.5).nonzero().flatten()
     if len(small):
         given = embeddings[small].double()
-        largest = given.abs().amax(1, keepdim=True).clamp_min(5e-324)  # so that no square underflows
+        largest = (
+            given.abs().amax(1, keepdim=True).clamp_min(5e-324)
+        )  # so that no square underflows
         lost = (stored[small].double() - given) / largest
         stray = lost.norm(dim=1) > STRAY * (given / largest).norm(dim=1)
         if bool(stray.any()):
@@ -172,7 +173,7 @@ def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tu
             norm = float(embeddings[row].double().norm())
             raise ValueError(
                 f"the embedding of {name(row)} by {encoder} has norm {norm:.3g}, too small for the "
-                "float16 that rows are stored in: multiply all embeddings by one number (the cosine "
-                "stays), or look at the encoder's weights"
+                "float16 that rows are stored in: multiply all embeddings by one number (which "
+                "leaves the cosine as it is), or look at the encoder's weights"
             )
     return stored, norms

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest, Shard
-from retrodiff.databases.records import AS_TEXT, example, one_schema, read_schema
+from retrodiff.databases.records import (
+    AS_TEXT,
+    NAMES,
+    TEXT,
+    example,
+    is_text,
+    one_schema,
+    read_schema,
+)
 from retrodiff.databases.shards import reached
 from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
 from retrodiff.files import (
@@ -68,7 +76,8 @@ class Work:
     def __init__(self, folder: Path, plan: Manifest, schema: Any = None, state: str | None = None):
         self.folder, self.manifest, self.schema, self.state = folder, plan, schema, state
         self._before = "the rows before"
-        self._warned: set[str] = set()
+        self._text: set[str] = set(plan.settings.get(TEXT, ()))
+        self._warned = set(self._text)
         self._chain = ""
         self._logged = 0
 
@@ -98,6 +107,9 @@ class Work:
                 with suppress(OSError):
                     self.folder.rmdir()
             raise
+        if self._text:
+            settings = {**self.manifest.settings, TEXT: sorted(self._text)}
+            self.manifest = replace(self.manifest, settings=settings)
         return self.manifest
 
     @property
@@ -170,30 +182,35 @@ class Work:
         self._logged += len(skipped)
 
     def _compare(self, shard: Shard) -> None:
-        """Warns once of a column that is text because its values differ in type."""
+        """Notes and warns once of each column that is text because its values differ in type."""
         name = str(shard.file("records"))
-        new = read_schema(self.folder / name)
-        known = self.schema
+        new, known = read_schema(self.folder / name), self.schema
         self.schema = one_schema([new] if known is None else [known, new])
         for column in new:
             why = (column.metadata or {}).get(AS_TEXT)
             reason = None if why is None else f"it holds {why.decode('utf-8', 'replace')}"
-            joined = self.schema.field(column.name).type
-            if why is None and known is not None and column.name in known.names:
-                before = known.field(column.name).type
-                if joined not in (before, column.type):
-                    reason = f"it is {before} in {self._before} and {column.type} in {name}"
-                elif joined != before and _is_text(joined) and not _is_null(before):
-                    shown = example(_read(self.folder / name, column.name), column.name)
-                    reason = f"it is {before} in {self._before}, but {shown}"
-                elif joined != column.type and _is_text(joined) and not _is_null(column.type):
-                    shown = example(_read(self.folder / name, column.name), column.name)
-                    reason = f"it is text in {self._before}, but {shown}"
+            if known is not None and column.name in known.names:
+                differs = self._difference(name, known.field(column.name).type, column)
+                if differs is not None:
+                    self._text.add(column.name)
+                    reason = reason or differs
             if reason is not None and column.name not in self._warned:
                 self._warned.add(column.name)
                 message = f"column {column.name!r} is stored as text: {reason}"
                 warnings.warn(message, MixedColumn, stacklevel=6)
         self._before = "earlier rows"
+
+    def _difference(self, name: str, before: Any, column: Any) -> str | None:
+        """Why a column becomes text in a shard, in words; None: for no other shard's sake."""
+        joined = self.schema.field(column.name).type
+        if not is_text(joined) or all(
+            is_text(kind, or_null=True) for kind in (before, column.type)
+        ):
+            return None
+        if joined not in (before, column.type):
+            return f"it is {before} in {self._before} and {column.type} in {name}"
+        shown = example(_read(self.folder / name, column.name), column.name)
+        return f"it is {before} in {self._before}, but {shown}"
 
 
 def make_database(
@@ -375,16 +392,4 @@ def _read(file: Path, column: str) -> Any:
 
     with file.open("rb") as opened:
         names = pq.read_schema(opened).names
-        return pq.read_table(opened, columns=list({column, "file"} & set(names)))
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return types.is_string(kind) or types.is_large_string(kind)
-
-
-def _is_null(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return types.is_null(kind)
+        return pq.read_table(opened, columns=list({column, *NAMES} & set(names)))

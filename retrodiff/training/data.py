@@ -20,7 +20,6 @@ from torch import Tensor
 
 from retrodiff.checks import encoder_disagreement
 from retrodiff.components import inside
-from retrodiff.encoders.fingerprint import known_fingerprint
 from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever
 from retrodiff.numbers import whole
 from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
@@ -167,7 +166,7 @@ class TrainingSet:
         )
         made = cls(images, embeddings, table, database)
         about = {
-            "encoder": dict(vars(known_fingerprint(encoder))),
+            "encoder": dict(vars(encoder.identity)),
             "retriever": re.sub(r" at 0x[0-9a-f]+", "", repr(retriever)),
             "retriever_seed": seed,
             "neighbors": k,
