@@ -139,15 +139,16 @@ def check_context(generator: Generator, context: Context, null: Context, rows: i
         ValueError: streams, widths or rows differ; says which.
     """
     widths, vector = dict(generator.widths), member(generator, Generator, "vector_width")
+    taker = type(getattr(generator, "denoiser", generator)).__name__
     given = None if context.vector is None else context.vector.shape[-1]
     if context.widths != widths:
         raise ValueError(
-            f"the context has the streams {context.widths}, but {type(generator).__name__} takes "
+            f"the context has the streams {context.widths}, but {taker} takes "
             f"{widths}: use the encoder and the conditioner it was trained with"
         )
     if given != vector:
         raise ValueError(
-            f"the context has {_vector(given)}, but {type(generator).__name__} takes "
+            f"the context has {_vector(given)}, but {taker} takes "
             f"{_vector(vector)}: use the conditioner it was trained with"
         )
     for name, part in (("context", context), ("null", null)):

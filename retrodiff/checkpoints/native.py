@@ -96,7 +96,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(member(encoder, Encoder, "identity"))),
+        "fingerprint": None if encoder is None else vars(member(encoder, Encoder, "identity")),
         "extra": plain_json(extra),
     }
 
