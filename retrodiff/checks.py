@@ -26,10 +26,7 @@ from retrodiff.interfaces import (
 from retrodiff.numbers import whole
 
 ROLES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "encoder": (
-        Encoder,
-        ("dim", "fingerprint", "encode_image", "loaded", "identity", "preparation", "to"),
-    ),
+    "encoder": (Encoder, ("dim", "fingerprint", "encode_image")),
     "database": (Database, ("fingerprint", "__len__", "embeddings", "search", "records")),
     "retriever": (Retriever, ("retrieve",)),
     "proposal": (ProposalDistribution, ("support", "propose")),
@@ -142,15 +139,16 @@ def check_context(generator: Generator, context: Context, null: Context, rows: i
         ValueError: streams, widths or rows differ; says which.
     """
     widths, vector = dict(generator.widths), member(generator, Generator, "vector_width")
+    taker = type(getattr(generator, "denoiser", generator)).__name__
     given = None if context.vector is None else context.vector.shape[-1]
     if context.widths != widths:
         raise ValueError(
-            f"the context has the streams {context.widths}, but {type(generator).__name__} takes "
+            f"the context has the streams {context.widths}, but {taker} takes "
             f"{widths}: use the encoder and the conditioner it was trained with"
         )
     if given != vector:
         raise ValueError(
-            f"the context has {_vector(given)}, but {type(generator).__name__} takes "
+            f"the context has {_vector(given)}, but {taker} takes "
             f"{_vector(vector)}: use the conditioner it was trained with"
         )
     for name, part in (("context", context), ("null", null)):

@@ -34,7 +34,7 @@ from retrodiff.checkpoints.shards import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite
 from retrodiff.encoders.fingerprint import difference
 from retrodiff.files import check_free, place, plain_json, write_folder, write_json
-from retrodiff.interfaces import Fingerprint
+from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.text import printable
 from retrodiff.untrusted import inside, read_json
 
@@ -96,7 +96,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(encoder.identity)),
+        "fingerprint": None if encoder is None else vars(member(encoder, Encoder, "identity")),
         "extra": plain_json(extra),
     }
 

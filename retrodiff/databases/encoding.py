@@ -17,7 +17,7 @@ from retrodiff.databases.images import thumbnail
 from retrodiff.databases.limits import one_line
 from retrodiff.databases.sources import Item, Source
 from retrodiff.decoding import UnreadableImage
-from retrodiff.interfaces import Encoder
+from retrodiff.interfaces import Encoder, member
 from retrodiff.numbers import whole
 from retrodiff.pictures import to_float, to_images
 from retrodiff.text import escaped
@@ -122,7 +122,7 @@ def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
 
     It takes uint8 in [0, 255] and floats in [-1, 1].
     """
-    return encoder.preparation
+    return member(encoder, Encoder, "preparation")
 
 
 def encode_here(
@@ -253,7 +253,7 @@ def _encode(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
 def _two_steps(encoder: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     prepare = preparation(encoder)
     assert prepare is not None
-    return prepare, encoder.encode_prepared
+    return prepare, member(encoder, Encoder, "encode_prepared")
 
 
 def _pictures(

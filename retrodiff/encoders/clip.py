@@ -157,6 +157,9 @@ class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatible
         """Whether the weights are in memory; published ones are loaded when first used."""
         return self.clip is not None
 
+    def __repr__(self) -> str:
+        return f"CLIPEncoder({self.identity.encoder})"
+
     @property
     def fingerprint(self) -> Fingerprint:
         """Name with activation and image size, hash of the weights, preprocessing, width."""

@@ -111,6 +111,9 @@ class TimmEncoder(nn.Module, Encoder):  # pyright: ignore[reportIncompatibleMeth
         """Where the weights are."""
         return next(self.network.parameters()).device
 
+    def __repr__(self) -> str:
+        return f"TimmEncoder({self.identity.encoder})"
+
     @property
     def fingerprint(self) -> Fingerprint:
         """Name and image size, hash of the weights, preprocessing, width."""

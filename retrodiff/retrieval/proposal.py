@@ -98,6 +98,9 @@ class NeighborCounts(_Drawing):
         rows = counts.nonzero().flatten()
         return cls(rows, counts[rows], database.fingerprint)
 
+    def __repr__(self) -> str:
+        return f"NeighborCounts({len(self.rows)} rows, {int(self.counts.sum())} neighbors)"
+
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
         """The rows ever used and their counts."""
         mine, theirs = self.fingerprint, database.fingerprint
