@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrodiff.checkpoints.components import (
     arguments,
@@ -31,7 +31,8 @@ from retrodiff.checkpoints.database_place import described as described_database
 from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
 from retrodiff.checkpoints.shards import load_shards, save_sharded
-from retrodiff.checkpoints.state import fill, not_finite
+from retrodiff.checkpoints.state import fill, not_finite, own_state
+from retrodiff.components import modules
 from retrodiff.encoders.fingerprint import difference
 from retrodiff.files import check_free, place, plain_json, write_folder, write_json
 from retrodiff.interfaces import Encoder, Fingerprint, member
@@ -186,10 +187,8 @@ def load_components(
     left: dict[str, Any] = {}
     for slot, description in described.items():
         if slot in given:
-            if is_custom(description) and isinstance(given[slot], nn.Module):
-                inside_ = {k: v for k, v in weights.items() if k.startswith(f"{slot}.")}
-                state = {k.removeprefix(f"{slot}."): v for k, v in inside_.items()}
-                fill(given[slot], state, slot)
+            if is_custom(description):
+                _fill_given(given[slot], weights, slot)
         elif slot == "database":
             continue
         elif slot == "encoder" and isinstance(description, dict) and not is_custom(description):
@@ -210,6 +209,20 @@ def load_components(
             f"model.json describes no {', '.join(sorted(missing))}: the file is damaged"
         )
     return {**parts, **given}
+
+
+def _fill_given(component: Any, weights: Mapping[str, Tensor], slot: str) -> None:
+    """Copies saved weights into a component that was handed in, inside of wrappers, too."""
+    mine: dict[str, Tensor] = {}
+    describe(component, mine, slot)
+    for module in modules(component):
+        names = {tensor.data_ptr(): name for name, tensor in own_state(module).items()}
+        for key, tensor in mine.items():
+            if tensor.numel() and tensor.data_ptr() in names:
+                at = key.removesuffix(names[tensor.data_ptr()])
+                state = {k.removeprefix(at): v for k, v in weights.items() if k.startswith(at)}
+                fill(module, state, at.removesuffix("."))
+                break
 
 
 def _encoder(description: dict[str, Any], folder: Path) -> Any:

@@ -22,7 +22,7 @@ from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import optimize
-from retrodiff.training.parts import copied, trainable_modules
+from retrodiff.training.parts import TRAINED, copied, trainable_modules
 from retrodiff.training.rates import LearningRate
 
 
@@ -257,11 +257,8 @@ def _parts(model: Model) -> dict[str, Any]:
         for n, p in module.named_parameters()
         if not p.requires_grad
     }
-    parts: dict[str, Any] = {
-        "denoiser": _described(model.denoiser, {}),
-        "conditioner": _described(model.conditioner, {}),
-        "autoencoder": _described(model.autoencoder, first_stage),
-    }
+    parts: dict[str, Any] = {slot: _described(getattr(model, slot), {}) for slot in TRAINED}
+    parts["autoencoder"] = _described(model.autoencoder, first_stage)
     return parts | {"first_stage": weights_hash(first_stage), "frozen": weights_hash(frozen)}
 
 
