@@ -22,7 +22,6 @@ from retrodiff.interfaces import (
 from retrodiff.precision import full_precision
 from retrodiff.randomness import normal
 
-
 WIDEST = 16
 """Pixels beyond this are no normalized data of any kind."""
 
