@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from retrodiff.checks import missing_members
 from retrodiff.components import modules
 from retrodiff.interfaces import (
     Autoencoder,
@@ -44,6 +43,7 @@ from retrodiff.interfaces import (
     member,
     unit,
 )
+from retrodiff.model.checks import missing_members
 
 
 def _require(holds: bool, promise: str) -> None:

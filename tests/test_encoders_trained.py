@@ -19,7 +19,7 @@ from retrodiff.encoders.described import problem
 from retrodiff.encoders.preprocessing import Squash, openai
 from retrodiff.encoders.timm import timm_name
 from retrodiff.encoders.trained import of_open_clip, of_timm, trained
-from retrodiff.pictures import to_batch
+from retrodiff.pictures.converting import to_batch
 
 TINY = {
     "embed_dim": 24,

@@ -8,7 +8,6 @@ from parts import small_network
 from torch import nn
 
 from retrodiff.builder import Builder
-from retrodiff.checks import refusal
 from retrodiff.components import first_not_finite, inside, modules, summary, where
 from retrodiff.diffusion import (
     Dropped,
@@ -30,6 +29,7 @@ from retrodiff.interfaces import (
     TrainableGenerator,
 )
 from retrodiff.model import Model
+from retrodiff.model.checks import refusal
 from retrodiff.networks.unet import UNet
 from retrodiff.randomness import normal_like
 from retrodiff.retrieval import Uniform

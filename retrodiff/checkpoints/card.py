@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from retrodiff.checkpoints.database_place import shared_address
-from retrodiff.checkpoints.published import Architecture, recognized
+from retrodiff.checkpoints.foreign.published import Architecture, recognized
 from retrodiff.diffusion.schedule import ScaledLinear
 from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.networks.kl import KLAutoencoder

@@ -1,7 +1,7 @@
 """A model as a folder: one JSON that says what it is, safetensors for everything with numbers.
 
 ``model.json`` describes each component by its public name and its constructor's arguments (nested,
-for wrappers and networks; see `retrodiff.checkpoints.components`). Loading constructs public
+for wrappers and networks; see `retrodiff.checkpoints.descriptions`). Loading constructs public
 components of this package only, after their arguments and their weights have been compared; a
 component of your own is named in the file but never imported from it: hand it to `load` in its
 slot. Weights are in ``weights.safetensors`` under ``slot.parameter``, an encoder in a folder of its
@@ -20,24 +20,24 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from retrodiff.checkpoints.components import (
+from retrodiff.checkpoints.database_place import described as described_database
+from retrodiff.checkpoints.database_place import reopened
+from retrodiff.checkpoints.descriptions import (
     arguments,
     arguments_from,
     describe,
     fingerprint_from,
     is_custom,
 )
-from retrodiff.checkpoints.database_place import described as described_database
-from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
-from retrodiff.checkpoints.shards import load_shards, save_sharded
+from retrodiff.checkpoints.sharded import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite, own_state
 from retrodiff.components import modules
+from retrodiff.disk.files import check_free, place, plain_json, write_folder, write_json
+from retrodiff.disk.untrusted import inside, read_json
 from retrodiff.encoders.fingerprint import difference
-from retrodiff.files import check_free, place, plain_json, write_folder, write_json
 from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.text import printable
-from retrodiff.untrusted import inside, read_json
 
 FORMAT = 2
 """Written; 1 (module paths in place of public names) is read, too."""

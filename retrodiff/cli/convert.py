@@ -47,12 +47,12 @@ def run(options: argparse.Namespace) -> int:
     """Loads, checks, saves."""
     from retrodiff import presets
     from retrodiff.builder import Builder
-    from retrodiff.checkpoints.load import load_published
+    from retrodiff.checkpoints.foreign.load import load_published
     from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.diffusion import NeighborEmbeddings
+    from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free
 
     check_free(options.out, MARKER, options.overwrite, own_files)
     published = load_published(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrodiff.encoders.prompts import prompt_list
 from retrodiff.interfaces import Encoder, Fingerprint, member
-from retrodiff.pictures import to_images
+from retrodiff.pictures.converting import to_images
 
 
 class Cached(Encoder):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrodiff.disk.untrusted import read_json
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.passes import embedded, prepared
 from retrodiff.encoders.preprocessing import Preprocessing, Size, plain, preprocessing_from, shown
@@ -25,7 +26,6 @@ from retrodiff.encoders.prompts import prompt_list, tokens_of
 from retrodiff.encoders.trained import of_open_clip
 from retrodiff.interfaces import Fingerprint, TextEncoder
 from retrodiff.numbers import whole
-from retrodiff.untrusted import read_json
 
 
 class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retrodiff.files import given, place
+from retrodiff.disk.files import given, place
+from retrodiff.disk.tensors import map_file, write_hashed_tensors
 from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
 from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
-from retrodiff.tensors import map_file, write_hashed_tensors
 
 FORMAT = 1
 
