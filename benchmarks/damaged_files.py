@@ -239,24 +239,20 @@ def use_proposal(folder: Path) -> Any:
     return drawn.ids, drawn.embedding
 
 
-def train(folder: Path, steps: int, resume: bool) -> Any:
-    """A run of the training loop; interrupted where ``steps`` are fewer than five."""
-    from retrodiff.training import constant
+def train(folder: Path, steps: int) -> Any:
+    """A run of the training loop, begun or continued."""
     from retrodiff.training.ema import NamedEMA
     from retrodiff.training.optimize import optimize
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 1))
-    average = NamedEMA(module, 0.9)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        if step == steps:
-            raise KeyboardInterrupt
         return module(torch.randn(4, 6, generator=generator)).square().mean()
 
-    options = {"ema": average, "checkpoint": folder / "t.safetensors", "progress": False}
-    with contextlib.suppress(KeyboardInterrupt):
-        optimize(module, loss, steps=5, lr=constant(1e-2), resume=resume, **options)
+    file = folder / "t.safetensors"
+    optimize(module, loss, steps=steps, lr=1e-2, ema=NamedEMA(module, 0.9), checkpoint=file,
+             resume=True, progress=False)  # fmt: skip
     return tuple(p.detach() for p in module.parameters())
 
 
@@ -282,7 +278,7 @@ def use_model(folder: Path) -> Any:
     """One image."""
     loaded = Model.load(folder / "m", database=small())
     query = Query(torch.ones(1, 8))
-    return loaded.sample(query, seed=0, progress=False).images
+    return loaded.sample(query=query, seed=0, progress=False).images
 
 
 def make_encoder(folder: Path) -> None:
@@ -311,9 +307,7 @@ FORMATS = {
     "unfinished table": Format(make_unfinished_table, lambda folder: table(folder, resume=True)),
     "unfinished build": unfinished(build),
     "unfinished append": unfinished(append),
-    "training checkpoint": Format(
-        lambda folder: train(folder, 3, False), lambda folder: train(folder, 5, True)
-    ),
+    "training checkpoint": Format(lambda folder: train(folder, 3), lambda folder: train(folder, 5)),
     "model": Format(make_model, use_model),
     "encoder": Format(make_encoder, use_encoder),
 }

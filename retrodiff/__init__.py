@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from retrodiff import presets, testing
     from retrodiff.builder import Builder, preset
     from retrodiff.databases import build_database, open_database
-    from retrodiff.generation import Generation
     from retrodiff.interfaces import (
         Autoencoder,
         Conditioner,
@@ -25,11 +24,14 @@ if TYPE_CHECKING:
         Denoiser,
         Encoder,
         Fingerprint,
+        Generator,
         Guidance,
         Index,
         Neighbors,
+        Prior,
         ProposalDistribution,
         Query,
+        Randomness,
         Retriever,
         Sampler,
         Schedule,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         Tokens,
     )
     from retrodiff.model import Model
+    from retrodiff.model.generated import Generation
 
 _HOME = {
     "Builder": "builder",
@@ -54,11 +57,14 @@ _HOME = {
             "Denoiser",
             "Encoder",
             "Fingerprint",
+            "Generator",
             "Guidance",
             "Index",
             "Neighbors",
+            "Prior",
             "ProposalDistribution",
             "Query",
+            "Randomness",
             "Retriever",
             "Sampler",
             "Schedule",
@@ -79,12 +85,15 @@ __all__ = [
     "Encoder",
     "Fingerprint",
     "Generation",
+    "Generator",
     "Guidance",
     "Index",
     "Model",
     "Neighbors",
+    "Prior",
     "ProposalDistribution",
     "Query",
+    "Randomness",
     "Retriever",
     "Sampler",
     "Schedule",

@@ -24,7 +24,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from torch import nn
 
-from retrodiff.checks import check_components
 from retrodiff.components import modules
 from retrodiff.diffusion.autoencoder import Identity
 from retrodiff.diffusion.guidance import Unguided
@@ -37,12 +36,14 @@ from retrodiff.interfaces import (
     Encoder,
     Generator,
     Guidance,
+    Prior,
     ProposalDistribution,
     Retriever,
     Sampler,
     Schedule,
 )
 from retrodiff.model import Model
+from retrodiff.model.checks import check_components
 from retrodiff.retrieval.retriever import NearestNeighbors
 
 T = TypeVar("T")
@@ -110,6 +111,10 @@ class Builder:
     def proposal(self, proposal: Slot[ProposalDistribution]) -> Builder:
         """Distribution of the queries of unconditional sampling."""
         return self.set(proposal=proposal)
+
+    def prior(self, prior: Slot[Prior]) -> Builder:
+        """What turns embeddings of prompts into embeddings of images; none unless set."""
+        return self.set(prior=prior)
 
     def conditioner(self, conditioner: Slot[Conditioner]) -> Builder:
         """What the network attends to, made of query and neighbors."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from retrodiff.builder import Builder, preset
-from retrodiff.checkpoints.load import load_published
-from retrodiff.checkpoints.published import PUBLISHED, Architecture, PublishedModel
+from retrodiff.checkpoints.foreign.load import load_published
+from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture, PublishedModel
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,
@@ -216,7 +216,7 @@ def from_published(
     recipe = (
         _plain(k)
         .conditioner(conditioner)
-        .denoiser(EpsDenoiser(published.unet, _schedule(published.schedule)))
+        .denoiser(EpsDenoiser(published.unet, published.schedule))
         .autoencoder(published.autoencoder)
     )
     if encoder is not None:
@@ -255,7 +255,7 @@ def _fresh(architecture: Architecture, k: int, convert_scale: bool) -> Builder:
 
     def denoiser() -> EpsDenoiser:
         network = UNet(**architecture.unet).eval()
-        return _untrained(EpsDenoiser(network, _schedule(architecture.schedule)))
+        return _untrained(EpsDenoiser(network, architecture.schedule))
 
     return (
         _plain(k)
@@ -291,7 +291,3 @@ def _plain(k: int) -> Builder:
 def _untrained(denoiser: EpsDenoiser) -> EpsDenoiser:
     denoiser.untrained = True
     return denoiser
-
-
-def _schedule(schedule: Any) -> ScaledLinear:
-    return ScaledLinear(schedule.start, schedule.end, schedule.length)

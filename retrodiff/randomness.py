@@ -29,8 +29,9 @@ class Randomness(torch.Generator):
     depends on its batch.
     """
 
-    def __new__(cls, *args: Any) -> Randomness:
+    def __new__(cls, streams: Sequence[_Stream]) -> Randomness:
         """A torch generator on the CPU."""
+        del streams
         return super().__new__(cls)
 
     def __init__(self, streams: Sequence[_Stream]) -> None:

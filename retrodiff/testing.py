@@ -11,9 +11,13 @@ second for a small component.
 
 from __future__ import annotations
 
+import copy
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from retrodiff.components import modules
 from retrodiff.interfaces import (
     Autoencoder,
     Conditioner,
@@ -22,18 +26,24 @@ from retrodiff.interfaces import (
     Denoiser,
     Encoder,
     Fingerprint,
+    Generator,
     Guidance,
     Index,
     Neighbors,
     ProposalDistribution,
     Query,
+    Randomness,
     Retriever,
     Sampler,
     Schedule,
     TextEncoder,
+    Tokens,
     TrainableDenoiser,
+    TrainableGenerator,
+    member,
     unit,
 )
+from retrodiff.model.checks import missing_members
 
 
 def _require(holds: bool, promise: str) -> None:
@@ -67,7 +77,7 @@ def check_encoder(encoder: Encoder, channels: int = 3, size: int = 32) -> None:
         channels: of the images it takes.
         size: of the images it is shown.
     """
-    _require(isinstance(encoder, Encoder), "an encoder has dim, fingerprint and encode_image")
+    _has_members("encoder", encoder)
     images = torch.rand(5, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     kept = images.clone()
     embeddings = encoder.encode_image(images)
@@ -85,7 +95,8 @@ def check_encoder(encoder: Encoder, channels: int = 3, size: int = 32) -> None:
     _require(encoder.fingerprint == encoder.fingerprint, "the fingerprint is stable")
     _require(encoder.fingerprint.dim == encoder.dim, "fingerprint.dim is dim")
     _require(not encoder.fingerprint.rows, "an encoder's fingerprint has no rows")
-    if isinstance(encoder, TextEncoder):
+    if hasattr(encoder, "encode_text"):
+        encoder = cast("TextEncoder", encoder)
         prompts = ["a photo of a dog", "a photo of a cat", "two cats"]
         text = encoder.encode_text(prompts)
         _require(
@@ -175,11 +186,9 @@ def check_retriever(retriever: Retriever, database: Database | None = None, k: i
     queries = torch.randn(4, d, generator=torch.Generator().manual_seed(1))
 
     def ask(rows: slice) -> Neighbors:
-        query = Query(queries[rows], ids=torch.tensor([-1, 0, 1, 2])[rows])
-        seeded = torch.Generator().manual_seed(2)
-        return retriever.retrieve(
-            Query(query.embedding, query.source, query.ids, seeded), database, k
-        )
+        randomness = Randomness.of(2, range(4)[rows], "retrieval")
+        query = Query(queries[rows], (), torch.tensor([-1, 0, 1, 2])[rows], randomness)
+        return retriever.retrieve(query, database, k)
 
     found = ask(slice(None))
     _check_neighbors(found, 4, k, len(database), d)
@@ -195,11 +204,13 @@ def check_retriever(retriever: Retriever, database: Database | None = None, k: i
         bool((again.indices == found.indices).all()),
         "the same query and generator give the same rows",
     )
-    first = ask(slice(0, 1))
-    _require(
-        bool((first.indices == found.indices[:1]).all()),
-        "a query's rows do not depend on the other queries of the batch",
-    )
+    for row in range(4):
+        alone = ask(slice(row, row + 1))
+        _require(
+            bool((alone.indices == found.indices[row : row + 1]).all()),
+            "a query's rows do not depend on the other queries of the batch: draw with "
+            "retrodiff.randomness.uniform(query.generator, shape)",
+        )
 
 
 def check_proposal(proposal: ProposalDistribution, database: Database) -> None:
@@ -218,6 +229,15 @@ def check_proposal(proposal: ProposalDistribution, database: Database) -> None:
         "propose is a function of its generator, and says which rows it drew",
     )
     assert query.ids is not None
+    drawn_of = [
+        proposal.propose(database, count, Randomness.of(0, range(count), "proposal")).ids
+        for count in (1, 3)
+    ]
+    _require(
+        all(ids is not None for ids in drawn_of) and bool((drawn_of[0] == drawn_of[1][:1]).all()),  # type: ignore[index]
+        "the first query does not depend on how many are drawn: draw with "
+        "retrodiff.randomness.uniform(generator, (n,))",
+    )
     _close(query.embedding, database.embeddings(query.ids), "a pseudo-query is the row it names", 0)
     expected = torch.zeros(len(database), dtype=torch.float64)
     expected[rows] = weights.double() / weights.sum()
@@ -232,12 +252,14 @@ def check_proposal(proposal: ProposalDistribution, database: Database) -> None:
 def check_conditioner(conditioner: Conditioner, dim: int = 8, k: int = 3) -> None:
     """Streams of the promised widths, determinism, a null of the same shape, drop in place.
 
+    Where it has weights, gradients must reach all of them, and a copy must work on ``meta``.
+
     Args:
         conditioner: to be checked.
         dim: width of the embeddings it is given.
         k: neighbors it is given.
     """
-    _require(isinstance(conditioner, Conditioner), "a conditioner has the protocol's members")
+    _has_members("conditioner", conditioner)
     generator = torch.Generator().manual_seed(0)
     query = Query(torch.randn(5, dim, generator=generator))
     embeddings = torch.randn(5, k, dim, generator=generator)
@@ -267,6 +289,10 @@ def check_conditioner(conditioner: Conditioner, dim: int = 8, k: int = 3) -> Non
                 other.streams[name].values.shape == tokens.values.shape,
                 f"{what} keeps the shape of every stream",
             )
+    width = member(conditioner, Conditioner, "vector_width")(dim)
+    given = None if context.vector is None else context.vector.shape[-1]
+    _require(given == width, f"condition gives a vector {given} wide, vector_width says {width}")
+    _check_weights(conditioner, query, neighbors)
     for name, tokens in null.streams.items():
         if tokens.is_null:
             _require(
@@ -281,7 +307,7 @@ def check_denoiser(denoiser: Denoiser, k: int = 3) -> None:
         denoiser: to be checked.
         k: tokens per stream.
     """
-    _require(isinstance(denoiser, Denoiser), "a denoiser has the protocol's members")
+    _has_members("denoiser", denoiser)
     generator = torch.Generator().manual_seed(0)
     shape = tuple(denoiser.shape)
     x = torch.randn(2, *shape, generator=generator)
@@ -312,7 +338,8 @@ def check_denoiser(denoiser: Denoiser, k: int = 3) -> None:
             )
         quiet = denoiser.denoise(x, torch.full((2,), 1e-4), context)
         _close(quiet, x, "without noise there is nothing to remove", 5e-2)
-    if isinstance(denoiser, TrainableDenoiser):
+    if hasattr(denoiser, "loss") and hasattr(denoiser, "draw_sigmas"):
+        denoiser = cast("TrainableDenoiser", denoiser)
         sigmas = denoiser.draw_sigmas(64, torch.Generator().manual_seed(0))
         _require(tuple(sigmas.shape) == (64,), "draw_sigmas returns (n,)")
         _require(bool((sigmas > 0).all()), "training noise levels are positive")
@@ -342,7 +369,7 @@ def check_schedule(schedule: Schedule) -> None:
 
 def check_guidance(guidance: Guidance) -> None:
     """Equals the conditional branch where both branches agree; keeps shapes."""
-    _require(isinstance(guidance, Guidance), "guidance has guide(denoiser, branches)")
+    _has_members("guidance", guidance)
     from retrodiff.diffusion.schedule import Karras
 
     class Shifted(Denoiser):
@@ -376,7 +403,7 @@ def check_sampler(sampler: Sampler, steps: int = 200) -> None:
         sampler: to be checked.
         steps: enough for its order.
     """
-    _require(isinstance(sampler, Sampler), "a sampler has sample(denoise, x, sigmas)")
+    _has_members("sampler", sampler)
     from retrodiff.diffusion.schedule import Karras
 
     mean, std = 0.7, 0.5
@@ -399,12 +426,66 @@ def check_sampler(sampler: Sampler, steps: int = 200) -> None:
         abs(float(out.mean()) - mean) < 0.03, f"the mean is {mean}, got {float(out.mean()):.3f}"
     )
     _require(abs(float(out.std()) - std) < 0.03, f"the std is {std}, got {float(out.std()):.3f}")
+    few = Karras(0.01, 50.0).sigmas(5)
+    whole, alone = (
+        sampler.sample(denoise, x[rows], few, Randomness.of(1, rows, "sampler"))
+        for rows in ([0, 1, 2], [2])
+    )
+    _close(
+        alone,
+        whole[2:],
+        "an image does not depend on the others of its batch: draw with "
+        "retrodiff.randomness.normal_like(x, generator)",
+    )
     for bad in ([1.0, 2.0], [1.0, 1.0], [float("nan"), 0.0], [1.0, -1.0]):
         try:
             sampler.sample(denoise, x[:2], torch.tensor(bad))
         except ValueError:
             continue
         raise AssertionError(f"sigmas {bad} must be refused")
+
+
+def check_generator(generator: Generator, k: int = 3, steps: int = 2) -> None:
+    """Shapes, determinism, an image that depends on its own row only; a loss where it has one.
+
+    Args:
+        generator: to be checked.
+        k: tokens per stream.
+        steps: to generate with.
+    """
+    _has_members("generator", generator)
+    shape, seeded = tuple(generator.shape), torch.Generator().manual_seed(0)
+    width = member(generator, Generator, "vector_width")
+    context = Context(
+        {
+            name: Tokens(torch.randn(3, k, w, generator=seeded))
+            for name, w in generator.widths.items()
+        },
+        None if width is None else torch.randn(3, width, generator=seeded),
+    )
+    noise = torch.randn(3, *shape, generator=seeded)
+
+    def make(rows: list[int]) -> Tensor:
+        part = Context(
+            {name: Tokens(t.values[rows]) for name, t in context.streams.items()},
+            None if context.vector is None else context.vector[rows],
+        )
+        randomness = Randomness.of(0, rows, "sampler")
+        return generator.generate(
+            part, part.zeros(), noise[rows], steps=steps, generator=randomness
+        )
+
+    with torch.no_grad():
+        latents = make([0, 1, 2])
+        _require(tuple(latents.shape) == (3, *shape), f"generate returns (b, {shape})")
+        _require(bool(latents.isfinite().all()), "latents are finite")
+        _close(make([0, 1, 2]), latents, "generate is a function of its arguments", 0)
+        _close(make([2]), latents[2:], "an image does not depend on the others of its batch", 1e-3)
+        images = generator.decode(latents)
+        _require(len(images) == 3 and images.ndim == 4, "decode returns (b, c, h, w)")
+    if hasattr(generator, "loss"):
+        loss = cast("TrainableGenerator", generator).loss(images, context)
+        _require(tuple(loss.shape) == (3,), "loss returns one value per image")
 
 
 def check_autoencoder(autoencoder: Autoencoder, shape: tuple[int, int, int]) -> None:
@@ -429,9 +510,36 @@ def check_autoencoder(autoencoder: Autoencoder, shape: tuple[int, int, int]) -> 
         _close(autoencoder.encode(images[1:]), latents[1:], "encode is per image", 1e-4)
 
 
-def _context(streams: dict[str, Tensor]) -> Context:
-    from retrodiff.interfaces import Tokens
+def _has_members(role: str, part: object) -> None:
+    missing = missing_members(role, part)
+    _require(not missing, f"a {role} has {', '.join(missing)}")
 
+
+def _check_weights(conditioner: Conditioner, query: Query, neighbors: Neighbors) -> None:
+    """Gradients reach every weight through condition and null; all of them move."""
+    found = modules(conditioner)
+    weights = [p for module in found for p in module.parameters() if p.requires_grad]
+    if not weights:
+        return
+    context = conditioner.condition(query, neighbors)
+    null = conditioner.null(context)
+    parts = [*context.streams.values(), *null.streams.values()]
+    total = torch.stack([t.values.sum() for t in parts]).sum()
+    for vector in (context.vector, null.vector):
+        total = total if vector is None else total + vector.sum()
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    _require(all(g is not None for g in gradients), "every weight takes part in condition or null")
+    moved = copy.deepcopy(conditioner)
+    for module in modules(moved):
+        module.to("meta")
+    there = moved.condition(Query(query.embedding.to("meta")), neighbors.to("meta"))
+    _require(
+        all(t.values.device.type == "meta" for t in there.streams.values()),
+        "a conditioner that was moved gives contexts on its new device",
+    )
+
+
+def _context(streams: dict[str, Tensor]) -> Context:
     return Context({name: Tokens(values) for name, values in streams.items()})
 
 

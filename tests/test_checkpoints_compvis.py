@@ -13,9 +13,9 @@ import yaml
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, load_compvis
-from retrodiff.checkpoints.names import published_autoencoder, published_unet
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.foreign.compvis import ema_name, load_compvis
+from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
+from retrodiff.checkpoints.foreign.transfer import their_names
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_tensor_arrives(kind: str, weights: Any, save: Callable[..., Path]
         assert torch.equal(tensor, state[f"first_stage_model.{names[own]}"].reshape(tensor.shape))
     assert model.weights == weights
     assert model.context_width == 12
-    assert (model.schedule.length, model.schedule.start, model.schedule.end) == (
+    assert (model.schedule.length, model.schedule.beta_start, model.schedule.beta_end) == (
         1000, 0.0015, 0.0195,
     )  # fmt: skip
     assert not model.unet.training

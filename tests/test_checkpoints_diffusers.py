@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrodiff.checkpoints.diffusers import load_diffusers
+from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, the oracle, is not installed")
 
@@ -83,7 +83,7 @@ def test_folder_gives_the_same_numbers(kind: str, safe: bool, save: Callable[...
     latent = encoded.latents if kind == "VQModel" else encoded.latent_dist.mode()
     assert close(model.autoencoder.encode(IMAGES), latent * 0.25)
     assert close(model.autoencoder.decode(latent * 0.25), first_stage.decode(latent).sample)
-    assert (model.schedule.length, model.schedule.start, model.schedule.end) == (
+    assert (model.schedule.length, model.schedule.beta_start, model.schedule.beta_end) == (
         1000, 0.0015, 0.0195,
     )  # fmt: skip
     assert (model.scale, model.name, model.weights) == (None, None, "unknown")

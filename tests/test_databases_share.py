@@ -30,10 +30,10 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
-    hub,
     open_database,
     store,
 )
+from retrodiff.databases import shared as hub
 from retrodiff.indexes import Annoy, Exact
 from retrodiff.interfaces import Database, Query
 from retrodiff.testing import check_database
@@ -210,7 +210,7 @@ def test_a_model_names_its_shared_database(remote, local, tmp_path):
     assert str(tmp_path / "cache") not in (tmp_path / "model/model.json").read_text()
     again = Model.load(tmp_path / "model", encoder=Pooled())
     assert again.database.address == shared.address
-    assert "opened from hf://datasets/me/photos@" in model_card(vars(model), "me/model")
+    assert "hf://datasets/me/photos@" in model_card(vars(model), "me/model")
     delete_rows(local.path, [3])
     other = open_database(local.path).push_to_hub("me/photos")
     text = (tmp_path / "model/model.json").read_text()

@@ -22,7 +22,7 @@ LAYERS = [
         "text",
     },
     {"plain"},
-    {"budget", "components", "decoding", "files", "progress", "untrusted", "values"},
+    {"budget", "components", "decoding", "files", "progress", "untrusted"},
     {"hashed", "interfaces", "pickled"},
     {"pictures", "tensors"},
     {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},

@@ -11,7 +11,7 @@ from trainings import run, same, small_data, weights
 from retrodiff.databases import ArrayDatabase, ImageFolder, build_database, open_database
 from retrodiff.encoders import TimmEncoder
 from retrodiff.interfaces import Query
-from retrodiff.pictures import PixelRange
+from retrodiff.pictures.converting import PixelRange
 from retrodiff.retrieval import (
     ExcludeDuplicates,
     ExcludeGroup,

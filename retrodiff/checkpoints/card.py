@@ -5,18 +5,22 @@ Facts only, read off the components; what the model is good for is for its maker
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from retrodiff.checkpoints.database_place import shared_address
-from retrodiff.checkpoints.published import Architecture, Schedule, recognized
-from retrodiff.encoders.fingerprint import known_fingerprint
-from retrodiff.interfaces import Fingerprint
+from retrodiff.checkpoints.foreign.published import Architecture, recognized
+from retrodiff.diffusion.schedule import ScaledLinear
+from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
+from retrodiff.text import printable
 
 
 def model_card(parts: Mapping[str, Any], repo: str) -> str:
@@ -32,25 +36,29 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
         ("denoiser", _network(parts["denoiser"])),
         ("first stage", _network(parts["autoencoder"])),
         ("condition", repr(parts["conditioner"])),
-        ("encoder", "none" if encoder is None else _made(known_fingerprint(encoder))),
+        ("encoder", "none" if encoder is None else _made(member(encoder, Encoder, "identity"))),
         ("database", "none" if database is None else _stored(database)),
         ("retriever", repr(parts["retriever"])),
         ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),
         ("steps, tokens per image", f"{parts['steps']}, {parts['k']}"),
     ]
+    from huggingface_hub import ModelCardData
+
     task = "text-to-image" if hasattr(encoder, "encode_text") else "unconditional-image-generation"
-    given, shared = f'"{repo}"', shared_address(database)
-    if database is not None and shared is None:
+    given, shared = json.dumps(printable(repo)), shared_address(database)
+    if shared is not None:
+        given += ", trust_database=True"
+    elif database is not None:
         given += ', database=open_database("...")'
+    tags = ["retrieval-augmented-diffusion"]
+    facts = ModelCardData(library_name="retrodiff", pipeline_tag=task, tags=tags)
     return "\n".join(
         [
             "---",
-            "library_name: retrodiff",
-            f"pipeline_tag: {task}",
-            "tags: [retrieval-augmented-diffusion]",
+            facts.to_yaml().strip(),
             "---",
             "",
-            f"# {repo.rpartition('/')[2]}",
+            f"# {_cell(repo.rpartition('/')[2])}",
             "",
             "A retrieval-augmented diffusion model, kept as safetensors and JSON.",
             "",
@@ -62,15 +70,21 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
             "",
             "| part | what it is |",
             "|---|---|",
-            *(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows),
+            *(f"| {name} | {_cell(value)} |" for name, value in rows),
             "",
-            f"Its database is opened from {shared}."
+            f"Its database is at {_cell(shared)}: `trust_database=True` fetches it."
             if shared
             else "The database is not part of this repository.",
             "Embeddings of another encoder, another preprocessing or another scale are refused.",
             "",
         ]
     )
+
+
+def _cell(value: str) -> str:
+    """Text as a cell of a table: no mark-up, no HTML, no link of a name's."""
+    text = re.sub(r"([\\`*\[\]|~])", r"\\\1", printable(value))
+    return html.escape(text, quote=False).replace("://", ":&#47;&#47;")
 
 
 def published_name(parts: Mapping[str, Any]) -> str | None:
@@ -83,7 +97,7 @@ def published_name(parts: Mapping[str, Any]) -> str | None:
             unet=network.config(),
             kind="vq" if isinstance(autoencoder, VQAutoencoder) else "kl",
             autoencoder=autoencoder.config(),
-            schedule=Schedule(start=0.0015, end=0.0195),  # takes no part in the comparison
+            schedule=ScaledLinear(),  # takes no part in the comparison
         )
     ).name
 

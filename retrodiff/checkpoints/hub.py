@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retrodiff.checkpoints.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
+from retrodiff.checkpoints.foreign.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
+from retrodiff.disk.untrusted import inside
+from retrodiff.text import printable
 
 SAFE = ("*.json", "*.safetensors", "*.md", "*.yaml")
 """Files that hold no code."""
@@ -43,8 +45,8 @@ def fetch(
     Raises:
         FileNotFoundError: the repository does not exist, or there is no network.
     """
-    if Path(repo).is_dir():
-        return Path(repo)
+    if Path(repo).expanduser().is_dir():
+        return Path(repo).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -60,7 +62,7 @@ def fetch(
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{repo} is neither a folder here nor to be had from the Hub "
+            f"{printable(repo)} is neither a folder here nor to be had from the Hub "
             f"({type(error).__name__}): check name and network, or hand in a local folder"
         ) from error
 
@@ -110,15 +112,19 @@ def publish(
 
     Raises:
         FileNotFoundError: the folder holds no saved model.
+        ValueError: a link in it leads out of it.
         PermissionError: ``private``, but everyone can see the repository.
         OSError: the Hub refuses, or cannot be reached.
     """
     folder = Path(folder)
     if not (folder.is_dir() and any(folder.rglob("*.safetensors")) and any(folder.glob("*.json"))):
         raise FileNotFoundError(f"{folder} holds no saved model: save one there first")
+    for file in folder.rglob("*"):  # a link may lead to what is nobody else's business
+        if any(file.match(pattern) for pattern in SAFE):
+            inside(folder, file.relative_to(folder).as_posix())
     from huggingface_hub import HfApi
 
-    from retrodiff.databases.hub import hub_errors
+    from retrodiff.databases.shared import hub_errors
 
     api, what = HfApi(token=token), f"cannot upload a model as {repo}"
     with hub_errors(what):

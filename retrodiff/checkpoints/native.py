@@ -1,7 +1,7 @@
 """A model as a folder: one JSON that says what it is, safetensors for everything with numbers.
 
 ``model.json`` describes each component by its public name and its constructor's arguments (nested,
-for wrappers and networks; see `retrodiff.checkpoints.components`). Loading constructs public
+for wrappers and networks; see `retrodiff.checkpoints.descriptions`). Loading constructs public
 components of this package only, after their arguments and their weights have been compared; a
 component of your own is named in the file but never imported from it: hand it to `load` in its
 slot. Weights are in ``weights.safetensors`` under ``slot.parameter``, an encoder in a folder of its
@@ -20,24 +20,24 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from retrodiff.checkpoints.components import (
+from retrodiff.checkpoints.database_place import described as described_database
+from retrodiff.checkpoints.database_place import reopened
+from retrodiff.checkpoints.descriptions import (
     arguments,
     arguments_from,
     describe,
     fingerprint_from,
     is_custom,
 )
-from retrodiff.checkpoints.database_place import described as described_database
-from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
-from retrodiff.checkpoints.shards import load_shards, save_sharded
+from retrodiff.checkpoints.sharded import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite, own_state
 from retrodiff.components import modules
-from retrodiff.encoders.fingerprint import difference, known_fingerprint
-from retrodiff.files import check_free, place, plain_json, write_folder, write_json
-from retrodiff.interfaces import Fingerprint
+from retrodiff.disk.files import check_free, place, plain_json, write_folder, write_json
+from retrodiff.disk.untrusted import inside, read_json
+from retrodiff.encoders.fingerprint import difference
+from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.text import printable
-from retrodiff.untrusted import inside, read_json
 
 FORMAT = 2
 """Written; 1 (module paths in place of public names) is read, too."""
@@ -62,6 +62,7 @@ def save_components(
         The folder.
     """
     from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
+    from retrodiff.encoders.described import problem
 
     folder = place(folder)
     check_free(folder, MARKER, overwrite, own_files)
@@ -71,6 +72,12 @@ def save_components(
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
+    if published and (reason := problem(plain_json(ours.config()))) is not None:
+        warnings.warn(
+            f"the model is saved without its encoder, whose weights are not here yet ({reason}): "
+            "hand it in when you load the model, load(..., encoder=...)",
+            stacklevel=3,
+        )
     for slot, part in parts.items():
         if slot == "database":
             described[slot] = None if part is None else described_database(part, folder)
@@ -90,7 +97,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(known_fingerprint(encoder))),
+        "fingerprint": None if encoder is None else vars(member(encoder, Encoder, "identity")),
         "extra": plain_json(extra),
     }
 
@@ -188,15 +195,18 @@ def load_components(
             parts[slot] = _encoder(description, folder)
         else:
             left[slot] = description
+    if "database" in described and "database" not in given:
+        parts["database"] = reopened(
+            described["database"], folder, token=token, trust=trust_database
+        )
+    # Large networks last, so that whatever is wrong elsewhere is said at once.
+    heavy = {name.split(".")[0] for name in weights}
+    left = dict(sorted(left.items(), key=lambda entry: entry[0] in heavy))
     parts |= arguments_from(left, model, weights, "", partial=True)
     needed = {name for name, (_, must) in slots.items() if must}
     if missing := needed - {*parts, *given}:
         raise ValueError(
             f"model.json describes no {', '.join(sorted(missing))}: the file is damaged"
-        )
-    if "database" in described and "database" not in given:
-        parts["database"] = reopened(
-            described["database"], folder, token=token, trust=trust_database
         )
     return {**parts, **given}
 
@@ -231,9 +241,7 @@ def _encoder(description: dict[str, Any], folder: Path) -> Any:
 
 def _only_named(encoder: Any) -> bool:
     """Whether an encoder is known by its published name alone, its weights not here yet."""
-    from retrodiff.encoders.described import problem
-
-    return not encoder.loaded and problem(plain_json(encoder.config())) is None
+    return not encoder.loaded and not Path(str(encoder.pretrained)).is_file()
 
 
 def _check_encoder(folder: Path, encoder: Any, saved: Fingerprint) -> None:

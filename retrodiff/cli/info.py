@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from retrodiff.cli import options as types
+from retrodiff.text import printable
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
     described = read_description(Path(options.model))
     for slot, value in described["components"].items():
-        print(f"{slot:16}{summary(value)}")
+        print(f"{printable(slot):16}{printable(summary(value))}")
     return 0
 
 
@@ -33,14 +34,13 @@ def summary(value: Any) -> str:
         return f"[{', '.join(summary(x) for x in value)}]"
     if not isinstance(value, dict):
         return repr(value)
-    if "class" in value:
-        inner = ", ".join(f"{k}={summary(v)}" for k, v in value["config"].items())
-        return f"{value['class'].rpartition('.')[2]}({inner})"
+    if "class" in value and isinstance(config := value.get("config"), dict):
+        inner = ", ".join(f"{k}={summary(v)}" for k, v in config.items())
+        return f"{str(value['class']).rpartition('.')[2]}({inner})"
     if "custom" in value:
         return f"{value['custom']} (not saved: pass your own)"
     if "tensor" in value:
         return "<tensor>"
-    if "path" in value:
-        fingerprint = value["fingerprint"]
-        return f"{value['path']} ({fingerprint['encoder']}, width {fingerprint['dim']})"
+    if "path" in value and isinstance(made := value.get("fingerprint"), dict):
+        return f"{value['path']} ({made.get('encoder')}, width {made.get('dim')})"
     return "{" + ", ".join(f"{k}: {summary(v)}" for k, v in value.items()) + "}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from retrodiff.cli import options as types
 
 if TYPE_CHECKING:
-    from retrodiff.generation import Generation
     from retrodiff.model import Model
+    from retrodiff.model.generated import Generation
 
 SHEET = "sheet.png"
 MODES = ("text", "text+neighbors", "neighbors", "class", "image", "unconditional")
@@ -60,6 +60,11 @@ def add_parser(commands: Any) -> None:
         help="for a model that was saved without one: open_clip:NAME:TAG, timm:NAME or a folder",
     )
     parser.add_argument(
+        "--trust-database",
+        action="store_true",
+        help="open the database wherever a model that others saved says that it is",
+    )
+    parser.add_argument(
         "--batch-size", type=types.count, default=64, help="images per network call"
     )
     parser.add_argument(
@@ -77,9 +82,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
     from retrodiff.databases import open_database
+    from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free
-    from retrodiff.generation import MARKER, own_files
+    from retrodiff.model.generated import MARKER, own_files
     from retrodiff.retrieval import Uniform
 
     check_free(options.out, MARKER, options.overwrite, own_files)
@@ -115,14 +120,15 @@ def _model(options: argparse.Namespace, parts: dict[str, Any]) -> Model:
     from retrodiff.model import Model
     from retrodiff.training import unfinished
 
+    trust = options.trust_database
     if options.from_checkpoint:
-        return unfinished.load_unfinished(options.model, **parts)
+        return unfinished.load_unfinished(options.model, trust_database=trust, **parts)
     if not Path(options.model).exists() and unfinished.is_unfinished(Path(options.model)):
         raise FileNotFoundError(
             f"{options.model} is not trained to its end: continue the training (retrodiff train "
             "with --resume), or sample what it has learned so far (--from-checkpoint)"
         )
-    return Model.load(options.model, **parts)
+    return Model.load(options.model, trust_database=trust, **parts)
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
     if options.classes:
         return {"classes": [c for c in options.classes for _ in range(options.n)]}
     if options.image:
-        from retrodiff.training.folder import read_square
+        from retrodiff.training.folder_images import read_square
 
         images = [read_square(file, 224) for file in options.image]
         return {"images": torch.stack(images).repeat_interleave(options.n, 0)}
@@ -146,7 +152,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
     import torch
 
     from retrodiff.databases import captions_of, contact_sheet
-    from retrodiff.files import replacing
+    from retrodiff.disk.files import replacing
 
     n = min(len(out), 32)
     words = next(iter(asked.values()))

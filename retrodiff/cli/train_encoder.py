@@ -42,13 +42,13 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.encoders import TimmEncoder, save_encoder
     from retrodiff.training import cosine
     from retrodiff.training.contrastive import crop_and_flip, fit_views
-    from retrodiff.training.folder import FolderImages
+    from retrodiff.training.folder_images import FolderImages
 
     out = Path(options.out)
     if out.exists() and not options.overwrite:
         raise FileExistsError(f"{out} exists: choose another folder, or add --overwrite")
     torch.manual_seed(options.seed)
-    encoder = TimmEncoder(options.network, image_size=options.size)
+    encoder = TimmEncoder(options.network, image_size=options.size, preprocessing="plain")
     images = FolderImages(options.images, options.size)
     if len(images) < 2:
         raise ValueError(f"{options.images} holds one image, but views of two or more are compared")

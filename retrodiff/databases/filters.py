@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from retrodiff.text import printable
+
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -18,15 +20,32 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-_MOST = 500
-"""Comparisons in one filter; pyarrow nests expressions, and what is nested too deep crashes it."""
+MOST = 500
+"""Conditions in one filter; pyarrow nests expressions, and what is nested too deep crashes it."""
+
+DEEPEST = 50
+"""Levels of parentheses and operators within each other."""
+
+LONGEST = 2**20
+"""Characters of a filter; long lists of constants are its only long part."""
 
 
 def parse_filter(text: str, columns: Sequence[str]) -> tuple[Any, list[str]]:
     """A condition over columns -> pyarrow expression, and the columns that it needs.
 
     Known: comparisons, ``in``, ``not in``, ``is None``, ``and``, ``or``, ``not`` and parentheses.
+
+    Raises:
+        ValueError: something else is in it, an unknown column, or it is too long or nested too
+            deep.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a filter is a text such as \"label == 'dog'\", not {text!r:.50}")
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"the filter {_short(text)} has {len(text):,} characters, more than {LONGEST:,}: "
+            "select the rows by number, database.subset(rows)"
+        )
     try:
         with warnings.catch_warnings():  # what Python thinks of an escape sequence is no matter
             warnings.simplefilter("ignore")
@@ -35,16 +54,16 @@ def parse_filter(text: str, columns: Sequence[str]) -> tuple[Any, list[str]]:
         raise ValueError(f"cannot read the filter {_short(text)}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot read the filter {_short(text)}: {error}") from None
-    nodes = list(ast.walk(tree))
+    nodes = _nodes(tree, text)
     names = list(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name)))
     for name in names:
         if name not in columns:
             raise ValueError(
                 f"filter {_short(text)}: unknown column {name!r}; columns: {', '.join(columns)}"
             )
-    if sum(isinstance(node, ast.cmpop | ast.Not) for node in nodes) > _MOST:
+    if sum(map(_conditions, nodes)) > MOST:
         raise ValueError(
-            f"the filter {_short(text)} makes more than {_MOST} comparisons: ask with "
+            f"the filter {_short(text)} makes more than {MOST} comparisons: ask with "
             "`column in [...]`"
         )
     try:
@@ -53,8 +72,29 @@ def parse_filter(text: str, columns: Sequence[str]) -> tuple[Any, list[str]]:
         raise ValueError(f"the filter {_short(text)} holds a number of more than 64 bits") from None
 
 
+def _nodes(tree: ast.AST, text: str) -> list[ast.AST]:
+    """All nodes of a syntax tree, refused if it is deeper than what reads it can stand."""
+    level, nodes = [tree], list[ast.AST]()
+    for _ in range(DEEPEST):
+        nodes += level
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return nodes
+    raise ValueError(
+        f"the filter {_short(text)} is nested more than {DEEPEST} levels deep: join its "
+        "conditions without parentheses"
+    )
+
+
+def _conditions(node: ast.AST) -> int:
+    """What a node adds to the nesting of the pyarrow expression."""
+    if isinstance(node, ast.BoolOp):
+        return len(node.values)
+    return isinstance(node, ast.Compare | ast.Not) * len(getattr(node, "ops", [node]))
+
+
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:199] + "…")
+    return printable(repr(text if len(text) <= 200 else text[:199] + "…"))
 
 
 class _Translator:

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.views import GatheredVectors
+from retrodiff.databases.sql import joined
+from retrodiff.databases.views import GatheredVectors, storable
+from retrodiff.disk.untrusted import LARGEST, parse_json
 from retrodiff.indexes.vectors import check_search
 from retrodiff.interfaces import Fingerprint, Index, Record
+from retrodiff.text import printable
 
 _FINGERPRINT = b"retrodiff"  # key in the metadata of a table's schema
 _SPARE = 8  # found beyond k, since LanceDB rounds queries to the type of the column
@@ -44,7 +47,7 @@ class LanceDatabase(Searchable):
         table: an open LanceDB table.
         vector: its column of embeddings, a fixed-size list of floats.
         fingerprint: of the encoder that made them; None: the one that `create` wrote.
-        condition: SQL that rows must meet; None: all rows.
+        condition: SQL that rows must meet, or several such; None: all rows.
         root: folder that the records' files are relative to.
     """
 
@@ -54,13 +57,14 @@ class LanceDatabase(Searchable):
         *,
         vector: str = "vector",
         fingerprint: Fingerprint | None = None,
-        condition: str | None = None,
+        condition: str | Sequence[str] | None = None,
         root: str | Path | None = None,
     ):
-        self._rows = _Rows(table, vector, condition)
+        conditions = (condition,) if isinstance(condition, str) else tuple(condition or ())
+        self._rows = _Rows(table, vector, conditions)
         self.root = root
         written = _written(table)
-        mark = fingerprint or written
+        mark = self._given = fingerprint or written
         if mark is None:
             raise ValueError(
                 f"the table {table.name!r} does not say which encoder made its vectors: give "
@@ -74,6 +78,23 @@ class LanceDatabase(Searchable):
         super().__init__(
             vectors, replace(mark, rows=digest.hexdigest()[:32]), _LanceIndex(self._rows)
         )
+
+    def __reduce__(self) -> Any:
+        """Another process, such as a worker of a ``DataLoader``, opens the same version again.
+
+        What is sent to it holds the options of the object storage, keys included.
+        """
+        table, rows = self._rows.table, self._rows
+        about = {
+            "uri": str(table._conn.uri),
+            "table": table.name,
+            "vector": rows.vector,
+            "fingerprint": self._given,
+            "root": self.root,
+            "version": table.version,
+            "storage_options": getattr(table._conn, "storage_options", None),
+        }
+        return _opened_again, (about, rows.conditions, self.fingerprint.rows)
 
     @classmethod
     def open(
@@ -168,20 +189,20 @@ class LanceDatabase(Searchable):
             condition: SQL, such as ``label = 'dog' AND year > 2000``.
         """
         rows = self._rows
-        both = condition if rows.condition is None else f"({rows.condition}) AND ({condition})"
-        mark = self.fingerprint
+        all_ = (*rows.conditions, condition)
         return LanceDatabase(
-            rows.table, vector=rows.vector, fingerprint=mark, condition=both, root=self.root
+            rows.table, vector=rows.vector, fingerprint=self._given, condition=all_, root=self.root
         )
 
 
 class _Rows:
     """The rows of a table that meet a condition, and their LanceDB ids (m,), ascending."""
 
-    def __init__(self, table: Any, vector: str, condition: str | None):
+    def __init__(self, table: Any, vector: str, conditions: tuple[str, ...]):
         import pyarrow as pa
 
-        self.table, self.vector, self.condition = table, vector, condition
+        self.table, self.vector, self.conditions = table, vector, conditions
+        self.condition = joined(conditions)
         self.names: list[str] = table.schema.names
         kind: Any = table.schema.field(vector).type if vector in self.names else None
         if kind is None or not (
@@ -193,6 +214,8 @@ class _Rows:
             )
         self.dim: int = kind.list_size
         with self.errors():
+            for one in conditions[len(conditions) < 2 :]:  # each is one by itself, or refused
+                table.search().select(["_rowid"]).with_row_id(True).where(one).limit(1).to_arrow()
             batches = self._asked(table.search(), ["_rowid"]).to_batches()
             ids = [batch["_rowid"].to_numpy().astype(np.int64) for batch in batches]
         self.ids = torch.from_numpy(np.sort(np.concatenate([np.empty(0, np.int64), *ids])))
@@ -239,7 +262,7 @@ class _Rows:
         return torch.from_numpy(values.reshape(-1, self.dim))
 
     def errors(self) -> Any:
-        where = f", filter {self.condition!r}" if self.condition else ""
+        where = f", filter {printable(repr(self.condition))[:300]}" if self.condition else ""
         return _lance_errors(f"table {self.table.name!r}{where}")
 
     def _asked(self, search: Any, columns: list[str]) -> Any:
@@ -289,7 +312,7 @@ class _LanceIndex(Index):
             )
         wanted, values = queries.double()[query], values.double()
         cosine = (values * wanted).sum(1)
-        cosine = cosine / (values.norm(dim=1) * wanted.norm(dim=1)).clamp_min(1e-12)
+        cosine = cosine / (values.norm(dim=1) * wanted.norm(dim=1)).clamp_min(1e-300)
         # Equally near rows: the lower number first.
         order = torch.from_numpy(np.lexsort((rows.numpy(), -cosine.numpy(), query.numpy())))
         first = order[(counts.cumsum(0) - counts).unsqueeze(1) + torch.arange(k)]
@@ -304,7 +327,7 @@ def _batches(database: Searchable, vector: str) -> tuple[Any, Iterator[Any]]:
     first = next(tables, None)
     if first is None:
         first = database.table()
-    kind = pa.list_(pa.float16(), database.fingerprint.dim)
+    kind, encoder = pa.list_(pa.float16(), database.fingerprint.dim), database.fingerprint.encoder
     about = {_FINGERPRINT: json.dumps(vars(database.fingerprint)).encode()}
     schema = first.schema.remove_metadata().append(pa.field(vector, kind)).with_metadata(about)
 
@@ -313,8 +336,9 @@ def _batches(database: Searchable, vector: str) -> tuple[Any, Iterator[Any]]:
         for table in chain([first], tables):
             for batch in table.to_batches(_ROWS):
                 rows = torch.arange(start, start + len(batch))
-                values = database.embeddings(rows).half().flatten().numpy()
-                column = pa.FixedSizeListArray.from_arrays(pa.array(values), kind.list_size)
+                stored, _ = storable(database.embeddings(rows), encoder, lambda row: f"row {row}")
+                values = pa.array(stored.flatten().numpy())
+                column = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
                 yield pa.record_batch([*batch.columns, column], schema=schema)
                 start += len(batch)
 
@@ -324,7 +348,22 @@ def _batches(database: Searchable, vector: str) -> tuple[Any, Iterator[Any]]:
 def _written(table: Any) -> Fingerprint | None:
     """The fingerprint of the database that a table was made from."""
     about = (table.schema.metadata or {}).get(_FINGERPRINT)
-    return None if about is None else Fingerprint(**json.loads(about))
+    if about is None:
+        return None
+    try:
+        return Fingerprint.from_json(parse_json(about[:LARGEST], "its fingerprint"))
+    except ValueError as error:
+        raise ValueError(f"the table {table.name!r} is damaged: {error}") from None
+
+
+def _opened_again(about: dict[str, Any], conditions: tuple[str, ...], rows: str) -> LanceDatabase:
+    """The rows that another process had open."""
+    database = LanceDatabase.open(**about)
+    for condition in conditions:
+        database = database.where(condition)
+    if database.fingerprint.rows != rows:
+        raise ValueError(f"{about['uri']} has changed since it was opened: open it again")
+    return database
 
 
 def _place(table: Any) -> str:

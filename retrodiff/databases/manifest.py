@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from retrodiff.files import plain_json
-from retrodiff.hashed import read_hashed, write_hashed
+from retrodiff.disk.files import plain_json
+from retrodiff.disk.hashed import read_hashed, write_hashed
+from retrodiff.disk.seal import is_sealed, seal
 from retrodiff.interfaces import Fingerprint
 
 FORMAT = 1
@@ -78,6 +79,9 @@ class Manifest:
         deleted: {"file", "rows", "bytes", "sha256"} of the deleted row numbers, or None.
         shared: what only a shared copy needs, {"columns": names, "indexes": {index: {file:
             {"bytes", "sha256"}}}}; None in a folder of one's own.
+        trusted: folders of the sources that this user has named himself; None: all of them. In the
+            file they bear this user's seal (`retrodiff.disk.seal`), so that nobody else's manifest
+            makes anyone read a folder of the machine.
     """
 
     fingerprint: Fingerprint
@@ -87,6 +91,13 @@ class Manifest:
     skipped: tuple[tuple[str, str], ...] = ()
     deleted: dict[str, Any] | None = None
     shared: dict[str, Any] | None = None
+    trusted: frozenset[str] | None = None
+
+    @property
+    def roots(self) -> frozenset[str]:
+        """Folders that pictures of the sources are read from again, to be shown."""
+        found = {source["root"] for source in self.sources if isinstance(source.get("root"), str)}
+        return frozenset(found if self.trusted is None else found & self.trusted)
 
     @property
     def rows(self) -> int:
@@ -101,11 +112,28 @@ class Manifest:
             found[self.deleted["file"]] = self.deleted
         return found
 
+    def check_sizes(self, folder: Path) -> None:
+        """A cheap look for files that are missing or cut short; `verify` looks at every byte."""
+        for shard in self.shards:
+            for name, about in shard.files.items():
+                try:
+                    size = (folder / name).stat().st_size
+                except FileNotFoundError:
+                    raise FileNotFoundError(f"{folder / name} is missing: {AGAIN}") from None
+                if size != about["bytes"]:
+                    raise ValueError(
+                        f"{folder / name} has {size} bytes, its manifest says {about['bytes']}: "
+                        f"{AGAIN}"
+                    )
+
     def write(self, path: Path) -> None:
         """Writes the manifest, all at once."""
         value = {"format": FORMAT, "rows": self.rows, **asdict(self)}
+        del value["trusted"]
         if self.shared is None:
             del value["shared"]
+        if seals := {root: seal(_sealed(root)) for root in sorted(self.roots)}:
+            value["seals"] = seals
         write_hashed(path, plain_json(value))
 
     @classmethod
@@ -141,6 +169,11 @@ class Manifest:
             skipped=tuple(_pair(entry) for entry in _list(value["skipped"])),
             deleted=None if deleted is None else _object(deleted),
             shared=None if shared is None else _object(shared),
+            trusted=frozenset(
+                root
+                for root, mark in _object(value.get("seals", {})).items()
+                if is_sealed(_sealed(root), mark)
+            ),
         )
         manifest._check(value.get("rows"))
         return manifest
@@ -165,6 +198,11 @@ class Manifest:
                 if not _plain(index):
                     raise ValueError(f"an index {index!r} that does not lie beside the rows")
                 _files(files)
+
+
+def _sealed(root: str) -> dict[str, str]:
+    """What a seal says of a folder."""
+    return {"pictures": root}
 
 
 def _files(value: Any) -> dict[str, dict[str, Any]]:

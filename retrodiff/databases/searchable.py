@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,9 +67,9 @@ class Searchable(Database):
 
     def embeddings(self, indices: Tensor) -> Tensor:
         """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
-        flat = self._checked(indices)
-        found = self.vectors.rows(self.stored(flat))
-        return found.view(*indices.shape, self.fingerprint.dim).to(indices.device)
+        rows = row_numbers(indices)
+        found = self.vectors.rows(self.stored(self._checked(rows)))
+        return found.view(*rows.shape, self.fingerprint.dim).to(rows.device)
 
     def search(self, query: Query, k: int) -> Neighbors:
         """The k rows of highest cosine for each query, or for each region of it."""
@@ -79,12 +80,7 @@ class Searchable(Database):
                 f"database.dim={self.fingerprint.dim}: ask with the encoder that the database was "
                 f"built with ({self.fingerprint.encoder})"
             )
-        if k > len(self):
-            raise ValueError(
-                f"k={k} is more than the database's {len(self)} rows: ask for at most {len(self)}"
-            )
-        if k < 1:
-            raise ValueError(f"k={k}: ask for at least one neighbor")
+        k = neighbors_asked(k, len(self))
         shape = (*embedding.shape[:-1], k)
         if embedding.numel():
             similarity, indices = self._find(embedding.reshape(-1, embedding.shape[-1]), k)
@@ -132,7 +128,7 @@ class Searchable(Database):
         """The given rows, numbered anew in the given order."""
         from retrodiff.databases.views import Subset
 
-        return Subset(self, torch.as_tensor(rows, dtype=torch.int64))
+        return Subset(self, row_numbers(rows))
 
     def stored(self, rows: Tensor) -> Tensor:
         """Row numbers (n,) here -> row numbers (n,) among the stored vectors."""
@@ -143,7 +139,7 @@ class Searchable(Database):
 
     def _checked(self, indices: Tensor) -> Tensor:
         """Row numbers (...) -> the same, flat, on the CPU; refused where there is no such row."""
-        flat = indices.detach().reshape(-1).to("cpu", torch.int64)
+        flat = row_numbers(indices).reshape(-1).cpu()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(
                 f"rows {int(flat.min())} to {int(flat.max())} asked of a database of "
@@ -152,17 +148,60 @@ class Searchable(Database):
         return flat
 
 
-def show(record: Record, root: str | Path | None) -> Tensor:
-    """The picture that a record speaks of, read from its file: (3, h, w) in [-1, 1]."""
-    from retrodiff.databases.images import read_image, to_float
-    from retrodiff.databases.patchify import cut_record
+def neighbors_asked(k: Any, rows: int) -> int:
+    """A number of neighbors as an ``int``, refused if there are not as many rows."""
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise ValueError(f"k={k!r}: give a whole number of neighbors") from None
+    if k < 1:
+        raise ValueError(f"k={k}: ask for at least one neighbor")
+    if k > rows:
+        raise ValueError(
+            f"k={k} is more than the database's {rows} rows: "
+            + (f"ask for at most {rows}" if rows else "there is nothing to search in it")
+        )
+    return k
+
+
+def row_numbers(rows: Any) -> Tensor:
+    """Row numbers in any form as int64 of the same shape; masks and fractions are refused."""
+    given = rows.detach() if isinstance(rows, Tensor) else torch.as_tensor(np.asarray(rows))
+    if not given.numel():
+        return given.long()
+    if given.dtype == torch.bool:
+        raise ValueError(
+            f"a mask of shape {tuple(given.shape)} is given where row numbers are expected: "
+            "give mask.nonzero().flatten()"
+        )
+    if given.is_floating_point() or given.is_complex():
+        raise ValueError(f"row numbers are {given.dtype}, expected whole numbers (int64)")
+    return given.long()
+
+
+def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> Tensor:
+    """The picture that a record speaks of, read from its file: (3, h, w) in [-1, 1].
+
+    Args:
+        record: of a row.
+        root: folder that its file must lie in, and is relative to.
+        anywhere: the record is the caller's own, so that its file may lie anywhere.
+    """
+    from retrodiff.databases.sources.patchify import cut_record
+    from retrodiff.pictures.thumbnails import read_image, to_float
 
     file = record.get("file")
     if file is None:
         raise ValueError(
             "the row has neither a thumbnail nor a file: build the database with thumbnails=SIZE"
         )
-    path = Path(file) if root is None else Path(root) / file
+    path = Path(str(file)) if root is None else Path(root) / str(file)
+    if not anywhere and (root is None or not _is_below(path, Path(root))):
+        raise ValueError(
+            f"the row names the picture {printable(file)}, which the database does not hold and "
+            f"which lies in no folder that you have named: open the database with root= the "
+            "folder of its pictures"
+        )
     if not path.is_file():  # a name that is no UTF-8 is kept with escapes
         path = Path(unescaped(str(path)))
     if not path.is_file():
@@ -170,4 +209,12 @@ def show(record: Record, root: str | Path | None) -> Tensor:
             f"{printable(path)} is not here, and its row has no thumbnail: open the database with "
             "root= the files' folder"
         )
-    return to_float(cut_record(read_image(path), record))
+    try:
+        return to_float(cut_record(read_image(path), record))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"the record of {printable(file)} says no patch ({error!r})") from None
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    """Whether a path leads below a folder, links aside: those in it are the user's own."""
+    return ".." not in path.parts[len(root.parts) :] and path.is_relative_to(root)

@@ -13,14 +13,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import rows_hash
-from retrodiff.databases.images import read_image, to_float
+from retrodiff.databases.digests import rows_hash
 from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
 from retrodiff.databases.record_files import RecordFiles
+from retrodiff.databases.records import TEXT
+from retrodiff.databases.row_files import Thumbnails, map_shard, read_deleted
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import Thumbnails, map_shard, read_deleted
-from retrodiff.files import REPLACED, given, make_folder
-from retrodiff.hashed import check_file
+from retrodiff.disk.files import REPLACED, given
+from retrodiff.disk.hashed import check_file
+from retrodiff.disk.locks import writing
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -35,7 +36,8 @@ from retrodiff.indexes import (
 from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
 from retrodiff.indexes.saved import check_index_place
 from retrodiff.interfaces import Index, Record
-from retrodiff.locks import writing
+from retrodiff.pictures.thumbnails import read_image, to_float
+from retrodiff.text import printable
 
 
 class EmbeddingDatabase(Searchable):
@@ -60,7 +62,9 @@ class EmbeddingDatabase(Searchable):
         self.recall: Recall | None = None
         starts = torch.tensor([0, *(shard.rows for shard in manifest.shards)])
         self._starts = starts.cumsum(0)
-        self._records = RecordFiles(manifest.shards, self._compared)
+        self._records = RecordFiles(
+            manifest.shards, self._compared, manifest.settings.get(TEXT, ())
+        )
         self._thumbnails_of = lru_cache(64)(Thumbnails)
 
     def __copy__(self) -> EmbeddingDatabase:
@@ -126,10 +130,20 @@ class EmbeddingDatabase(Searchable):
         [(shard, row)] = self._places(torch.tensor([index]))
         name = self.manifest.shards[shard].file("thumbnails")
         if name is None:
-            source = self.manifest.sources[self.manifest.shards[shard].source]
-            return show(self.records(torch.tensor([index]))[0], self.root or source.get("root"))
+            return show(self.records(torch.tensor([index]))[0], self._root_of(shard))
         rows = self.manifest.shards[shard].rows
         return to_float(read_image(self._thumbnails_of(self._here(name), rows)[row]))
+
+    def _root_of(self, shard: int) -> str | Path | None:
+        """Where the pictures of a shard lie, if this user has named that folder himself."""
+        root = self.manifest.sources[self.manifest.shards[shard].source].get("root")
+        if self.root is None and root is not None and root not in self.manifest.roots:
+            raise ValueError(
+                f"the pictures lie in {printable(root)}, says the manifest of {self.address}, "
+                "which was not written by you on this machine: open the database with "
+                "root= that folder if you trust it"
+            )
+        return self.root or root
 
     def stored(self, rows: Tensor) -> Tensor:
         """Row numbers (n,) here -> row numbers (n,) among the stored vectors."""
@@ -175,8 +189,7 @@ class EmbeddingDatabase(Searchable):
         if not save or recipe.name == "exact":
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
-        _check_writable(self._home() / "indexes")  # before the work
-        check_index_place(self._home() / "indexes" / recipe.name)
+        check_index_place(self._home() / "indexes" / recipe.name)  # before the work
         with writing(self._home()):
             return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
 
@@ -188,7 +201,7 @@ class EmbeddingDatabase(Searchable):
         """
         if self.recipe.name == "exact":
             return self
-        _check_writable(self._home() / "indexes")
+        check_index_place(self._home() / "indexes" / self.recipe.name)
         with writing(self._home()):
             return self._save_index()
 
@@ -263,7 +276,7 @@ class EmbeddingDatabase(Searchable):
         Returns:
             The address of the commit, for `open_database`.
         """
-        from retrodiff.databases.share import push
+        from retrodiff.databases.push import push
 
         return push(self, repo, private=private, token=token, message=message)
 
@@ -330,7 +343,7 @@ def open_database(
         token: for a private shared database; None: the one of ``hf auth login``.
     """
     if shared := str(path).startswith("hf:"):
-        from retrodiff.databases.hub import open_shared
+        from retrodiff.databases.shared import open_shared
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:
@@ -371,7 +384,7 @@ def _open_folder(path: Path, root: str | Path | None) -> EmbeddingDatabase:
             raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
         raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
     manifest = Manifest.read(path / MANIFEST)
-    _check_sizes(path, manifest)
+    manifest.check_sizes(path)
     return EmbeddingDatabase(path, manifest, root)
 
 
@@ -385,29 +398,3 @@ def _with_best_index(database: EmbeddingDatabase) -> EmbeddingDatabase:
         message = f"{database.address} is searched exactly, without its saved index: {error}"
         warnings.warn(message, stacklevel=3)
         return database
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuses before the work of building an index what could not be saved after it."""
-    try:
-        make_folder(folder)
-    except OSError as error:
-        reason = str(error).partition(": ")[0]
-        raise type(error)(f"{reason}: keep the index in memory (save=False)") from None
-
-
-def _check_sizes(path: Path, manifest: Manifest) -> None:
-    """A cheap look for files that are missing or cut short; `verify` looks at every byte."""
-    for shard in manifest.shards:
-        for name, about in shard.files.items():
-            try:
-                size = (path / name).stat().st_size
-            except FileNotFoundError:
-                raise FileNotFoundError(
-                    f"{path / name} is missing: restore it, or build again"
-                ) from None
-            if size != about["bytes"]:
-                raise ValueError(
-                    f"{path / name} has {size} bytes, its manifest says {about['bytes']}: "
-                    "restore it, or build again"
-                )

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import SHARD_ROWS, rows_digest, rows_hash
-from retrodiff.databases.images import to_float
+from retrodiff.databases.digests import SHARD_ROWS, rows_digest, rows_hash
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.indexes import Recipe, Vectors
 from retrodiff.indexes.vectors import row_norms
 from retrodiff.interfaces import Fingerprint, Record
+from retrodiff.pictures.thumbnails import to_float
+
+STRAY = 0.01
+"""How far a stored row may lie from the one that was given, as a fraction of its norm."""
 
 
 class ArrayDatabase(Searchable):
@@ -76,7 +79,7 @@ class ArrayDatabase(Searchable):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         if self._images is None:
-            return show(self.records(torch.tensor([index]))[0], None)
+            return show(self.records(torch.tensor([index]))[0], None, anywhere=True)
         return to_float(self._images[index]).expand(3, -1, -1)
 
 
@@ -130,6 +133,10 @@ class GatheredVectors(Vectors):
 def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tuple[Tensor, Tensor]:
     """Embeddings as they are stored, refused if float16 cannot hold them.
 
+    Numbers above 65504 overflow. Below 6e-5 float16 loses digits, below 3e-8 everything: a row
+    that is so small that this changes its direction by more than `STRAY` is refused. A row of
+    zeros stays one.
+
     Args:
         embeddings: (n, d).
         encoder: who made them.
@@ -153,4 +160,20 @@ def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tu
             f"the embedding of {name(row)} by {encoder} holds {what}: leave it out, or look at the "
             "encoder's weights and precision"
         )
+    small = (norms < STRAY**-1 * 2.0**-25 * embeddings.shape[1] ** 0.5).nonzero().flatten()
+    if len(small):
+        given = embeddings[small].double()
+        largest = (
+            given.abs().amax(1, keepdim=True).clamp_min(5e-324)
+        )  # so that no square underflows
+        lost = (stored[small].double() - given) / largest
+        stray = lost.norm(dim=1) > STRAY * (given / largest).norm(dim=1)
+        if bool(stray.any()):
+            row = int(small[stray][0])
+            norm = float(embeddings[row].double().norm())
+            raise ValueError(
+                f"the embedding of {name(row)} by {encoder} has norm {norm:.3g}, too small for the "
+                "float16 that rows are stored in: multiply all embeddings by one number (which "
+                "leaves the cosine as it is), or look at the encoder's weights"
+            )
     return stored, norms

@@ -18,9 +18,9 @@ from torch import Tensor
 from retrodiff.builder import Builder
 from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database, open_database
 from retrodiff.encoders import TimmEncoder
-from retrodiff.generation import Generation
 from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
+from retrodiff.model.generated import Generation
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, cosine, fit
@@ -111,7 +111,7 @@ def to_float(images: Tensor) -> Tensor:
 def encoder_of(images: Tensor, settings: Settings, seed: int, progress: bool) -> TimmEncoder:
     """A small network of timm, trained on two views of each patch."""
     torch.manual_seed(seed)
-    encoder = TimmEncoder(settings.encoder, image_size=SIZE)
+    encoder = TimmEncoder(settings.encoder, image_size=SIZE, preprocessing="plain")
     fit_views(
         encoder,
         images,

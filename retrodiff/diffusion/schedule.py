@@ -48,19 +48,21 @@ class ScaledLinear(Schedule):
         real("beta_end", self.beta_end, self.beta_start, below=1)
         whole("length", self.length, 2)
 
+    @property
+    def betas(self) -> Tensor:
+        """Variance of the noise that each step adds (T,), float64."""
+        low, high = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(low, high, self.length, dtype=torch.float64).square()
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the signal's variance that is left after each step (T,), float64."""
+        return (1 - self.betas).cumprod(0)
+
     @cached_property
     def table(self) -> Tensor:
         """Sigma of every integer timestep (T,), float64, increasing."""
-        betas = (
-            torch.linspace(
-                math.sqrt(self.beta_start),
-                math.sqrt(self.beta_end),
-                self.length,
-                dtype=torch.float64,
-            )
-            ** 2
-        )
-        signal = torch.cumprod(1 - betas, 0)
+        signal = self.alphas_cumprod
         return ((1 - signal) / signal).sqrt()
 
     def timesteps(self, steps: int) -> Tensor:

@@ -55,16 +55,18 @@ def _known_in_timm(x: Any) -> bool:
 
 PREPROCESSING: dict[str, dict[str, Check]] = {
     "Channels": {"n": _whole(1, 64)},
-    "Resize": {"size": _SIDE, "mode": _word, "antialias": _flag, "align_corners": _flag},
+    "Resize": {"size": _SIDES, "mode": _word, "antialias": _flag, "align_corners": _flag},
+    "Squash": {"size": _SIDES, "mode": _word},
     "ResizeShort": {"size": _SIDE, "mode": _word},
-    "CenterCrop": {"size": _SIDE},
+    "ResizeAround": {"size": _SIDES, "mode": _word, "inside": _flag},
+    "CenterCrop": {"size": _SIDES, "fill": _or(_real(-1, 1), _listed(_real(-1, 1), 64))},
     "Normalize": {name: _listed(_real(-1e6, 1e6), 64) for name in ("mean", "std")},
 }
 """Arguments of each step of a preprocessing."""
 
 COMMON: dict[str, Check] = {"batch_size": _whole(1, 4096)}
 TIMM: dict[str, Check] = {
-    **COMMON, "image_size": _SIDE, "in_chans": _whole(1, 64), "pretrained": _flag,
+    **COMMON, "image_size": _SIDES, "in_chans": _whole(1, 64), "pretrained": _flag,
     "img_size": _SIDES, "patch_size": _SIDES, "embed_dim": _WIDTH, "depth": _whole(1, 256),
     "num_heads": _whole(1, 1024), "mlp_ratio": _real(0, 64), "global_pool": _word,
     "class_token": _flag, "reg_tokens": _whole(0, 64), "no_embed_class": _flag, "pre_norm": _flag,
@@ -118,6 +120,7 @@ KINDS: dict[str, dict[str, Check]] = {
         **COMMON,
         "name": lambda x: isinstance(x, str),
         "pretrained": lambda x: x is None or isinstance(x, str),
+        "image_size": _SIDE,
     },
     "clip": {**COMMON, "config": lambda x: isinstance(x, dict)},
 }
@@ -131,7 +134,7 @@ def problem(config: Mapping[str, Any], without: Collection[str] = ()) -> str | N
         without: arguments that may be missing, since the caller gives them.
     """
     kind = config.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         return f"unknown kind of encoder {_shown(kind)}"
     given = {k: v for k, v in config.items() if k not in ("kind", "preprocessing")}
     if (wrong := _first_wrong(given, KINDS[kind], f"the {kind} encoder")) is not None:

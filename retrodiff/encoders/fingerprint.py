@@ -1,4 +1,4 @@
-"""Tells whether two sets of weights, or two encoders, are the same ones."""
+"""Tells whether two sets of weights, or two encoders, are the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrodiff.interfaces import Encoder, Fingerprint
+from retrodiff.interfaces import Encoder, Fingerprint, member
 
 COMPILED = "_orig_mod."
 """What ``torch.compile`` puts before the names of a module that it has wrapped."""
@@ -38,19 +38,12 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def known_fingerprint(encoder: Encoder) -> Fingerprint:
-    """An encoder's fingerprint, with an empty weights hash while its weights are not here yet."""
-    if getattr(encoder, "loaded", True):
-        return encoder.fingerprint
-    return encoder.identity  # type: ignore[attr-defined]
-
-
 def difference(encoder: Encoder, stored: Fingerprint) -> str | None:
     """What differs between an encoder and the one a fingerprint is of, in words; None: nothing.
 
     Weights are compared where both sides know theirs.
     """
-    mine = known_fingerprint(encoder)
+    mine: Fingerprint = member(encoder, Encoder, "identity")
     if not (mine.weights and stored.weights):
         mine, stored = replace(mine, weights=""), replace(stored, weights="")
     return mine.disagreement(stored)

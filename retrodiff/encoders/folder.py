@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from retrodiff.budget import TooLarge, within
+from retrodiff.disk.budget import TooLarge, within
+from retrodiff.disk.files import plain_json, write_folder, write_json, write_safetensors
+from retrodiff.disk.untrusted import inside, read_json, read_tensors
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.described import problem
 from retrodiff.encoders.fingerprint import plain_state, weights_hash
 from retrodiff.encoders.timm import TimmEncoder
-from retrodiff.files import plain_json, write_folder, write_json, write_safetensors
 from retrodiff.text import printable
-from retrodiff.untrusted import inside, read_json, read_tensors
-
-E = TypeVar("E", CLIPEncoder, TimmEncoder)
 
 FORMAT = 1
 MARKER, WEIGHTS = "encoder.json", "encoder.safetensors"
@@ -86,17 +83,17 @@ def load_encoder(
     path = Path(path).expanduser()
     config = _described(path)
     kind, weights = config.pop("kind"), config.pop("weights")
-    state = _weights(path)
-    if (found := weights_hash(state)) != weights:
-        raise ValueError(
-            f"{path}: encoder.safetensors has weights {found}, encoder.json expects "
-            f"{_shown(weights)}: the two files are not from one encoder"
-        )
     config = {k: v for k, v in config.items() if k not in confirmed and k != "pretrained"}
     if (reason := problem({"kind": kind, **config}, without=confirmed)) is not None:
         raise ValueError(
             f"{path / MARKER}: {reason}. A file cannot ask for that; if you know what it is, "
             "repeat it in code: load_encoder(path, name=..., ...)"
+        )
+    state = _weights(path)
+    if (found := weights_hash(state)) != weights:
+        raise ValueError(
+            f"{path}: encoder.safetensors has weights {found}, encoder.json expects "
+            f"{_shown(weights)}: the two files are not from one encoder"
         )
     encoder = _built(kind, {**config, **confirmed}, state, path, device)
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
@@ -189,41 +186,3 @@ def _weights(path: Path) -> dict[str, Tensor]:
 def _shown(value: Any) -> str:
     text = printable(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def encoder_from_string(
-    text: str, *, pretrained: bool = True, device: torch.device | str = "cpu", **options: Any
-) -> CLIPEncoder | TimmEncoder:
-    """The encoder that a command line names.
-
-    Args:
-        text: ``open_clip:NAME:TAG``, ``timm:NAME`` or a folder made by `save_encoder`.
-        pretrained: False: random weights, whatever the name says.
-        device: where the weights live.
-        **options: further arguments of the encoder, such as ``image_size`` or ``preprocessing``.
-    """
-    kind, _, rest = text.partition(":")
-    if kind == "open_clip" and rest:
-        name, _, tag = rest.partition(":")
-        if pretrained and not tag:
-            raise ValueError(
-                f"{text!r} names no weights: add a tag (open_clip:{name}:TAG) or --no-pretrained"
-            )
-        tag = tag if pretrained else None
-        return _seeded(lambda: CLIPEncoder(name, tag, device=device, **options))
-    if kind == "timm" and rest:
-        return _seeded(lambda: TimmEncoder(rest, pretrained, device=device, **options))
-    if not Path(text).exists():
-        raise FileNotFoundError(
-            f"no encoder {text!r}: give open_clip:NAME:TAG, timm:NAME or a folder of save_encoder"
-        )
-    if options:
-        raise ValueError(f"{text} is a saved encoder, its {', '.join(options)} cannot be changed")
-    return load_encoder(text, device=device)
-
-
-def _seeded(make: Callable[[], E]) -> E:
-    """Random weights must be the same ones every time a name is given, or nothing would match."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make()

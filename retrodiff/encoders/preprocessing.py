@@ -1,10 +1,11 @@
-"""How images are resized and scaled before an encoder sees them.
+"""Resizes and scales images before an encoder takes them.
 
 A preprocessing is part of what an embedding *is*: the same CLIP weights give other vectors after
-another resize. Three presets are named. ``rdm``: what the databases released with Blattmann et al.
-2022 were made with (straight bicubic resize, corners aligned, no antialiasing, no crop).
-``openai``: the transform that CLIP was trained with (Radford et al. 2021: bicubic resize of the
-short side, center crop). ``plain``: for small encoders of one's own.
+another resize. Published weights come with one of their own (`trained.py`), which is the default.
+Three presets have names. ``rdm``: of the databases released with Blattmann et al. 2022 (straight
+bicubic resize, corners aligned, no antialiasing, no crop). ``openai``: the transform that CLIP was
+trained with (Radford et al. 2021: bicubic resize of the short side, center crop). ``plain``: for
+encoders that you train yourself.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from retrodiff.pictures import to_float
+from retrodiff.pictures.converting import to_float
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+NARROWEST = 100
+"""How many times longer than the other one side may be where the short side sets the size."""
+
+Size = int | tuple[int, int]
+"""A side, or height and width."""
 
 
 class Step(Protocol):
@@ -46,46 +53,91 @@ class Channels:
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizes to ``size`` x ``size`` and changes the aspect ratio where it must."""
+    """Resizes to ``size`` and changes the aspect ratio where it must; bicubic may overshoot."""
 
-    size: int
+    size: Size
     mode: str = "bilinear"
     antialias: bool = True
     align_corners: bool = False
 
     def apply(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) -> images (b, c, size, size)."""
-        return _resize(
-            images, (self.size, self.size), self.mode, self.antialias, self.align_corners
-        )
+        """Images (b, c, h, w) -> images (b, c, *size)."""
+        how: dict[str, Any] = {"antialias": self.antialias, "align_corners": self.align_corners}
+        return _resize(images, [_sides(self.size)], {"mode": self.mode, **how})
+
+
+@dataclass(frozen=True)
+class Squash:
+    """Resizes to ``size`` and changes the aspect ratio where it must, as Pillow does."""
+
+    size: Size
+    mode: str = "bicubic"
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) -> images (b, c, *size) in [-1, 1]."""
+        return _like_pillow(images, _sides(self.size), self.mode)
 
 
 @dataclass(frozen=True)
 class ResizeShort:
-    """Resizes the short side to ``size``, keeping the aspect ratio; stays within [-1, 1]."""
+    """Resizes the short side to ``size``, keeping the aspect ratio, as Pillow does."""
 
     size: int
     mode: str = "bicubic"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) -> images whose short side is ``size``."""
-        h, w = images.shape[-2:]
+        """Images (b, c, h, w) -> images in [-1, 1] whose short side is ``size``."""
+        h, w = _not_too_narrow(images)
         short = min(h, w)
         to = (int(self.size * h / short), int(self.size * w / short))
-        return _resize(images, to, self.mode, True, False).clamp(-1, 1)
+        return _like_pillow(images, to, self.mode)
+
+
+@dataclass(frozen=True)
+class ResizeAround:
+    """Resizes to cover ``size`` (or to fit into it), keeping the aspect ratio, as Pillow does."""
+
+    size: tuple[int, int]
+    mode: str = "bicubic"
+    inside: bool = False
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) -> images in [-1, 1], one side of which is that of ``size``."""
+        h, w = _not_too_narrow(images)
+        ratios = h / self.size[0], w / self.size[1]
+        ratio = max(ratios) if self.inside else min(ratios)
+        return _like_pillow(images, (max(1, round(h / ratio)), max(1, round(w / ratio))), self.mode)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Cuts the central ``size`` x ``size`` out."""
+    """Cuts the central ``size`` out, and pads where the image is smaller.
 
-    size: int
+    Args:
+        size: of the result.
+        fill: what is padded with, in [-1, 1]: one number, or one per channel.
+    """
+
+    size: Size
+    fill: float | tuple[float, ...] = -1.0
 
     def apply(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) -> images (b, c, size, size)."""
+        """Images (b, c, h, w) -> images (b, c, *size)."""
+        height, width = _sides(self.size)
         h, w = images.shape[-2:]
-        top, left = round((h - self.size) / 2), round((w - self.size) / 2)
-        return images[..., top : top + self.size, left : left + self.size]
+        if h < height or w < width:
+            images = self._padded(to_float(images), max(height, h), max(width, w))
+            h, w = images.shape[-2:]
+        top, left = round((h - height) / 2), round((w - width) / 2)
+        return images[..., top : top + height, left : left + width]
+
+    def _padded(self, images: Tensor, height: int, width: int) -> Tensor:
+        b, c, h, w = images.shape
+        fill = images.new_tensor(self.fill).reshape(-1, 1, 1)
+        wide = fill.expand(b, c, height, width).clone()
+        top, left = (height - h) // 2, (width - w) // 2
+        wide[..., top : top + h, left : left + w] = images
+        return wide
 
 
 @dataclass(frozen=True)
@@ -104,13 +156,14 @@ class Normalize:
 
 
 _STEPS: dict[str, type[Any]] = {
-    step.__name__: step for step in (Channels, Resize, ResizeShort, CenterCrop, Normalize)
+    step.__name__: step
+    for step in (Channels, Resize, Squash, ResizeShort, ResizeAround, CenterCrop, Normalize)
 }
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A named chain of steps; the name says everything that changes its result.
+    """A named chain of steps; the name tells of everything that changes its result.
 
     Args:
         name: goes into the fingerprint, such as ``rdm-224``.
@@ -170,9 +223,9 @@ def openai(size: int) -> Preprocessing:
     return Preprocessing(f"openai-{size}", steps)
 
 
-def plain(size: int, channels: int = 3) -> Preprocessing:
+def plain(size: Size, channels: int = 3) -> Preprocessing:
     """Antialiased bilinear resize where the size differs; values stay in [-1, 1]."""
-    name = f"plain-{size}" if channels == 3 else f"plain-{size}x{channels}"
+    name = f"plain-{shown(size)}" + ("" if channels == 3 else f"x{channels}")
     return Preprocessing(name, (Channels(channels), Resize(size)))
 
 
@@ -180,27 +233,80 @@ PRESETS = {"rdm": rdm, "openai": openai, "plain": plain}
 
 
 def preprocessing_from(
-    choice: str | Preprocessing | dict[str, Any], size: int, channels: int = 3
+    choice: str | Preprocessing | dict[str, Any] | None,
+    size: Size,
+    own: Preprocessing,
+    channels: int = 3,
 ) -> Preprocessing:
-    """The preprocessing that a preset's name, a config or a finished one stands for."""
+    """The preprocessing that a choice stands for.
+
+    Args:
+        choice: name of a preset, a finished one, the ``config()`` of one; ``own`` or None: ``own``.
+        size: of the images that the network takes.
+        own: that of the weights.
+        channels: of an image.
+    """
+    if choice is None or choice == "own":
+        return own
     if isinstance(choice, Preprocessing):
         return choice
     if isinstance(choice, dict):
         return Preprocessing.from_config(choice)
     if choice not in PRESETS:
-        raise ValueError(f"unknown preprocessing {choice!r}; presets: {', '.join(PRESETS)}")
+        raise ValueError(
+            f"unknown preprocessing {choice!r}; known: own (that of the weights), "
+            f"{', '.join(PRESETS)}"
+        )
     if choice == "plain":
         return plain(size, channels)
-    return PRESETS[choice](size)
+    height, width = _sides(size)
+    if height != width:
+        raise ValueError(f"preprocessing {choice!r} makes squares, the network takes {size}")
+    return PRESETS[choice](height)
+
+
+def shown(size: Size) -> str:
+    """A size as names have it: ``224``, or ``1024x768`` for height and width."""
+    height, width = _sides(size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _not_too_narrow(images: Tensor) -> tuple[int, int]:
+    """Height and width, where a side set by the other one stays of a sensible length."""
+    h, w = images.shape[-2:]
+    if max(h, w) > NARROWEST * min(h, w):
+        raise ValueError(
+            f"an image has {w} x {h} pixels: one side is more than {NARROWEST} times the other"
+        )
+    return h, w
+
+
+def _like_pillow(images: Tensor, to: tuple[int, int], mode: str) -> Tensor:
+    """Antialiased; rows first, and cut off at -1 and 1 after each direction; without rounding."""
+    if mode == "bilinear":
+        return _resize(images, [to], {"mode": mode, "antialias": True})
+    steps = [(images.shape[-2], to[1]), to]
+    return _resize(images, steps, {"mode": mode, "antialias": True}, clamp=True)
 
 
 def _resize(
-    images: Tensor, to: tuple[int, int], mode: str, antialias: bool, align_corners: bool
+    images: Tensor, steps: list[tuple[int, int]], how: dict[str, Any], clamp: bool = False
 ) -> Tensor:
-    """Images (b, c, h, w), floats or uint8 -> floats in [-1, 1] of another size."""
-    if images.shape[-2:] == torch.Size(to):
-        return to_float(images)
-    how: dict[str, Any] = {"mode": mode, "antialias": antialias, "align_corners": align_corners}
-    if images.dtype == torch.uint8:  # channel by channel: floats take four times the memory
-        return torch.cat([interpolate(to_float(c), to, **how) for c in images.split(1, 1)], 1)
-    return interpolate(images, to, **how)
+    """Images (b, c, h, w), floats or uint8 -> floats of another size, by way of some sizes."""
+
+    def resized(part: Tensor) -> Tensor:
+        part = to_float(part)
+        for to in steps:
+            if part.shape[-2:] != torch.Size(to):
+                part = interpolate(part, to, **how)
+                part = part.clamp(-1, 1) if clamp else part
+        return part
+
+    if images.dtype == torch.uint8 and images.shape[-2:] != torch.Size(steps[-1]):
+        # Channel by channel: floats take four times the memory.
+        return torch.cat([resized(channel) for channel in images.split(1, 1)], 1)
+    return resized(images)

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from retrodiff.files import check_free, write_folder
-from retrodiff.hashed import about_file, check_file, file_digest, read_hashed, write_hashed
+from retrodiff.disk.files import check_free, make_folder, write_folder
+from retrodiff.disk.hashed import about_file, check_file, file_digest, read_hashed, write_hashed
 from retrodiff.indexes.recipe import RECIPES, Recall, Recipe, SavableIndex
 from retrodiff.indexes.vectors import Vectors
 
@@ -95,7 +95,12 @@ def save_index(
 
 
 def check_index_place(folder: Path) -> None:
-    """Refuses, before the work, a folder that `save_index` could not replace."""
+    """Refuses, before the work, a folder that `save_index` could not write or replace."""
+    try:
+        make_folder(folder.parent)
+    except OSError as error:
+        reason = str(error).partition(": ")[0]
+        raise type(error)(f"{reason}: keep the index in memory (save=False)") from None
     check_free(folder, ABOUT, True, _own_files)
 
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.checks import encoder_disagreement
 from retrodiff.components import inside
-from retrodiff.encoders.fingerprint import known_fingerprint
 from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever
+from retrodiff.model.checks import encoder_disagreement
 from retrodiff.numbers import whole
 from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
 from retrodiff.retrieval.neighbors import neighbor_table
@@ -167,7 +166,7 @@ class TrainingSet:
         )
         made = cls(images, embeddings, table, database)
         about = {
-            "encoder": dict(vars(known_fingerprint(encoder))),
+            "encoder": dict(vars(encoder.identity)),
             "retriever": re.sub(r" at 0x[0-9a-f]+", "", repr(retriever)),
             "retriever_seed": seed,
             "neighbors": k,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from retrodiff.checkpoints.native import describe
+from retrodiff.disk.files import plain_json
 from retrodiff.encoders.fingerprint import weights_hash
-from retrodiff.files import plain_json
 from retrodiff.model import Model
 from retrodiff.numbers import whole
 from retrodiff.training.checkpoint import disagreement, read_state

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from retrodiff.files import plain_json
+from retrodiff.disk.files import plain_json
 from retrodiff.interrupts import postponed
 from retrodiff.numbers import real, whole
 from retrodiff.progress import progress_bar

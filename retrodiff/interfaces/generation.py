@@ -1,0 +1,289 @@
+"""Roles of generation: conditioners, generators, and the parts of a diffusion model."""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from retrodiff.interfaces.values import Context, Neighbors, Query, Scale
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""``(x (b, c, h, w), sigma (b,)) -> denoised (b, c, h, w)``: all that a sampler sees of a model."""
+
+Callback = Callable[[int, Tensor], None]
+"""Told ``(step, denoised)`` after each step."""
+
+
+@runtime_checkable
+class Conditioner(Protocol):
+    """Turns a query and its neighbors into what a network attends to.
+
+    One that has weights is a torch module, and is trained with the denoiser.
+    """
+
+    @property
+    def uses_neighbors(self) -> bool:
+        """Whether a database is needed at all."""
+        return True
+
+    def refuses(self, stored: Scale) -> str | None:
+        """Why embeddings stored at this scale do not fit, in a line; None: they do.
+
+        A wrapper that does not define it is asked for what the conditioners inside it say.
+        """
+        del stored
+        return None
+
+    def vector_width(self, dim: int) -> int | None:
+        """Width of ``Context.vector`` for embeddings of width ``dim``; None: there is no vector."""
+        del dim
+        return None
+
+    @abstractmethod
+    def widths(self, dim: int) -> dict[str, int]:
+        """Width of each stream for embeddings of width ``dim``."""
+        ...
+
+    @abstractmethod
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """Query and neighbors -> what the network attends to. Deterministic."""
+        ...
+
+    def null(self, context: Context) -> Context:
+        """The condition of the unconditional branch; by default all zero."""
+        return context.zeros()
+
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """Applies conditioning dropout; identity by default."""
+        del generator
+        return context
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Turns contexts into images: by diffusion, token by token, or with another library's pipeline.
+
+    `retrodiff.diffusion.DiffusionGenerator` is the one that a model is made of unless it is given
+    another.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of its latents, and of the noise that it is given."""
+        ...
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each context stream that it takes; empty: takes no condition."""
+        ...
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the ``Context.vector`` that it takes; None: it takes none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where noise and contexts are to be."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def generate(
+        self,
+        context: Context,
+        null: Context,
+        noise: Tensor,
+        *,
+        steps: int,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents (b, c, h, w).
+
+        Args:
+            context: the condition, b rows.
+            null: the condition of the unconditional branch, b rows of the same token counts.
+            noise: standard normal (b, c, h, w), a function of seed and image number.
+            steps: as many as the model was asked for; one that has no steps may ignore it.
+            generator: further randomness, best a `Randomness` of b rows.
+            callback: told ``(step, current estimate)`` after each step.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images (b, c, h, w) in [-1, 1]; by default the latents are the images."""
+        return latents
+
+
+@runtime_checkable
+class TrainableGenerator(Generator, Protocol):
+    """A generator that knows its own training objective."""
+
+    @abstractmethod
+    def loss(
+        self, images: Tensor, context: Context, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss (b,) of images (b, c, h, w) in [-1, 1] under their contexts."""
+        ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Estimates the clean latent from a noisy one: ``(x, sigma, context) -> denoised`` (ε_θ).
+
+    Attributes:
+        untrained: fresh weights that are meant to be replaced; sampling from them warns.
+        takes_float64: x and sigma may be float64, whatever the type of the weights.
+    """
+
+    untrained: bool = False
+    takes_float64: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of a latent."""
+        ...
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each context stream that the network accepts; empty: takes no condition."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels it is sampled at unless another schedule is chosen."""
+        ...
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the ``Context.vector`` that the network takes; None: it takes none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where x, sigma and context are to be."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: Tensor, context: Any) -> Tensor:
+        """E[x0 | x] for x = x0 + sigma * noise.
+
+        Args:
+            x: (b, c, h, w).
+            sigma: (b,).
+            context: what `prepare` returned, or a Context. It may have a whole multiple of b rows:
+                the branches of guidance, one after the other, all on the same x.
+
+        Returns:
+            (rows of the context, c, h, w); b rows for a denoiser that takes no condition.
+        """
+        ...
+
+    def prepare(self, context: Context) -> Any:
+        """Everything about the context that all steps share, computed once; immutable."""
+        return context
+
+
+@runtime_checkable
+class TrainableDenoiser(Denoiser, Protocol):
+    """A denoiser that knows its own training objective."""
+
+    @abstractmethod
+    def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise levels (n,) of the training distribution."""
+        ...
+
+    @abstractmethod
+    def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
+        """Weighted squared error (b,) of each sample."""
+        ...
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """Combines a condition and its null into one denoiser."""
+
+    @abstractmethod
+    def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
+        """Branches (``cond``, ``null``, ...) -> one guided ``(x, sigma) -> denoised``."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Takes noise to data along decreasing noise levels."""
+
+    @abstractmethod
+    def sample(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """From x at sigmas[0] to x at sigmas[-1].
+
+        Args:
+            denoise: ``(x, sigma) -> denoised``.
+            x: (b, c, h, w) in σ-space.
+            sigmas: (steps + 1,), strictly decreasing; the last may be 0.
+            generator: randomness of stochastic samplers, best a `Randomness` of b rows; draw with
+                ``retrodiff.randomness.normal_like(x, generator)``.
+            callback: told ``(step, denoised)`` after each step.
+        """
+        ...
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Maps images to the latents that are generated, and back.
+
+    Both methods take tensors of any floating dtype, and return float32 (or float64) ones.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; float32 where there are none."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU where there are none."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> latents."""
+        ...
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images in about [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Noise levels to sample at, and the way into σ-space and out of it."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> Tensor:
+        """Decreasing noise levels (steps + 1,), float64."""
+        ...
+
+    def start(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Unit noise -> x at sigmas[0]."""
+        return noise * sigmas[0].to(noise)
+
+    def finish(self, x: Tensor, sigmas: Tensor) -> Tensor:
+        """From x at sigmas[-1] to the latent."""
+        del sigmas
+        return x
