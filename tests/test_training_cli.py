@@ -7,7 +7,7 @@ import torch
 
 from retrodiff.cli import main
 from retrodiff.encoders import TimmEncoder, save_encoder
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 from retrodiff.training import unfinished
 from retrodiff.training.checkpoint import Checkpoint, read_state
 
