@@ -63,9 +63,9 @@ class Searchable(Database):
         return len(self.vectors)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self):,} rows, {self.fingerprint.encoder})"
+        return f"{type(self).__name__}({len(self):,} rows, {printable(self.fingerprint.encoder)})"
 
-    def embeddings(self, indices: Tensor) -> Tensor:
+    def embeddings(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
         rows = row_numbers(indices)
         found = self.vectors.rows(self.stored(self._checked(rows)))
@@ -137,7 +137,7 @@ class Searchable(Database):
     def _find(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self.index.search(queries, k)
 
-    def _checked(self, indices: Tensor) -> Tensor:
+    def _checked(self, indices: Any) -> Tensor:
         """Row numbers (...) -> the same, flat, on the CPU; refused where there is no such row."""
         flat = row_numbers(indices).reshape(-1).cpu()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):

@@ -51,8 +51,20 @@ class ArrayDatabase(Searchable):
         digests = [rows_digest(part) for part in stored.split(SHARD_ROWS) if len(part)]
         fingerprint = replace(fingerprint, rows=rows_hash(digests))
         super().__init__(vectors, fingerprint, index.build(vectors) if index else None)
+        self._recipe = index
         self._records = [dict(r) for r in records] if records is not None else None
         self._images = images
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self._recipe is not None:  # other libraries' indexes cannot be sent to another process
+            del state["index"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "index" not in state:
+            self.index = state["_recipe"].build(self.vectors)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -61,7 +73,7 @@ class ArrayDatabase(Searchable):
             return ("number",)
         return tuple(dict.fromkeys(name for record in self._records for name in record))
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         rows = self._checked(indices).tolist()
         if self._records is None:
@@ -79,8 +91,8 @@ class ArrayDatabase(Searchable):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         if self._images is None:
-            return show(self.records(torch.tensor([index]))[0], None, anywhere=True)
-        return to_float(self._images[index]).expand(3, -1, -1)
+            return show(self.records([index])[0], None, anywhere=True)
+        return to_float(self._images[int(self._checked([index]))]).expand(3, -1, -1)
 
 
 class Subset(Searchable):
@@ -107,7 +119,7 @@ class Subset(Searchable):
         """Names of what is known about every row."""
         return self.database.columns
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         return self.database.records(self.rows[self._checked(indices)])
 
@@ -117,7 +129,7 @@ class Subset(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
-        return self.database.image(int(self.rows[index]))
+        return self.database.image(int(self.rows[self._checked([index])]))
 
 
 class GatheredVectors(Vectors):
@@ -163,9 +175,8 @@ def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tu
     small = (norms < STRAY**-1 * 2.0**-25 * embeddings.shape[1] ** 0.5).nonzero().flatten()
     if len(small):
         given = embeddings[small].double()
-        largest = (
-            given.abs().amax(1, keepdim=True).clamp_min(5e-324)
-        )  # so that no square underflows
+        # Divided by the largest, so that no square underflows.
+        largest = given.abs().amax(1, keepdim=True).clamp_min(5e-324)
         lost = (stored[small].double() - given) / largest
         stray = lost.norm(dim=1) > STRAY * (given / largest).norm(dim=1)
         if bool(stray.any()):
