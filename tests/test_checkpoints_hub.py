@@ -16,12 +16,12 @@ import torch
 from parts import HashingEncoder, small_network
 
 from retrodiff import presets
+from retrodiff.checkpoints.foreign.load import load_published
+from retrodiff.checkpoints.foreign.published import PUBLISHED
+from retrodiff.checkpoints.foreign.tensor_names import diffusers_autoencoder, diffusers_unet
+from retrodiff.checkpoints.foreign.transfer import their_names
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
-from retrodiff.checkpoints.load import load_published
-from retrodiff.checkpoints.names import diffusers_autoencoder, diffusers_unet
-from retrodiff.checkpoints.published import PUBLISHED
-from retrodiff.checkpoints.shards import save_sharded
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.sharded import save_sharded
 from retrodiff.diffusion import EDMDenoiser, NeighborEmbeddings
 from retrodiff.interfaces import Database
 from retrodiff.model import Model
@@ -215,6 +215,76 @@ def test_the_token_opens_the_models_private_database(
     again = Model.from_pretrained("me/model", token="secret", encoder=model.encoder)
     assert asked == [(address, "secret")]
     assert again.database is database
+
+
+def test_a_database_that_a_stranger_names_is_not_fetched(
+    model: Model, database: Database, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the reader's token shown to it."""
+    object.__setattr__(database, "path", Path("cache"))
+    object.__setattr__(database, "address", "hf://datasets/evil/d@" + "0" * 40)
+    model.push_to_hub("me/model")
+    asked: list[Any] = []
+
+    def opened(*given: Any, **named: Any) -> Database:
+        asked.append((given, named))
+        return database
+
+    monkeypatch.setattr("retrodiff.databases.open_database", opened)
+    monkeypatch.setenv("RETRODIFF_STATE", str(tmp_path / "another user"))
+    given: dict[str, Any] = {"encoder": model.encoder, "token": "secret"}
+    with pytest.raises(PermissionError, match=r"hf://datasets/evil/d.*trust_database=True"):
+        Model.from_pretrained("me/model", **given)
+    assert not asked
+    assert Model.from_pretrained("me/model", database=None, **given).database is None
+    found = Model.from_pretrained("me/model", trust_database=True, **given)
+    assert found.database is database
+    assert len(asked) == 1
+
+
+def test_a_listing_that_leads_out_of_its_folder_is_not_followed(
+    model: Model, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client keeps links to its own store; any other link is refused."""
+    folder = model.save(tmp_path / "saved")
+    cache = tmp_path / "models--me--m"
+    snapshot, blobs = cache / "snapshots" / "c0", cache / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(snapshot))
+    parts: dict[str, Any] = {"encoder": model.encoder, "database": model.database}
+    assert Model.from_pretrained("me/m", **parts).k == model.k
+    (snapshot / "weights.safetensors").unlink()
+    (snapshot / "weights.safetensors").symlink_to(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is a link out of its folder"):
+        Model.from_pretrained("me/m", **parts)
+
+
+def test_what_a_link_leads_to_is_not_uploaded(model: Model, hub: Hub, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "saved")
+    (tmp_path / "secret.md").write_text("secret")
+    (folder / "README.md").symlink_to(tmp_path / "secret.md")
+    with pytest.raises(ValueError, match=r"README\.md is a link out of its folder"):
+        publish(folder, "me/model")
+    assert not hub.uploads
+
+
+def test_names_in_a_card_are_text(model: Model, hub: Hub) -> None:
+    from retrodiff.retrieval import ExcludeGroup, NearestNeighbors
+
+    column = "a](http://evil/x) <script>x</script> | `b` \n\n# c \x1b[2J <img src=x>"
+    model.replace(retriever=ExcludeGroup(NearestNeighbors(), column)).push_to_hub("me/model")
+    card = (hub.root / "me/model/README.md").read_text()
+    assert "<script" not in card
+    assert "<img" not in card
+    assert "http://" not in card
+    assert "\x1b" not in card
+    (row,) = [line for line in card.splitlines() if line.startswith("| retriever")]
+    assert row.replace("\\|", "").count("|") == 3
+    assert "\n# c" not in card
 
 
 def test_the_card_says_what_the_model_is(model: Model, hub: Hub) -> None:

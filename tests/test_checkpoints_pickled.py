@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import pickletools
 import random
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import load_compvis
-from retrodiff.checkpoints.pickled import read_pickled
+from retrodiff.checkpoints.foreign.compvis import load_compvis
+from retrodiff.checkpoints.foreign.torch_files import read_pickled
+from retrodiff.disk.unpickling import read_plain_pickle
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_trainer_state_is_passed_over(
         ("torch.hub", "load"),
         ("torch.utils._config_module", "load_config"),
         ("numpy.testing._private.utils", "runstring"),
-        ("retrodiff.checkpoints.pickled", "read_pickled"),
+        ("retrodiff.checkpoints.foreign.torch_files", "read_pickled"),
     ],
 )
 def test_a_checkpoint_that_carries_code_is_refused(module: str, name: str, tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_reading_imports_nothing(tmp_path: Path) -> None:
     (tmp_path / "pytorch_lightning.py").write_text("raise SystemExit('imported')")
     code = (
         "import sys; from pathlib import Path;"
-        "from retrodiff.checkpoints.pickled import read_pickled;"
+        "from retrodiff.checkpoints.foreign.torch_files import read_pickled;"
         f"read_pickled(Path({str(path)!r})); assert 'pytorch_lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
@@ -167,7 +171,7 @@ def test_a_damaged_pickle_says_so(config: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_a_tensor_cannot_reach_out_of_its_data(tmp_path: Path) -> None:
-    from retrodiff.checkpoints.pickled import CALLS
+    from retrodiff.checkpoints.foreign.torch_files import CALLS
 
     rebuild = CALLS["torch._utils", "_rebuild_tensor_v2"]
     storage = torch.arange(6)
@@ -197,3 +201,107 @@ def test_flipped_bytes_are_read_or_refused_in_one_line(
             lines.append(str(error))
     assert len(lines) > 20
     assert all("\n" not in line and len(line) < 1000 for line in lines)
+
+
+# --- what a pickle may not do -------------------------------------------------------------------
+
+
+def plain(code: bytes) -> Any:
+    return read_plain_pickle(io.BytesIO(code), "the file")
+
+
+CHANGES = [
+    ("collections", "Counter"), ("collections", "OrderedDict"), ("builtins", "dict"),
+    ("_codecs", "encode"), ("torch._utils", "_rebuild_tensor_v2"), ("torch", "FloatStorage"),
+    ("torch", "float32"), ("numpy", "ndarray"), ("pytorch_lightning", "Trainer"), ("os", "environ"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), CHANGES)
+def test_nothing_outside_of_the_file_is_changed(module: str, name: str, tmp_path: Path) -> None:
+    """Sixty bytes replaced ``Counter.most_common`` in the whole process."""
+    before = Counter.most_common, dict(vars(OrderedDict)), dict(os.environ)
+    code = f"\x80\x02c{module}\n{name}\nN}}X\x0b\x00\x00\x00most_commonX\x04\x00\x00\x00gones\x86b."
+    path = tmp_path / "m.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", code.encode("latin1"))
+    with pytest.raises(ValueError, match=r"wants to call a change of .*nothing was run"):
+        read_pickled(path)
+    with pytest.raises(ValueError, match=r"refused, nothing was run"):
+        plain(code.encode("latin1"))
+    assert before == (Counter.most_common, dict(vars(OrderedDict)), dict(os.environ))
+    assert Counter("aab").most_common(1) == [("a", 2)]
+
+
+def test_attributes_of_a_state_dict_are_dropped(save: Callable[..., Path]) -> None:
+    """``torch.nn.Module.state_dict`` hangs ``_metadata`` on its dictionary."""
+    state = torch.nn.Linear(2, 2).state_dict()
+    assert hasattr(state, "_metadata")
+    found = read_pickled(save(state))["state_dict"]
+    assert isinstance(found, OrderedDict)
+    assert not vars(found)
+    assert torch.equal(found["weight"], state["weight"])
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.complex64]
+)
+def test_types_without_a_storage_of_their_own(kind: torch.dtype, save: Callable[..., Path]) -> None:
+    tensor = torch.arange(6).to(kind).view(2, 3)
+    found = read_pickled(save({"a": tensor, "b": tensor[1:]}))["state_dict"]
+    assert found["a"].dtype == kind
+    assert torch.equal(found["a"].view(torch.uint8), tensor.view(torch.uint8))
+    assert torch.equal(found["b"].view(torch.uint8), tensor[1:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, 2.5, None, True, {3, 4}, frozenset([1]), b"x" * 300, "é", 2**70, (1, (2, 3))]},
+        Counter("aab"), OrderedDict(a=1), defaultdict(list, a=[1]), bytearray(b"abc"), 1 + 2j,
+        {(1, "a"): 3},
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_plain_values_come_back(value: Any, protocol: int) -> None:
+    assert plain(pickle.dumps(value, protocol)) == value
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.arange(3, dtype=">i4"), np.array(["a", "bc"]), np.array([b"a"]), np.float32(3),
+        np.array(["a", 1, None], object), np.zeros((0, 3)),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)  # fmt: skip
+def test_arrays_come_back(array: Any, protocol: int) -> None:
+    found = np.asarray(plain(pickle.dumps(array, protocol)))
+    assert found.shape == array.shape
+    assert np.array_equal(found, array)
+
+
+def test_damaged_pickles_end_in_one_line() -> None:
+    """Flipped bytes and random operations; each must be read or refused at once."""
+    dice = random.Random(1)
+    value = {"a": np.arange(5), "b": [1, "x", (2.5, None)], "c": Counter("aab"), "d": {1, 2}}
+    good = [pickle.dumps(value, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    codes = [opcode.code.encode("latin1") for opcode in pickletools.opcodes]
+    lines: list[str] = []
+    for number in range(3000):
+        if number % 3:
+            code = bytearray(dice.choice(good))
+            for _ in range(dice.choice((1, 2, 5))):
+                code[dice.randrange(len(code))] = dice.randrange(256)
+        else:
+            parts = (dice.choice(codes) + dice.randbytes(dice.randrange(3)) for _ in range(30))
+            code = b"\x80\x04}]" + b"".join(parts) + b"."
+        try:
+            plain(bytes(code))
+        except ValueError as error:
+            lines.append(str(error))
+    assert len(lines) > 1500
+    assert all("\n" not in line and len(line) < 600 for line in lines)

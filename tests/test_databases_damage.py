@@ -33,13 +33,13 @@ from retrodiff.databases.manifest import Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.sql import check_condition
 from retrodiff.databases.views import storable
-from retrodiff.hashed import about_file, read_hashed, write_hashed
+from retrodiff.disk.hashed import about_file, read_hashed, write_hashed
+from retrodiff.disk.tensors import map_file, map_tensors, write_hashed_tensors, write_tensors
 from retrodiff.indexes import Annoy, Exact, Faiss, USearch
 from retrodiff.indexes.saved import UncheckedIndex
 from retrodiff.interfaces import Query
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, open_neighbor_table
 from retrodiff.retrieval import neighbor_table as make_table
-from retrodiff.tensors import map_file, map_tensors, write_hashed_tensors, write_tensors
 from retrodiff.testing import small_database
 
 ASKED = Query(torch.randn(4, 48, generator=torch.Generator().manual_seed(1)))
@@ -381,7 +381,7 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     read = []
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *a: read.append(1) or digest(*a))
-    from retrodiff.hashed import check_file
+    from retrodiff.disk.hashed import check_file
 
     (tmp_path / "x").write_bytes(b"abc")
     about = about_file(tmp_path / "x")

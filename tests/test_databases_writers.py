@@ -31,15 +31,14 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
-    edit,
     import_embeddings,
     open_database,
-    work,
 )
+from retrodiff.databases.build import edit, work
+from retrodiff.databases.build.work import MixedColumn, read_work
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST
-from retrodiff.databases.work import MixedColumn, read_work
 from retrodiff.indexes import Annoy, Exact, Faiss, ScaNN, USearch, Vectors, recipe, save_index
-from retrodiff.indexes.native import heard
+from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.recipe import Recall
 from retrodiff.indexes.saved import load_index
 from retrodiff.interfaces import Query
@@ -313,6 +312,11 @@ def test_a_column_that_changes_from_shard_to_shard(tmp_path):
     assert len(seen) == 1
     assert database.column("v").tolist() == ["1", "2", "3", "4", "5", None, "x", "y"]
     assert database.where("v == '5'").rows.tolist() == [4]
+    assert [r["v"] for r in database.records(torch.arange(8))] == database.column("v").tolist()
+    more = append_to_database(
+        tmp_path / "d", Images(pictures(2), [{"v": 9}] * 2), Pooled(), **QUIET
+    )
+    assert [r["v"] for r in more.records(torch.tensor([0, 9]))] == ["1", "9"]
 
 
 # --- work that goes on ---------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def test_work_that_an_earlier_version_began(photos, tmp_path):
 
 def test_a_build_killed_when_it_had_changed_places(photos, tmp_path, monkeypatch):
     """The old database lies at PATH.partial then; it is never taken for work to go on with."""
-    from retrodiff import files
+    from retrodiff.disk import files
 
     path = tmp_path / "d"
     build_database(path, Images(pictures(5)), Pooled(), **QUIET)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from retrodiff import files, locks
-from retrodiff.files import check_free, place, plain_json, replacing, write_folder
-from retrodiff.locks import writing
+from retrodiff.disk import files, locks
+from retrodiff.disk.files import check_free, place, plain_json, replacing, write_folder
+from retrodiff.disk.locks import writing
 
 MARKER = "things.json"
 
@@ -195,9 +195,10 @@ def test_folders_of_another_kind_are_left_alone(tmp_path):
         with pytest.raises(FileExistsError, match=r"has no things\.json, so it is not ours"):
             save(tmp_path / name, overwrite=True)
     assert tree(tmp_path) == {"out/mine.txt": "mine", "file": "mine"}
-    (tmp_path / "empty").mkdir()
-    save(tmp_path / "empty", overwrite=True)
-    assert tree(tmp_path / "empty") == WHOLE
+    for overwrite in (False, True):
+        (tmp_path / f"empty {overwrite}").mkdir()
+        save(tmp_path / f"empty {overwrite}", overwrite=overwrite)
+        assert tree(tmp_path / f"empty {overwrite}") == WHOLE
 
 
 def test_links_are_followed(tmp_path):
@@ -275,7 +276,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from retrodiff import files
+from retrodiff.disk import files
 from test_files import save
 path, step, slow = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "slow"
 if slow:
@@ -393,7 +394,7 @@ def test_files_and_renames_are_made_to_last(tmp_path, monkeypatch):
 
 def hold(path: Path, seconds: float = 0.0) -> subprocess.Popen:
     code = (
-        "import sys, time; from pathlib import Path; from retrodiff.locks import writing\n"
+        "import sys, time; from pathlib import Path; from retrodiff.disk.locks import writing\n"
         f"with writing(Path({str(path)!r})):\n"
         "    print('held', flush=True); time.sleep(float(sys.argv[1])); sys.stdin.read()\n"
     )

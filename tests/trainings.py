@@ -14,9 +14,7 @@ def small_data(database, encoder=None, n=20, k=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = (torch.rand(n, 1, 1, 1, generator=generator) * 2 - 1).expand(-1, 1, 8, 8)
     encoder = encoder or HashingEncoder()
-    return TrainingSet.of(
-        images.clone(), encoder, database, NearestNeighbors(), k, progress=False
-    )
+    return TrainingSet.of(images.clone(), encoder, database, NearestNeighbors(), k, progress=False)
 
 
 def run(recipe, data, **options):

@@ -77,10 +77,13 @@ def _public(room: str) -> dict[str, type]:
     return {
         name: kind
         for name in module.__all__
-        if isinstance(kind := getattr(module, name), type)
-        and (dataclasses.is_dataclass(kind) or (issubclass(kind, nn.Module) and _tells(kind)))
+        if isinstance(kind := getattr(module, name), type) and _told(kind)
     }
 
 
-def _tells(kind: type) -> bool:
-    return callable(getattr(kind, "config", None)) and not inspect.isabstract(kind)
+def _told(kind: type) -> bool:
+    """Whether the arguments of an object can be asked for, and are no functions."""
+    if dataclasses.is_dataclass(kind):
+        return not any("Callable" in str(field.type) for field in dataclasses.fields(kind))
+    told = callable(getattr(kind, "config", None)) and not inspect.isabstract(kind)
+    return issubclass(kind, nn.Module) and told

@@ -12,9 +12,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from retrodiff.databases.limits import RATIO, one_line, open_parquet
 from retrodiff.databases.manifest import AGAIN, Shard
 from retrodiff.databases.records import cast_table, one_schema
+from retrodiff.databases.sources.limits import RATIO, one_line, open_parquet
 
 MOST = 2 * 1024**3
 """Bytes that the records of a shard may unfold to, however small their file is."""
@@ -32,11 +32,23 @@ class RecordFiles:
     Args:
         shards: of the manifest.
         checked: name of a file -> its path, once it was compared with its hash.
+        text: columns that are text because other shards hold them as text.
     """
 
-    def __init__(self, shards: Sequence[Shard], checked: Callable[[str], Path]):
-        self.shards, self.checked = shards, checked
-        self.recent = lru_cache(4)(self.read)
+    def __init__(
+        self, shards: Sequence[Shard], checked: Callable[[str], Path], text: Sequence[str] = ()
+    ):
+        self.shards, self.checked, self.text = shards, checked, text
+        self.recent = lru_cache(4)(self._alone)
+
+    def _alone(self, number: int) -> Any:
+        """The table of a shard, its own columns, in the types that they have in all shards."""
+        import pyarrow as pa
+
+        table = self.read(number)
+        types = {name: pa.string() for name in self.text}
+        kinds = [(field.name, types.get(field.name, field.type)) for field in table.schema]
+        return cast_table(table, pa.schema(kinds)) if self.text else table
 
     @cached_property
     def schema(self) -> Any:

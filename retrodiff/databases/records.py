@@ -17,11 +17,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from retrodiff.files import plain_json
+from retrodiff.disk.files import plain_json
 from retrodiff.text import escaped, printable
 
 DEEPEST = 16
 """Levels of lists and structs that a column may have; parquet itself ends before 100."""
+
+NAMES = ("file", "key", "id", "url")
+"""Columns that say which picture a row is of, the first of them that is there."""
+
+TEXT = "text_columns"
+"""Key of a manifest's settings: columns that some shards hold as text and others do not."""
 
 AS_TEXT = b"retrodiff.text"
 """Key of a field's metadata: why the column is text."""
@@ -78,9 +84,8 @@ def cast_column(column: Any, kind: Any) -> Any:
 
     if column.type == kind:
         return column
-    text = types.is_string(kind) or types.is_large_string(kind)
     kept = (types.is_integer, types.is_boolean, types.is_null, types.is_string)
-    if text and not any(is_kind(column.type) for is_kind in kept):
+    if is_text(kind) and not any(is_kind(column.type) for is_kind in kept):
         return pa.array([as_text(value) for value in column.to_pylist()], kind)
     return column.cast(kind, safe=False)
 
@@ -100,13 +105,18 @@ def as_text(value: Any) -> str | None:
         return hex(value) if isinstance(value, int) else "(no text)"
 
 
+def is_text(kind: Any, or_null: bool = False) -> bool:
+    """Whether a pyarrow type is that of text, or of nulls only."""
+    import pyarrow.types as types
+
+    return types.is_string(kind) or types.is_large_string(kind) or (or_null and types.is_null(kind))
+
+
 def example(table: Any, column: str) -> str:
     """The first value of a column of a table that is not null, and where it is, in words."""
-    names = table["file"] if "file" in table.column_names else None
     for row, value in enumerate(table[column].to_pylist()):
         if value is not None:
-            where = f"row {row}" if names is None else names[row].as_py()
-            return f"{_shown(value)} in {where}"
+            return f"{_shown(value)} in {_name(table.slice(row, 1).to_pylist()[0], row)}"
     return "no value"
 
 
@@ -195,7 +205,8 @@ def _reason(
 
 
 def _name(record: Mapping[str, Any], row: int) -> str:
-    return printable(record.get("file", f"row {row}"))
+    named = (record[key] for key in NAMES if record.get(key) is not None)
+    return printable(next(named, f"row {row} of a shard"))
 
 
 def _shown(value: Any) -> str:
