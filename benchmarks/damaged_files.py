@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -73,12 +74,14 @@ class Format:
         use: reads it; its result is told apart by ``repr`` or by the bytes of tensors.
         verify: what the format's own check finds wrong; None: it has none.
         needs: a package.
+        modules: imported before the tries, so that not each of them does.
     """
 
     make: Callable[[Path], object]
     use: Callable[[Path], Any]
     verify: Callable[[Path], list[str]] | None = None
     needs: str = "torch"
+    modules: tuple[str, ...] = ()
 
 
 class Pooled(Encoder):
@@ -307,9 +310,13 @@ FORMATS = {
     "unfinished table": Format(make_unfinished_table, lambda folder: table(folder, resume=True)),
     "unfinished build": unfinished(build),
     "unfinished append": unfinished(append),
-    "training checkpoint": Format(lambda folder: train(folder, 3), lambda folder: train(folder, 5)),
-    "model": Format(make_model, use_model),
-    "encoder": Format(make_encoder, use_encoder),
+    "training checkpoint": Format(
+        lambda folder: train(folder, 3),
+        lambda folder: train(folder, 5),
+        modules=("retrodiff.training.optimize", "torch_ema", "torch._dynamo"),
+    ),
+    "model": Format(make_model, use_model, modules=("retrodiff.networks.dit", "open_clip", "timm")),
+    "encoder": Format(make_encoder, use_encoder, modules=("timm",)),
 }
 
 
@@ -451,9 +458,10 @@ def attempt(format: Format, folder: Path, expected: str | None) -> tuple[str, st
         try:
             _limited()
             end = _used(format, folder, expected)
-            os.write(write, json.dumps(end).encode()[:60_000])
-        finally:
+            os.write(write, json.dumps([end[0], end[1][:5000]]).encode())
             os._exit(0)
+        finally:
+            os._exit(3)
     os.close(write)
     until, said = time.monotonic() + SECONDS, b""
     while (left := until - time.monotonic()) > 0 and select.select([read], [], [], left)[0]:
@@ -505,6 +513,8 @@ def _used(format: Format, folder: Path, expected: str | None) -> tuple[str, str]
 def run(name: str, tries: int, seed: int = 0, work: Path | None = None) -> dict[str, Any]:
     """Damages a format many times; counts of the ends, and the first faults of each kind."""
     format = FORMATS[name]
+    for module in ("pyarrow.parquet", "PIL.Image", "safetensors.torch", *format.modules):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory(dir=work) as place:
         whole, folder = Path(place, "whole"), Path(place, "damaged")
         whole.mkdir()

@@ -157,7 +157,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def local(tmp_path: Path) -> EmbeddingDatabase:
     records = [
-        {**r, "licence": ["CC0", "CC-BY|4.0", None][i % 3], "credit": f"person {i}"}
+        {**r, "license": ["CC0", "CC-BY|4.0", None][i % 3], "credit": f"person {i}"}
         for i, r in enumerate(RECORDS)
     ]
     return build_database(
@@ -443,16 +443,16 @@ def test_folders_of_this_machine_are_not_told(remote, tmp_path):
 
 def test_card_says_what_it_is_and_whose(remote, local):
     local.build_index(Annoy(trees=10, components=8), progress=False)
-    delete_rows(local.path, local.where("licence is None and year > 30").rows)
+    delete_rows(local.path, local.where("license is None and year > 30").rows)
     fewer = open_database(local.path)
     fewer.push_to_hub("me/photos")
     card = (remote.commit("me/photos") / "README.md").read_text()
     head, body = card.split("---\n")[1:]
     assert "- retrodiff" in head
-    licences = [r["licence"] for r in fewer.records(torch.arange(len(fewer)))]
-    assert f"| CC0 | {licences.count('CC0')} |" in body
-    assert f"| CC-BY\\|4.0 | {licences.count('CC-BY|4.0')} |" in body
-    assert f"| (none stated) | {licences.count(None)} |" in body
+    licenses = [r["license"] for r in fewer.records(torch.arange(len(fewer)))]
+    assert f"| CC0 | {licenses.count('CC0')} |" in body
+    assert f"| CC\\-BY\\|4.0 | {licenses.count('CC-BY|4.0')} |" in body
+    assert f"| (none stated) | {licenses.count(None)} |" in body
     for text in (
         "`pooled`", "| weights | `w` |", "| preprocessing | `none` |", "48 wide, raw scale",
         f"| rows | {len(fewer)} ({50 - len(fewer)} more are deleted) |", "`file`, `label`, `year`",
@@ -462,10 +462,10 @@ def test_card_says_what_it_is_and_whose(remote, local):
         assert text in body, text
 
 
-def test_card_without_licences_says_so(remote, tmp_path):
+def test_card_without_licenses_says_so(remote, tmp_path):
     built = build_database(tmp_path / "d", Images(pictures(3)), Pooled(), progress=False)
     built.push_to_hub("me/photos", private=False)
-    assert "No row states a licence" in (remote.commit("me/photos") / "README.md").read_text()
+    assert "No row states a license" in (remote.commit("me/photos") / "README.md").read_text()
     assert not remote.private["me/photos"]
 
 

@@ -47,8 +47,20 @@ class ArrayDatabase(Searchable):
         digests = [rows_digest(part) for part in stored.split(SHARD_ROWS) if len(part)]
         fingerprint = replace(fingerprint, rows=rows_hash(digests))
         super().__init__(vectors, fingerprint, index.build(vectors) if index else None)
+        self._recipe = index
         self._records = [dict(r) for r in records] if records is not None else None
         self._images = images
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self._recipe is not None:  # other libraries' indexes cannot be sent to another process
+            del state["index"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "index" not in state:
+            self.index = state["_recipe"].build(self.vectors)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -57,7 +69,7 @@ class ArrayDatabase(Searchable):
             return ("number",)
         return tuple(dict.fromkeys(name for record in self._records for name in record))
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         rows = self._checked(indices).tolist()
         if self._records is None:
@@ -75,5 +87,5 @@ class ArrayDatabase(Searchable):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         if self._images is None:
-            return show(self.records(torch.tensor([index]))[0], None, anywhere=True)
-        return to_float(self._images[index]).expand(3, -1, -1)
+            return show(self.records([index])[0], None, anywhere=True)
+        return to_float(self._images[int(self._checked([index]))]).expand(3, -1, -1)

@@ -62,9 +62,9 @@ class Searchable(Database):
         return len(self.vectors)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self):,} rows, {self.fingerprint.encoder})"
+        return f"{type(self).__name__}({len(self):,} rows, {printable(self.fingerprint.encoder)})"
 
-    def embeddings(self, indices: Tensor) -> Tensor:
+    def embeddings(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
         rows = row_numbers(indices)
         found = self.vectors.rows(self.stored(self._checked(rows)))
@@ -134,7 +134,7 @@ class Searchable(Database):
     def _find(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self.index.search(queries, k)
 
-    def _checked(self, indices: Tensor) -> Tensor:
+    def _checked(self, indices: Any) -> Tensor:
         """Row numbers (...) -> the same, flat, on the CPU; refused where there is no such row."""
         flat = row_numbers(indices).reshape(-1).cpu()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
@@ -200,7 +200,7 @@ class Subset(Searchable):
         """Names of what is known about every row."""
         return self.database.columns
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         return self.database.records(self.rows[self._checked(indices)])
 
@@ -210,7 +210,7 @@ class Subset(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
-        return self.database.image(int(self.rows[index]))
+        return self.database.image(int(self.rows[self._checked([index])]))
 
 
 def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> Tensor:

@@ -101,7 +101,7 @@ class SharedDatabase(EmbeddingDatabase):
     def verify(self) -> list[str]:
         """What is wrong with the files, in words; fetches those that are not here yet."""
         wrong = []
-        for name in self.manifest.files:
+        for name in self._about:
             try:
                 self._here(name)
             except ValueError as error:

@@ -46,9 +46,8 @@ def storable(embeddings: Tensor, encoder: str, name: Callable[[int], str]) -> tu
     small = (norms < STRAY**-1 * 2.0**-25 * embeddings.shape[1] ** 0.5).nonzero().flatten()
     if len(small):
         given = embeddings[small].double()
-        largest = (
-            given.abs().amax(1, keepdim=True).clamp_min(5e-324)
-        )  # so that no square underflows
+        # Divided by the largest, so that no square underflows.
+        largest = given.abs().amax(1, keepdim=True).clamp_min(5e-324)
         lost = (stored[small].double() - given) / largest
         stray = lost.norm(dim=1) > STRAY * (given / largest).norm(dim=1)
         if bool(stray.any()):

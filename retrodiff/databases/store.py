@@ -100,7 +100,7 @@ class EmbeddingDatabase(Searchable):
         """Names of what is known about every row."""
         return tuple(self._schema.names)
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         places = self._places(indices)
         found: list[Record] = [{}] * len(places)
@@ -137,10 +137,10 @@ class EmbeddingDatabase(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
-        [(shard, row)] = self._places(torch.tensor([index]))
+        [(shard, row)] = self._places([index])
         name = self.manifest.shards[shard].file("thumbnails")
         if name is None:
-            return show(self.records(torch.tensor([index]))[0], self._root_of(shard))
+            return show(self.records([index])[0], self._root_of(shard))
         rows = self.manifest.shards[shard].rows
         return to_float(read_image(self._thumbnails_of(self._here(name), rows)[row]))
 
@@ -325,7 +325,7 @@ class EmbeddingDatabase(Searchable):
         """Hash of the stored rows, deleted ones among them: what an index is built from."""
         return rows_hash(shard.digest for shard in self.manifest.shards)
 
-    def _places(self, indices: Tensor) -> list[tuple[int, int]]:
+    def _places(self, indices: Any) -> list[tuple[int, int]]:
         """Row numbers (n,) -> shard, and row in it."""
         rows = self.stored(self._checked(indices))
         shards = torch.searchsorted(self._starts, rows, right=True) - 1
