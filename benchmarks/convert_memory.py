@@ -48,10 +48,10 @@ def peak_of(command: list[str]) -> int:
 
 def write_checkpoint(path: Path, unet: Mapping[str, Any]) -> None:
     """A Lightning checkpoint with all that training leaves in it, its numbers zero."""
-    from retrodiff.checkpoints.compvis import ema_name
-    from retrodiff.checkpoints.names import published_autoencoder, published_unet
-    from retrodiff.checkpoints.published import PUBLISHED
-    from retrodiff.checkpoints.transfer import their_names
+    from retrodiff.checkpoints.foreign.compvis import ema_name
+    from retrodiff.checkpoints.foreign.published import PUBLISHED
+    from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
+    from retrodiff.checkpoints.foreign.transfer import their_names
     from retrodiff.networks import UNet, VQAutoencoder
 
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not Path("/proc/self/status").is_file():
         raise SystemExit("convert_memory: there is no /proc here, this benchmark needs Linux")
-    from retrodiff.checkpoints.published import PUBLISHED
+    from retrodiff.checkpoints.foreign.published import PUBLISHED
 
     unet = dict(PUBLISHED["rdm_imagenet"].unet)
     if arguments.quick:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from retrodiff.demo import digits
-from retrodiff.files import write_json
+from retrodiff.disk.files import write_json
 
 
 def figures(report: dict) -> dict[str, float]:

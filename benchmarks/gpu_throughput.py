@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from unet_step import diffusers_twin
 
-from retrodiff.checkpoints.names import diffusers_autoencoder
-from retrodiff.checkpoints.published import PUBLISHED
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.foreign.published import PUBLISHED
+from retrodiff.checkpoints.foreign.tensor_names import diffusers_autoencoder
+from retrodiff.checkpoints.foreign.transfer import their_names
 from retrodiff.diffusion import DDIM, ClassifierFree, EpsDenoiser
 from retrodiff.diffusion.generator import DiffusionGenerator
-from retrodiff.files import write_json
+from retrodiff.disk.files import write_json
 from retrodiff.interfaces import Context
 from retrodiff.networks import UNet, VQAutoencoder
 

@@ -42,7 +42,7 @@ from retrodiff.diffusion import (
     LogSpaced,
     ScaledLinear,
 )
-from retrodiff.files import write_json
+from retrodiff.disk.files import write_json
 from retrodiff.interfaces import Sampler, Schedule
 
 ROOT = Path(__file__).parents[1]

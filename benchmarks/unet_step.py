@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from retrodiff.attention import NeighborAttention
-from retrodiff.checkpoints.names import diffusers_unet
-from retrodiff.checkpoints.published import PUBLISHED
-from retrodiff.checkpoints.transfer import their_names
-from retrodiff.files import write_json
+from retrodiff.checkpoints.foreign.published import PUBLISHED
+from retrodiff.checkpoints.foreign.tensor_names import diffusers_unet
+from retrodiff.checkpoints.foreign.transfer import their_names
+from retrodiff.disk.files import write_json
 from retrodiff.interfaces import Context
 from retrodiff.networks import UNet, blocks
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from retrodiff.checkpoints import load_compvis
-from retrodiff.generation import to_picture
 from retrodiff.model import Model
+from retrodiff.model.generated import to_picture
 from retrodiff.presets import from_published
 
 

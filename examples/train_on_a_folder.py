@@ -17,7 +17,7 @@ from retrodiff.databases import ImageFolder
 from retrodiff.encoders import encoder_from_string
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM
 from retrodiff.training import TrainingSet, cosine, fit
-from retrodiff.training.folder import FolderImages
+from retrodiff.training.folder_images import FolderImages
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("training", help="folder of training images, X")

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from retrodiff import presets, testing
     from retrodiff.builder import Builder, preset
     from retrodiff.databases import build_database, open_database
-    from retrodiff.generation import Generation
     from retrodiff.interfaces import (
         Autoencoder,
         Conditioner,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
         Tokens,
     )
     from retrodiff.model import Model
+    from retrodiff.model.generated import Generation
 
 _HOME = {
     "Builder": "builder",

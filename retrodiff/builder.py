@@ -24,7 +24,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from torch import nn
 
-from retrodiff.checks import check_components
 from retrodiff.components import modules
 from retrodiff.diffusion.autoencoder import Identity
 from retrodiff.diffusion.guidance import Unguided
@@ -44,6 +43,7 @@ from retrodiff.interfaces import (
     Schedule,
 )
 from retrodiff.model import Model
+from retrodiff.model.checks import check_components
 from retrodiff.retrieval.retriever import NearestNeighbors
 
 T = TypeVar("T")

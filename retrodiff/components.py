@@ -75,14 +75,17 @@ def first_not_finite(component: Any) -> str | None:
 
 def summary(component: Any, limit: int = 160) -> str:
     """A component on one line: its repr, or class, shape and weights of a torch module."""
-    if isinstance(component, nn.Module) and type(component).__repr__ is nn.Module.__repr__:
-        count = sum(p.numel() for p in component.parameters())
-        shape = getattr(component, "shape", None)
-        facts = [] if shape is None else [f"shape={tuple(shape)}"]
-        text = f"{type(component).__name__}({', '.join([*facts, f'{_rounded(count)} weights'])})"
-    else:
-        text = printable(repr(component))
+    plain = isinstance(component, nn.Module) and type(component).__repr__ is nn.Module.__repr__
+    text = size(component) if plain else printable(repr(component))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def size(module: nn.Module) -> str:
+    """A torch module in a few words, in place of the tree of its layers: ``UNet(400M weights)``."""
+    count = sum(p.numel() for p in module.parameters())
+    shape = getattr(module, "shape", None)
+    facts = [] if shape is None else [f"shape={tuple(shape)}"]
+    return f"{type(module).__name__}({', '.join([*facts, f'{_rounded(count)} weights'])})"
 
 
 def _rounded(count: int) -> str:

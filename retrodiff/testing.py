@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from retrodiff.checks import missing_members
 from retrodiff.components import modules
 from retrodiff.interfaces import (
     Autoencoder,
@@ -44,6 +43,7 @@ from retrodiff.interfaces import (
     member,
     unit,
 )
+from retrodiff.model.checks import missing_members
 
 
 def _require(holds: bool, promise: str) -> None:
@@ -77,7 +77,7 @@ def check_encoder(encoder: Encoder, channels: int = 3, size: int = 32) -> None:
         channels: of the images it takes.
         size: of the images it is shown.
     """
-    _require(isinstance(encoder, Encoder), "an encoder has dim, fingerprint and encode_image")
+    _has_members("encoder", encoder)
     images = torch.rand(5, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     kept = images.clone()
     embeddings = encoder.encode_image(images)
@@ -95,7 +95,8 @@ def check_encoder(encoder: Encoder, channels: int = 3, size: int = 32) -> None:
     _require(encoder.fingerprint == encoder.fingerprint, "the fingerprint is stable")
     _require(encoder.fingerprint.dim == encoder.dim, "fingerprint.dim is dim")
     _require(not encoder.fingerprint.rows, "an encoder's fingerprint has no rows")
-    if isinstance(encoder, TextEncoder):
+    if hasattr(encoder, "encode_text"):
+        encoder = cast("TextEncoder", encoder)
         prompts = ["a photo of a dog", "a photo of a cat", "two cats"]
         text = encoder.encode_text(prompts)
         _require(

@@ -26,8 +26,8 @@ from hostile_payloads import EACH, OF_NUMBERS, OUTSIDE, PAYLOADS, WITNESS
 from hostile_pickles import pickles
 from parts import HashingEncoder, small_network
 
-from retrodiff.checkpoints.pickled import read_pickled
-from retrodiff.checkpoints.shards import load_shards
+from retrodiff.checkpoints.foreign.torch_files import read_pickled
+from retrodiff.checkpoints.sharded import load_shards
 from retrodiff.databases import Images, build_database, open_database
 from retrodiff.diffusion import (
     ClassifierFree,
@@ -37,15 +37,16 @@ from retrodiff.diffusion import (
     Interval,
     NeighborEmbeddings,
 )
+from retrodiff.disk.files import check_free
+from retrodiff.disk.seal import state_folder
+from retrodiff.disk.unpickling import read_plain_pickle
 from retrodiff.encoders import CLIPEncoder, TimmEncoder, load_encoder, save_encoder
-from retrodiff.files import check_free
-from retrodiff.generation import MARKER as GENERATION
-from retrodiff.generation import own_files as own_samples
 from retrodiff.indexes import Annoy
 from retrodiff.interfaces import Fingerprint, Query
 from retrodiff.model import Model
+from retrodiff.model.generated import MARKER as GENERATION
+from retrodiff.model.generated import own_files as own_samples
 from retrodiff.networks import PrincipalPatches
-from retrodiff.pickled import read_plain_pickle
 from retrodiff.retrieval import (
     ExcludeGroup,
     NearestNeighbors,
@@ -53,7 +54,6 @@ from retrodiff.retrieval import (
     neighbor_table,
     open_neighbor_table,
 )
-from retrodiff.seal import state_folder
 from retrodiff.testing import small_database
 
 # --- watching ------------------------------------------------------------------------------------

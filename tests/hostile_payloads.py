@@ -25,12 +25,12 @@ PAYLOADS: list[Any] = [
     "C:\\Windows\\win.ini", "nul\0byte", "%2e%2e/outside", "encoder/../../outside",
     # code
     "os.system", "subprocess.Popen", "builtins.eval", "posix.system", "evil.Evil", "evil:Evil",
-    "retrodiff.files.write_json", "retrodiff.cli.main", "retrodiff.model.Model", "torch.hub.load",
+    "retrodiff.disk.files.write_json", "retrodiff.cli.main", "retrodiff.model.Model", "torch.hub.load",
     "retrodiff.encoders.CLIPEncoder", "diffusion.sampler_named", "networks.Preconditioned",
     "__import__('os').system('touch WITNESS')", "$(touch WITNESS)", "`touch WITNESS`",
     "{0.__class__.__init__.__globals__}", "!!python/object/apply:os.system ['touch WITNESS']",
     {"class": "os.system", "config": {"command": "touch WITNESS"}},
-    {"class": "retrodiff.files.write_json", "config": {"path": "WITNESS", "value": 1}},
+    {"class": "retrodiff.disk.files.write_json", "config": {"path": "WITNESS", "value": 1}},
     {"class": "encoders.CLIPEncoder", "config": {"name": "hf-hub:evil/model"}},
     {"trust_remote_code": True}, {"custom": "os.system"}, {"tensor": "denoiser.network.embed.bias"},
     # sizes and kinds

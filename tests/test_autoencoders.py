@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retrodiff.checkpoints.names import diffusers_autoencoder
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.foreign.tensor_names import diffusers_autoencoder
+from retrodiff.checkpoints.foreign.transfer import their_names
 from retrodiff.interfaces import Autoencoder
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.vq import VQAutoencoder

@@ -13,9 +13,9 @@ import yaml
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, load_compvis
-from retrodiff.checkpoints.names import published_autoencoder, published_unet
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.foreign.compvis import ema_name, load_compvis
+from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
+from retrodiff.checkpoints.foreign.transfer import their_names
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from parts import HashingEncoder, small_network
 from safetensors.torch import load_file, save_file
 
-from retrodiff.checkpoints.components import arguments
+from retrodiff.checkpoints.descriptions import arguments
 from retrodiff.checkpoints.public import ALIASES, ROOMS, class_named, public_name
 from retrodiff.checkpoints.public import _public as public
 from retrodiff.databases import Images, Subset, Union, build_database
@@ -104,7 +104,7 @@ def test_damaged_models_are_refused(model, tmp_path):
     rewritten(components=components)
     with pytest.raises(ValueError, match=r"'os.system', which is not part of retrodiff"):
         Model.load(folder, **parts)
-    components["sampler"] = {"class": "retrodiff.files.check_free", "config": {}}
+    components["sampler"] = {"class": "retrodiff.disk.files.check_free", "config": {}}
     rewritten(components=components)
     with pytest.raises(ValueError, match=r"no component"):
         Model.load(folder, **parts)

@@ -22,9 +22,9 @@ import torch
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import load_compvis
-from retrodiff.checkpoints.pickled import read_pickled
-from retrodiff.pickled import read_plain_pickle
+from retrodiff.checkpoints.foreign.compvis import load_compvis
+from retrodiff.checkpoints.foreign.torch_files import read_pickled
+from retrodiff.disk.unpickling import read_plain_pickle
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_trainer_state_is_passed_over(
         ("torch.hub", "load"),
         ("torch.utils._config_module", "load_config"),
         ("numpy.testing._private.utils", "runstring"),
-        ("retrodiff.checkpoints.pickled", "read_pickled"),
+        ("retrodiff.checkpoints.foreign.torch_files", "read_pickled"),
     ],
 )
 def test_a_checkpoint_that_carries_code_is_refused(module: str, name: str, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_reading_imports_nothing(tmp_path: Path) -> None:
     (tmp_path / "pytorch_lightning.py").write_text("raise SystemExit('imported')")
     code = (
         "import sys; from pathlib import Path;"
-        "from retrodiff.checkpoints.pickled import read_pickled;"
+        "from retrodiff.checkpoints.foreign.torch_files import read_pickled;"
         f"read_pickled(Path({str(path)!r})); assert 'pytorch_lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
@@ -171,7 +171,7 @@ def test_a_damaged_pickle_says_so(config: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_a_tensor_cannot_reach_out_of_its_data(tmp_path: Path) -> None:
-    from retrodiff.checkpoints.pickled import CALLS
+    from retrodiff.checkpoints.foreign.torch_files import CALLS
 
     rebuild = CALLS["torch._utils", "_rebuild_tensor_v2"]
     storage = torch.arange(6)

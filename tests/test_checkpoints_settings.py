@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from retrodiff.checkpoints.parsed import BYTES, read_json, read_yaml
-from retrodiff.checkpoints.settings import Settings, shown
+from retrodiff.checkpoints.foreign.parsed import BYTES, read_json, read_yaml
+from retrodiff.checkpoints.foreign.settings import Settings, shown
 
 
 def bomb(levels: int = 30) -> str:

@@ -11,8 +11,8 @@ import torch
 from published_files import configuration, published_state
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, load_compvis
-from retrodiff.checkpoints.states import state_of
+from retrodiff.checkpoints.foreign.compvis import ema_name, load_compvis
+from retrodiff.checkpoints.foreign.state_dicts import state_of
 
 CONFIG = configuration()
 STATE = published_state(CONFIG)

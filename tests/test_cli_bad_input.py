@@ -11,7 +11,7 @@ import torch
 from retrodiff.cli import main
 from retrodiff.cli.words import in_options
 from retrodiff.encoders import TimmEncoder, save_encoder
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 
 @pytest.fixture(scope="module")

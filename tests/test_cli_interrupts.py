@@ -11,7 +11,7 @@ import time
 import pytest
 
 from retrodiff.cli import main
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 
 def ended(command, after, number, folder):

@@ -24,9 +24,9 @@ from retrodiff.databases import (
     delete_rows,
     open_database,
 )
+from retrodiff.disk.locks import writing
 from retrodiff.indexes import Annoy, Exact
 from retrodiff.interfaces import Database, Encoder, Fingerprint, Query
-from retrodiff.locks import writing
 from retrodiff.retrieval import NearestNeighbors, Uniform
 from retrodiff.testing import check_proposal, check_retriever
 

@@ -15,11 +15,11 @@ from retrodiff.databases import (
     encode_images,
     encode_pictures,
 )
-from retrodiff.databases.encoding import Reader
-from retrodiff.databases.skipped import SkippedPictures
-from retrodiff.databases.sources import Item, Source
-from retrodiff.decoding import UnreadableImage, read_image
+from retrodiff.databases.build.encoding import Reader
+from retrodiff.databases.sources.folders import Item, Source
+from retrodiff.databases.sources.skipped import SkippedPictures
 from retrodiff.encoders.preprocessing import openai, plain, rdm
+from retrodiff.pictures.decoding import UnreadableImage, read_image
 
 
 class Prepared(Pooled):

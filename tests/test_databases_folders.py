@@ -16,7 +16,7 @@ from retrodiff.databases import (
     build_database,
     open_database,
 )
-from retrodiff.databases.skipped import SkippedPictures, skipped_message
+from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
 
 IMAGES = pictures(20, 12)
 

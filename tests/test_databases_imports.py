@@ -31,7 +31,7 @@ from retrodiff.databases import (
     open_parts,
     rdm_parts,
 )
-from retrodiff.databases.streams import NpzArray, ParquetRows
+from retrodiff.databases.build.readers import NpzArray, ParquetRows
 from retrodiff.interfaces import Database, Fingerprint, Query
 from retrodiff.retrieval import NeighborCounts
 
@@ -324,8 +324,10 @@ def test_pictures_can_be_appended_to_what_was_imported(tmp_path):
 
 KILL = """
 import os, signal, sys
-from retrodiff import files
-from retrodiff.databases import import_embeddings, rdm_parts, shards, work
+from retrodiff.disk import files
+from retrodiff.databases import import_embeddings, rdm_parts
+from retrodiff.databases import row_files as shards
+from retrodiff.databases.build import work
 from retrodiff.interfaces import Fingerprint
 
 os.fsync = lambda descriptor: None  # a killed process loses no written pages

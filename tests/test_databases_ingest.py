@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from test_databases import Pooled, files_of, pictures
 
-from retrodiff import tensors
 from retrodiff.databases import (
     ImageFolder,
     Images,
@@ -29,15 +28,16 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
-    edit,
     import_embeddings,
     open_database,
     read_image,
 )
-from retrodiff.databases import ingest as ingest_module
-from retrodiff.databases.work import MixedColumn
+from retrodiff.databases.build import edit
+from retrodiff.databases.build import ingest as ingest_module
+from retrodiff.databases.build.work import MixedColumn
+from retrodiff.disk import tensors
+from retrodiff.disk.tensors import map_tensors, write_tensors
 from retrodiff.interfaces import Query
-from retrodiff.tensors import map_tensors, write_tensors
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -402,8 +402,10 @@ KILL = """
 import os, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 from retrodiff.databases import Patchify, ImageFolder, append_to_database, build_database
-from retrodiff import files
-from retrodiff.databases import edit, shards, work
+from retrodiff.disk import files
+from retrodiff.databases.build import edit
+from retrodiff.databases import row_files as shards
+from retrodiff.databases.build import work
 from test_databases import Pooled
 import torch
 torch.set_num_threads(1)

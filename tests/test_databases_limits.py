@@ -12,8 +12,8 @@ import torch
 from memory_peak import at_most
 
 from retrodiff.databases import Part, import_embeddings, npy_parts, open_parts, rdm_parts
-from retrodiff.databases.limits import open_parquet, rows_at_a_time
-from retrodiff.databases.streams import NpyArray, NpzArray, ParquetRows, npz_names
+from retrodiff.databases.build.readers import NpyArray, NpzArray, ParquetRows, npz_names
+from retrodiff.databases.sources.limits import open_parquet, rows_at_a_time
 from retrodiff.interfaces import Fingerprint
 
 FINGERPRINT = Fingerprint(encoder="e", weights="w", preprocessing="p", dim=8)
@@ -100,7 +100,7 @@ def test_small_zips_of_gigabytes(tmp_path):
 
 
 def test_what_must_be_whole_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("retrodiff.databases.streams.WHOLE", 1000)
+    monkeypatch.setattr("retrodiff.databases.build.readers.WHOLE", 1000)
     np.savez(tmp_path / "a.npz", x=np.asfortranarray(np.ones((50, 8))), y=np.ones((50, 8)))
     assert NpzArray(tmp_path / "a.npz", "y")[0:50].sum() == 400
     with pytest.raises(ValueError, match="its order asks for all at once: save it in C order"):

@@ -15,8 +15,8 @@ from retrodiff.databases import (
     build_database,
     open_database,
 )
-from retrodiff.databases.sources import Source
-from retrodiff.databases.work import Work
+from retrodiff.databases.build.work import Work
+from retrodiff.databases.sources.folders import Source
 
 ray = pytest.importorskip("ray", reason="the extra retrodiff[ray] is not installed")
 # Starting Ray takes a dozen seconds; it warns of its own deprecations and leaves sockets to be

@@ -15,9 +15,9 @@ from PIL import Image
 from test_databases import Pooled, pictures
 
 from retrodiff.databases import DatasetImages, ParquetImages, SavedDataset, build_database
-from retrodiff.databases.skipped import SkippedPictures
-from retrodiff.decoding import UnreadableImage
-from retrodiff.pictures import PixelRange
+from retrodiff.databases.sources.skipped import SkippedPictures
+from retrodiff.pictures.converting import PixelRange
+from retrodiff.pictures.decoding import UnreadableImage
 
 IMAGES = pictures(8)
 HWC = [image.permute(1, 2, 0).numpy() for image in IMAGES]
@@ -202,7 +202,7 @@ def test_a_small_parquet_file_that_stands_for_gigabytes(tmp_path, monkeypatch):
     with at_most(300):
         assert torch.equal(source.read(0)[0].image, IMAGES[0])
         assert torch.equal(source.read(3)[0].image, IMAGES[0])
-    monkeypatch.setattr("retrodiff.databases.limits.LARGE", 2**22)
+    monkeypatch.setattr("retrodiff.databases.sources.limits.LARGE", 2**22)
     pq.write_table(
         pa.table({"image": [bytes(5_000_000)]}), tmp_path / "b.parquet", compression="zstd"
     )

@@ -30,10 +30,10 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
-    hub,
     open_database,
     store,
 )
+from retrodiff.databases import shared as hub
 from retrodiff.indexes import Annoy, Exact
 from retrodiff.interfaces import Database, Query
 from retrodiff.testing import check_database

@@ -27,7 +27,7 @@ from retrodiff.databases import (
     open_parts,
     open_source,
 )
-from retrodiff.databases.sources import first_duplicate
+from retrodiff.databases.sources.folders import first_duplicate
 
 
 def png(image: torch.Tensor) -> bytes:

@@ -17,7 +17,7 @@ from PIL import Image
 from test_databases import Pooled, pictures
 
 from retrodiff.databases import Tars, build_database, open_source
-from retrodiff.databases.skipped import SkippedPictures
+from retrodiff.databases.sources.skipped import SkippedPictures
 
 IMAGES = pictures(9)
 

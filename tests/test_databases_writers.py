@@ -31,15 +31,14 @@ from retrodiff.databases import (
     append_to_database,
     build_database,
     delete_rows,
-    edit,
     import_embeddings,
     open_database,
-    work,
 )
+from retrodiff.databases.build import edit, work
+from retrodiff.databases.build.work import MixedColumn, read_work
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST
-from retrodiff.databases.work import MixedColumn, read_work
 from retrodiff.indexes import Annoy, Exact, Faiss, ScaNN, USearch, Vectors, recipe, save_index
-from retrodiff.indexes.native import heard
+from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.recipe import Recall
 from retrodiff.indexes.saved import load_index
 from retrodiff.interfaces import Query
@@ -437,7 +436,7 @@ def test_work_that_an_earlier_version_began(photos, tmp_path):
 
 def test_a_build_killed_when_it_had_changed_places(photos, tmp_path, monkeypatch):
     """The old database lies at PATH.partial then; it is never taken for work to go on with."""
-    from retrodiff import files
+    from retrodiff.disk import files
 
     path = tmp_path / "d"
     build_database(path, Images(pictures(5)), Pooled(), **QUIET)

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from retrodiff.cli import main, parser
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -11,7 +11,7 @@ from parts import HashingEncoder
 from torch import Tensor, nn
 
 from retrodiff import presets
-from retrodiff.checkpoints.published import PUBLISHED
+from retrodiff.checkpoints.foreign.published import PUBLISHED
 from retrodiff.diffusion import Identity, PixelUnshuffle
 from retrodiff.interfaces import Autoencoder, Context, Query
 from retrodiff.model import Model

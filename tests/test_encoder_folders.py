@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from retrodiff.disk.files import plain_json
 from retrodiff.encoders import CLIPEncoder, TimmEncoder, load_encoder, save_encoder
 from retrodiff.encoders.described import problem
 from retrodiff.encoders.preprocessing import PRESETS
-from retrodiff.files import plain_json
 
 TINY: dict[str, Any] = {
     "embed_dim": 8,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from retrodiff.databases.encoding import encode_images, encode_pictures, preparation
-from retrodiff.databases.sources import Images
+from retrodiff.databases.build.encoding import encode_images, encode_pictures, preparation
+from retrodiff.databases.sources.folders import Images
 from retrodiff.encoders import Cached, CLIPEncoder, PromptCut, TimmEncoder
 from retrodiff.interfaces import Encoder, Fingerprint
-from retrodiff.pictures import PixelRange
+from retrodiff.pictures.converting import PixelRange
 from retrodiff.testing import check_encoder
 
 TINY = {

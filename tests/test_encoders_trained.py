@@ -19,7 +19,7 @@ from retrodiff.encoders.described import problem
 from retrodiff.encoders.preprocessing import Squash, openai
 from retrodiff.encoders.timm import timm_name
 from retrodiff.encoders.trained import of_open_clip, of_timm, trained
-from retrodiff.pictures import to_batch
+from retrodiff.pictures.converting import to_batch
 
 TINY = {
     "embed_dim": 24,
@@ -156,11 +156,11 @@ def test_names_tell_preprocessings_apart():
 
 
 def test_preprocessings_that_are_not_known():
-    with pytest.raises(ValueError, match="'lanczos'.*choose a preprocessing"):
+    with pytest.raises(ValueError, match=r"'lanczos'.*choose a preprocessing"):
         trained(32, (0.5,) * 3, (0.5,) * 3, "lanczos", "short")
-    with pytest.raises(ValueError, match="'mine'; known: own .*rdm, openai, plain"):
+    with pytest.raises(ValueError, match=r"'mine'; known: own .*rdm, openai, plain"):
         TimmEncoder("test_vit", preprocessing="mine")
-    with pytest.raises(ValueError, match="10000 x 20 pixels.*100 times"):
+    with pytest.raises(ValueError, match=r"10000 x 20 pixels.*100 times"):
         openai(32).apply(torch.zeros(1, 3, 20, 10_000))
 
 

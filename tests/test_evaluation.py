@@ -24,7 +24,7 @@ from retrodiff.evaluation import (
     vendi,
 )
 from retrodiff.evaluation.sets import ImageSet
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 
 @pytest.fixture(scope="module")

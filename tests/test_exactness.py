@@ -6,7 +6,7 @@ import torch
 
 from retrodiff.indexes import Annoy, Exact, Faiss, USearch, Vectors
 from retrodiff.indexes import exact as exact_module
-from retrodiff.indexes.principal import principal_axes
+from retrodiff.indexes.axes import principal_axes
 from retrodiff.indexes.resident import ResidentIndex
 from retrodiff.precision import full_precision
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrodiff import Model
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from retrodiff import files, locks
-from retrodiff.files import check_free, place, plain_json, replacing, write_folder
-from retrodiff.locks import writing
+from retrodiff.disk import files, locks
+from retrodiff.disk.files import check_free, place, plain_json, replacing, write_folder
+from retrodiff.disk.locks import writing
 
 MARKER = "things.json"
 
@@ -276,7 +276,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from retrodiff import files
+from retrodiff.disk import files
 from test_files import save
 path, step, slow = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "slow"
 if slow:
@@ -394,7 +394,7 @@ def test_files_and_renames_are_made_to_last(tmp_path, monkeypatch):
 
 def hold(path: Path, seconds: float = 0.0) -> subprocess.Popen:
     code = (
-        "import sys, time; from pathlib import Path; from retrodiff.locks import writing\n"
+        "import sys, time; from pathlib import Path; from retrodiff.disk.locks import writing\n"
         f"with writing(Path({str(path)!r})):\n"
         "    print('held', flush=True); time.sleep(float(sys.argv[1])); sys.stdin.read()\n"
     )

@@ -8,7 +8,6 @@ from parts import small_network
 from torch import nn
 
 from retrodiff.builder import Builder
-from retrodiff.checks import refusal
 from retrodiff.components import first_not_finite, inside, modules, summary, where
 from retrodiff.diffusion import (
     Dropped,
@@ -30,6 +29,7 @@ from retrodiff.interfaces import (
     TrainableGenerator,
 )
 from retrodiff.model import Model
+from retrodiff.model.checks import refusal
 from retrodiff.networks.unet import UNet
 from retrodiff.randomness import normal_like
 from retrodiff.retrieval import Uniform
@@ -361,6 +361,41 @@ def test_a_vector_joins_the_time_embedding(recipe, encoder):
         recipe.denoiser(network(8)).build()
     with pytest.raises(ValueError, match=r"context has no vector.*takes a vector of width 8"):
         model.sample_latents(context=torch.ones(1, 2, 8), noise=noise)
+
+
+def components_that_ship():
+    from retrodiff import diffusion, retrieval
+    from retrodiff.encoders import CLIPEncoder, TimmEncoder
+    from retrodiff.networks.kl import KLAutoencoder
+    from retrodiff.networks.principal import PrincipalPatches
+    from retrodiff.networks.vq import VQAutoencoder
+
+    near = retrieval.NearestNeighbors()
+    counts = retrieval.NeighborCounts(torch.arange(9), torch.ones(9).long(), None)
+    numbers = {"channels": 32, "multipliers": [1, 2], "blocks_per_level": 1, "latent_channels": 3}
+    return [
+        diffusion.DDIM(),
+        diffusion.Interval(diffusion.ClassifierFree(2.0), 0.1, 1.0),
+        diffusion.LogSpaced(),
+        diffusion.EDMDenoiser(small_network()),
+        Dropped(LearnedNull(Projected(RAW, dim=8, width=4), dim=8), 0.5),
+        retrieval.MultiQuery(retrieval.ReciprocalRankFusion(near, 5), None, ["a {}"]),
+        retrieval.ExcludeGroup(retrieval.Diverse(near, 0.5, 9), "file"),
+        retrieval.TopM(counts, rows=3),
+        counts,
+        VQAutoencoder(**numbers, codes=16),
+        KLAutoencoder(**numbers),
+        PrincipalPatches(channels=3, patch=4, components=16),
+        CLIPEncoder("ViT-B-32-quickgelu", "openai"),
+        TimmEncoder("test_resnet", image_size=32),
+        small_database(),
+    ]
+
+
+def test_every_component_prints_on_a_line():
+    for component in components_that_ship():
+        assert "\n" not in repr(component)
+        assert len(repr(component)) < 400, repr(component)
 
 
 # --- priors ------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ from retrodiff.indexes import annoy as annoy_module
 from retrodiff.indexes import choice as choice_module
 from retrodiff.indexes import exact as exact_module
 from retrodiff.indexes import resident as resident_module
+from retrodiff.indexes.axes import leading_axes
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import Narrow
-from retrodiff.indexes.principal import leading_axes
 from retrodiff.indexes.projection import Projection
 from retrodiff.indexes.resident import ResidentIndex
 from retrodiff.indexes.tile_maxima import TILE, launch_sizes, tile_maxima

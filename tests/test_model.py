@@ -447,6 +447,10 @@ def test_missing_parts_are_named(recipe, model):
         blind.sample(prompts=["a"], **QUIET)
     with pytest.raises(ValueError, match=r"prompts need an encoder and this model has none"):
         recipe.set(encoder=None).build().sample(prompts=["a"], **QUIET)
+    pixels = torch.full((2, 1, 8, 8), 200.0)
+    asked = Query(torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"values up to 200, expected -1 to 1: divide"):
+        model.loss(pixels, asked, model.database.search(asked, 4))
     wrong = torch.zeros(2, 1, 9, 9)
     query = Query(torch.randn(2, 8))
     with pytest.raises(

@@ -10,9 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from retrodiff.decoding import UnreadableImage, from_pil, not_a_file, read_image
 from retrodiff.numbers import whole
-from retrodiff.pictures import PixelRange, to_batch, to_bytes, to_float, to_image, to_images
+from retrodiff.pictures.converting import (
+    PixelRange,
+    to_batch,
+    to_bytes,
+    to_float,
+    to_image,
+    to_images,
+)
+from retrodiff.pictures.decoding import UnreadableImage, from_pil, not_a_file, read_image
 from retrodiff.text import escaped, markdown, printable, unescaped
 
 DRAW = torch.Generator().manual_seed(0)
@@ -160,7 +167,7 @@ def turned(orientation: int) -> np.ndarray:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("strip", [2**20, 100])
 def test_every_orientation_in_one_strip_and_in_many(orientation, strip, monkeypatch):
-    monkeypatch.setattr("retrodiff.decoding.STRIP", strip)
+    monkeypatch.setattr("retrodiff.pictures.decoding.STRIP", strip)
     exif = Image.Exif()
     exif[0x0112] = orientation
     for kind in ("PNG", "TIFF"):
@@ -237,7 +244,7 @@ def test_odd_descriptions_of_a_png_never_cost_the_picture():
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "F"])
 def test_values_of_many_bits(mode, monkeypatch):
-    monkeypatch.setattr("retrodiff.decoding.STRIP", 64)
+    monkeypatch.setattr("retrodiff.pictures.decoding.STRIP", 64)
     kind = {"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]
     small = np.arange(256, dtype=kind).reshape(16, 16)
     for data in (encoded(Image.fromarray(small), "TIFF"), Image.fromarray(small)):

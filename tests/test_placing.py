@@ -8,9 +8,8 @@ import torch
 from parts import HashingEncoder, small_network
 
 from retrodiff import presets
-from retrodiff.asking import conditioned
 from retrodiff.builder import Builder
-from retrodiff.checkpoints.published import PUBLISHED
+from retrodiff.checkpoints.foreign.published import PUBLISHED
 from retrodiff.components import where
 from retrodiff.diffusion import (
     ClassifierFree,
@@ -26,6 +25,7 @@ from retrodiff.diffusion import (
 from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.interfaces import Context, Query
 from retrodiff.model import Model
+from retrodiff.model.asking import conditioned
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.retrieval import MultiQuery, NearestNeighbors
 from retrodiff.testing import small_database

@@ -14,6 +14,7 @@ from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, neighbor_table
 from retrodiff.testing import small_database
 from retrodiff.training import NamedEMA, Objective, TrainingSet, constant, cosine, fit, optimize
 from retrodiff.training.contrastive import fit_clip
+from retrodiff.training.seeds import derived
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrodiff.checkpoints.names import diffusers_unet
-from retrodiff.checkpoints.published import PUBLISHED
-from retrodiff.checkpoints.transfer import their_names
+from retrodiff.checkpoints.foreign.published import PUBLISHED
+from retrodiff.checkpoints.foreign.tensor_names import diffusers_unet
+from retrodiff.checkpoints.foreign.transfer import their_names
 from retrodiff.interfaces import Context, Tokens
 from retrodiff.networks.blocks import Upsample, timestep_embedding
 from retrodiff.networks.unet import UNet

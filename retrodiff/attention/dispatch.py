@@ -1,4 +1,4 @@
-"""Which path a neighbor cross-attention takes, decided in one place, and why.
+"""Chooses the path of a neighbor cross-attention, and says why.
 
 The decision counts what each path computes and moves, per evaluation, with what is computed once
 spread over the evaluations that share it, and takes the path of least time = max(operations / peak,

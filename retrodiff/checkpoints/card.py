@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from retrodiff.checkpoints.database_place import shared_address
-from retrodiff.checkpoints.published import Architecture, recognized
+from retrodiff.checkpoints.foreign.published import Architecture, recognized
 from retrodiff.diffusion.schedule import ScaledLinear
-from retrodiff.interfaces import Fingerprint
+from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
@@ -36,7 +36,7 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
         ("denoiser", _network(parts["denoiser"])),
         ("first stage", _network(parts["autoencoder"])),
         ("condition", repr(parts["conditioner"])),
-        ("encoder", "none" if encoder is None else _made(encoder.identity)),
+        ("encoder", "none" if encoder is None else _made(member(encoder, Encoder, "identity"))),
         ("database", "none" if database is None else _stored(database)),
         ("retriever", repr(parts["retriever"])),
         ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),

@@ -2,7 +2,7 @@
 
 A model's folder keeps the place of its database, not the database. A stranger's folder could name
 any place, so a place is opened without asking only if it lies inside the model's own folder, or if
-it bears the seal of this user (`retrodiff.seal`): then this user's own `Model.save` wrote it, here.
+it bears the seal of this user (`retrodiff.disk.seal`): then this user's own `Model.save` wrote it, here.
 Anything else is opened when the caller says so, ``trust_database=True``.
 """
 
@@ -13,11 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from retrodiff.checkpoints.components import EDITED, fingerprint_from
+from retrodiff.checkpoints.descriptions import EDITED, fingerprint_from
+from retrodiff.disk.seal import is_sealed, seal
+from retrodiff.disk.untrusted import inside
 from retrodiff.interfaces import Database
-from retrodiff.seal import is_sealed, seal
 from retrodiff.text import escaped, printable
-from retrodiff.untrusted import inside
 
 
 def shared_address(database: Any) -> str | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retrodiff.checkpoints.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
+from retrodiff.checkpoints.foreign.pipeline_files import DESCRIPTIONS, PARTS, has_weights, stages
+from retrodiff.disk.untrusted import inside
 from retrodiff.text import printable
-from retrodiff.untrusted import inside
 
 SAFE = ("*.json", "*.safetensors", "*.md", "*.yaml")
 """Files that hold no code."""
@@ -124,7 +124,7 @@ def publish(
             inside(folder, file.relative_to(folder).as_posix())
     from huggingface_hub import HfApi
 
-    from retrodiff.databases.hub import hub_errors
+    from retrodiff.databases.shared import hub_errors
 
     api, what = HfApi(token=token), f"cannot upload a model as {repo}"
     with hub_errors(what):

@@ -1,7 +1,7 @@
 """A model as a folder: one JSON that says what it is, safetensors for everything with numbers.
 
 ``model.json`` describes each component by its public name and its constructor's arguments (nested,
-for wrappers and networks; see `retrodiff.checkpoints.components`). Loading constructs public
+for wrappers and networks; see `retrodiff.checkpoints.descriptions`). Loading constructs public
 components of this package only, after their arguments and their weights have been compared; a
 component of your own is named in the file but never imported from it: hand it to `load` in its
 slot. Weights are in ``weights.safetensors`` under ``slot.parameter``, an encoder in a folder of its
@@ -18,25 +18,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from retrodiff.checkpoints.components import (
+from retrodiff.checkpoints.database_place import described as described_database
+from retrodiff.checkpoints.database_place import reopened
+from retrodiff.checkpoints.descriptions import (
     arguments,
     arguments_from,
     describe,
     fingerprint_from,
     is_custom,
 )
-from retrodiff.checkpoints.database_place import described as described_database
-from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.public import PACKAGE
-from retrodiff.checkpoints.shards import load_shards, save_sharded
-from retrodiff.checkpoints.state import fill, not_finite
+from retrodiff.checkpoints.sharded import load_shards, save_sharded
+from retrodiff.checkpoints.state import fill, not_finite, own_state
+from retrodiff.components import modules
+from retrodiff.disk.files import check_free, place, plain_json, write_folder, write_json
+from retrodiff.disk.untrusted import inside, read_json
 from retrodiff.encoders.fingerprint import difference
-from retrodiff.files import check_free, place, plain_json, write_folder, write_json
-from retrodiff.interfaces import Fingerprint
+from retrodiff.interfaces import Encoder, Fingerprint, member
 from retrodiff.text import printable
-from retrodiff.untrusted import inside, read_json
 
 FORMAT = 2
 """Written; 1 (module paths in place of public names) is read, too."""
@@ -95,7 +96,7 @@ def save_components(
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
-        "fingerprint": None if encoder is None else dict(vars(encoder.identity)),
+        "fingerprint": None if encoder is None else vars(member(encoder, Encoder, "identity")),
         "extra": plain_json(extra),
     }
 
@@ -185,10 +186,8 @@ def load_components(
     left: dict[str, Any] = {}
     for slot, description in described.items():
         if slot in given:
-            if is_custom(description) and isinstance(given[slot], nn.Module):
-                inside_ = {k: v for k, v in weights.items() if k.startswith(f"{slot}.")}
-                state = {k.removeprefix(f"{slot}."): v for k, v in inside_.items()}
-                fill(given[slot], state, slot)
+            if is_custom(description):
+                _fill_given(given[slot], weights, slot)
         elif slot == "database":
             continue
         elif slot == "encoder" and isinstance(description, dict) and not is_custom(description):
@@ -209,6 +208,20 @@ def load_components(
             f"model.json describes no {', '.join(sorted(missing))}: the file is damaged"
         )
     return {**parts, **given}
+
+
+def _fill_given(component: Any, weights: Mapping[str, Tensor], slot: str) -> None:
+    """Copies saved weights into a component that was handed in, inside of wrappers, too."""
+    mine: dict[str, Tensor] = {}
+    describe(component, mine, slot)
+    for module in modules(component):
+        names = {tensor.data_ptr(): name for name, tensor in own_state(module).items()}
+        for key, tensor in mine.items():
+            if tensor.numel() and tensor.data_ptr() in names:
+                at = key.removesuffix(names[tensor.data_ptr()])
+                state = {k.removeprefix(at): v for k, v in weights.items() if k.startswith(at)}
+                fill(module, state, at.removesuffix("."))
+                break
 
 
 def _encoder(description: dict[str, Any], folder: Path) -> Any:

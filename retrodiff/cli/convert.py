@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
         "--database", type=types.path, help="of the model, so that it can look up neighbors"
     )
     parser.add_argument("--k", type=types.count, help="tokens that condition an image")
+    parser.add_argument("--variant", help="of a diffusers folder's weight files, such as fp16")
     parser.add_argument("--raw-weights", action="store_true", help="not the averaged weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
@@ -46,12 +47,12 @@ def run(options: argparse.Namespace) -> int:
     """Loads, checks, saves."""
     from retrodiff import presets
     from retrodiff.builder import Builder
-    from retrodiff.checkpoints.load import load_published
+    from retrodiff.checkpoints.foreign.load import load_published
     from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.diffusion import NeighborEmbeddings
+    from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free
 
     check_free(options.out, MARKER, options.overwrite, own_files)
     published = load_published(
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         preset=options.preset,
         weights="raw" if options.raw_weights else "ema",
         first_stage=options.first_stage,
+        variant=options.variant,
     )
     scale = published.agreed_scale(options.scale)
     if published.name in presets.__all__:
@@ -69,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if options.encoder is not None:
         # The databases of this family were made without antialiasing and crop, whatever CLIP saw.
         rdm = options.encoder.startswith("open_clip:") and "preprocessing=" not in options.encoder
-        given = {"preprocessing": "rdm"} if rdm else {}
+        given: dict[str, Any] = {"preprocessing": "rdm"} if rdm else {}
         recipe = recipe.encoder(encoder_from_string(options.encoder, **given))
     if options.database is not None:
         recipe = recipe.database(open_database(options.database))

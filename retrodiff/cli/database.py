@@ -31,14 +31,14 @@ from retrodiff.databases import (
     open_source,
     read_image,
 )
-from retrodiff.databases.images import to_float
-from retrodiff.databases.ingest import ENGINES
-from retrodiff.databases.skipped import SkippedPictures, skipped_message
-from retrodiff.databases.sources import Source
+from retrodiff.databases.build.ingest import ENGINES
+from retrodiff.databases.sources.folders import Source
+from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
+from retrodiff.disk.files import replacing
 from retrodiff.encoders import encoder_from_string
-from retrodiff.files import replacing
 from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
+from retrodiff.pictures.thumbnails import to_float
 
 
 def add_parser(subparsers: Any) -> None:

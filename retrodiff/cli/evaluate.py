@@ -48,9 +48,9 @@ def run(options: argparse.Namespace) -> int:
     """Reads, measures, writes."""
     from pathlib import Path
 
+    from retrodiff.disk.files import check_free, plain_json, write_folder, write_json
     from retrodiff.encoders import encoder_from_string
     from retrodiff.evaluation import evaluate
-    from retrodiff.files import check_free, plain_json, write_folder, write_json
 
     check_free(options.out, MARKER, options.overwrite, own_files)
     encoder = encoder_from_string(options.features, device=options.device)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from retrodiff.cli import options as types
 
 if TYPE_CHECKING:
-    from retrodiff.generation import Generation
     from retrodiff.model import Model
+    from retrodiff.model.generated import Generation
 
 SHEET = "sheet.png"
 MODES = ("text", "text+neighbors", "neighbors", "class", "image", "unconditional")
@@ -82,9 +82,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
     from retrodiff.databases import open_database
+    from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import check_free
-    from retrodiff.generation import MARKER, own_files
+    from retrodiff.model.generated import MARKER, own_files
     from retrodiff.retrieval import Uniform
 
     check_free(options.out, MARKER, options.overwrite, own_files)
@@ -140,7 +140,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
     if options.classes:
         return {"classes": [c for c in options.classes for _ in range(options.n)]}
     if options.image:
-        from retrodiff.training.folder import read_square
+        from retrodiff.training.folder_images import read_square
 
         images = [read_square(file, 224) for file in options.image]
         return {"images": torch.stack(images).repeat_interleave(options.n, 0)}
@@ -152,7 +152,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
     import torch
 
     from retrodiff.databases import captions_of, contact_sheet
-    from retrodiff.files import replacing
+    from retrodiff.disk.files import replacing
 
     n = min(len(out), 32)
     words = next(iter(asked.values()))

@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
 
     from retrodiff import presets
     from retrodiff.databases import open_database
+    from retrodiff.disk.files import place
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.files import place
     from retrodiff.model import Model
     from retrodiff.networks.principal import PrincipalPatches
     from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
@@ -127,7 +127,7 @@ def _finished(out: Path, options: argparse.Namespace) -> bool:
         Whether --resume finds that the model is trained already.
     """
     from retrodiff.checkpoints.native import MARKER, own_files, read_description
-    from retrodiff.files import check_free
+    from retrodiff.disk.files import check_free
     from retrodiff.training import unfinished
     from retrodiff.training.checkpoint import Checkpoint
 

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.encoders import TimmEncoder, save_encoder
     from retrodiff.training import cosine
     from retrodiff.training.contrastive import crop_and_flip, fit_views
-    from retrodiff.training.folder import FolderImages
+    from retrodiff.training.folder_images import FolderImages
 
     out = Path(options.out)
     if out.exists() and not options.overwrite:

@@ -1,28 +1,28 @@
 """What do we own? Databases of embeddings with their origin: built, opened, searched, shown."""
 
-from retrodiff.databases.archives import Tars
-from retrodiff.databases.edit import append_to_database, delete_rows
-from retrodiff.databases.encoding import encode_images, encode_pictures
-from retrodiff.databases.formats import open_parts, open_source
-from retrodiff.databases.hub import SharedDatabase
-from retrodiff.databases.images import UnreadableImage, read_image
-from retrodiff.databases.imports import Part, import_embeddings
-from retrodiff.databases.ingest import build_database
-from retrodiff.databases.lance import LanceDatabase
-from retrodiff.databases.patchify import Patchify
-from retrodiff.databases.published import (
+from retrodiff.databases.build.edit import append_to_database, delete_rows
+from retrodiff.databases.build.encoding import encode_images, encode_pictures
+from retrodiff.databases.build.imports import Part, import_embeddings
+from retrodiff.databases.build.ingest import build_database
+from retrodiff.databases.build.released import (
     clip_retrieval_parts,
     nn_memory_counts,
     npy_parts,
     rdm_parts,
 )
+from retrodiff.databases.contact_sheet import captions_of, contact_sheet
+from retrodiff.databases.lance import LanceDatabase
 from retrodiff.databases.searchable import Searchable
-from retrodiff.databases.sheet import captions_of, contact_sheet
-from retrodiff.databases.sources import ImageFolder, Images, Item, Source
+from retrodiff.databases.shared import SharedDatabase
+from retrodiff.databases.sources.archives import Tars
+from retrodiff.databases.sources.folders import ImageFolder, Images, Item, Source
+from retrodiff.databases.sources.formats import open_parts, open_source
+from retrodiff.databases.sources.patchify import Patchify
+from retrodiff.databases.sources.tables import DatasetImages, ParquetImages, SavedDataset
 from retrodiff.databases.store import EmbeddingDatabase, open_database
-from retrodiff.databases.tables import DatasetImages, ParquetImages, SavedDataset
 from retrodiff.databases.union import Union
 from retrodiff.databases.views import ArrayDatabase, Subset
+from retrodiff.pictures.thumbnails import UnreadableImage, read_image
 
 __all__ = [
     "ArrayDatabase",

@@ -25,10 +25,10 @@ from torch import Tensor
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.sql import joined
 from retrodiff.databases.views import GatheredVectors, storable
+from retrodiff.disk.untrusted import LARGEST, parse_json
 from retrodiff.indexes.vectors import check_search
 from retrodiff.interfaces import Fingerprint, Index, Record
 from retrodiff.text import printable
-from retrodiff.untrusted import LARGEST, parse_json
 
 _FINGERPRINT = b"retrodiff"  # key in the metadata of a table's schema
 _SPARE = 8  # found beyond k, since LanceDB rounds queries to the type of the column

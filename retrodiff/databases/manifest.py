@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from retrodiff.files import plain_json
-from retrodiff.hashed import read_hashed, write_hashed
+from retrodiff.disk.files import plain_json
+from retrodiff.disk.hashed import read_hashed, write_hashed
+from retrodiff.disk.seal import is_sealed, seal
 from retrodiff.interfaces import Fingerprint
-from retrodiff.seal import is_sealed, seal
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class Manifest:
         shared: what only a shared copy needs, {"columns": names, "indexes": {index: {file:
             {"bytes", "sha256"}}}}; None in a folder of one's own.
         trusted: folders of the sources that this user has named himself; None: all of them. In the
-            file they bear this user's seal (`retrodiff.seal`), so that nobody else's manifest
+            file they bear this user's seal (`retrodiff.disk.seal`), so that nobody else's manifest
             makes anyone read a folder of the machine.
     """
 

@@ -12,9 +12,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from retrodiff.databases.limits import RATIO, one_line, open_parquet
 from retrodiff.databases.manifest import AGAIN, Shard
 from retrodiff.databases.records import cast_table, one_schema
+from retrodiff.databases.sources.limits import RATIO, one_line, open_parquet
 
 MOST = 2 * 1024**3
 """Bytes that the records of a shard may unfold to, however small their file is."""

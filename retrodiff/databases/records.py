@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from retrodiff.files import plain_json
+from retrodiff.disk.files import plain_json
 from retrodiff.text import escaped, printable
 
 DEEPEST = 16

@@ -187,8 +187,8 @@ def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> 
         root: folder that its file must lie in, and is relative to.
         anywhere: the record is the caller's own, so that its file may lie anywhere.
     """
-    from retrodiff.databases.images import read_image, to_float
-    from retrodiff.databases.patchify import cut_record
+    from retrodiff.databases.sources.patchify import cut_record
+    from retrodiff.pictures.thumbnails import read_image, to_float
 
     file = record.get("file")
     if file is None:

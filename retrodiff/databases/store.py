@@ -13,15 +13,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import rows_hash
-from retrodiff.databases.images import read_image, to_float
+from retrodiff.databases.digests import rows_hash
 from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.records import TEXT
+from retrodiff.databases.row_files import Thumbnails, map_shard, read_deleted
 from retrodiff.databases.searchable import Searchable, show
-from retrodiff.databases.shards import Thumbnails, map_shard, read_deleted
-from retrodiff.files import REPLACED, given
-from retrodiff.hashed import check_file
+from retrodiff.disk.files import REPLACED, given
+from retrodiff.disk.hashed import check_file
+from retrodiff.disk.locks import writing
 from retrodiff.indexes import (
     TARGET,
     Exact,
@@ -36,7 +36,7 @@ from retrodiff.indexes import (
 from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
 from retrodiff.indexes.saved import check_index_place
 from retrodiff.interfaces import Index, Record
-from retrodiff.locks import writing
+from retrodiff.pictures.thumbnails import read_image, to_float
 from retrodiff.text import printable
 
 
@@ -276,7 +276,7 @@ class EmbeddingDatabase(Searchable):
         Returns:
             The address of the commit, for `open_database`.
         """
-        from retrodiff.databases.share import push
+        from retrodiff.databases.push import push
 
         return push(self, repo, private=private, token=token, message=message)
 
@@ -343,7 +343,7 @@ def open_database(
         token: for a private shared database; None: the one of ``hf auth login``.
     """
     if shared := str(path).startswith("hf:"):
-        from retrodiff.databases.hub import open_shared
+        from retrodiff.databases.shared import open_shared
 
         database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
     else:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import rows_digest
+from retrodiff.databases.digests import rows_digest
 from retrodiff.databases.manifest import Shard
-from retrodiff.databases.shards import Thumbnails
-from retrodiff.hashed import file_digest
+from retrodiff.databases.row_files import Thumbnails
+from retrodiff.disk.hashed import file_digest
 from retrodiff.indexes.saved import faults_of_index
 from retrodiff.indexes.vectors import row_norms
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.databases.fingerprint import SHARD_ROWS, rows_digest, rows_hash
-from retrodiff.databases.images import to_float
+from retrodiff.databases.digests import SHARD_ROWS, rows_digest, rows_hash
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.indexes import Recipe, Vectors
 from retrodiff.indexes.vectors import row_norms
 from retrodiff.interfaces import Fingerprint, Record
+from retrodiff.pictures.thumbnails import to_float
 
 STRAY = 0.01
 """How far a stored row may lie from the one that was given, as a fraction of its norm."""

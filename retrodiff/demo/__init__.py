@@ -18,8 +18,8 @@ import torch
 from retrodiff.databases import EmbeddingDatabase, captions_of, contact_sheet
 from retrodiff.demo import digits, photographs
 from retrodiff.demo.picture import Line, Section, compose
-from retrodiff.files import check_free, place, write_json
-from retrodiff.generation import Generation
+from retrodiff.disk.files import check_free, place, write_json
+from retrodiff.model.generated import Generation
 
 MARKER = "report.json"
 PACKAGES = ("torch", "timm", "open_clip_torch", "torch-ema", "safetensors", "scikit-learn")

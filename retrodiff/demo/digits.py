@@ -29,9 +29,9 @@ from retrodiff.diffusion import (
     NeighborEmbeddings,
 )
 from retrodiff.encoders import CLIPEncoder
-from retrodiff.generation import Generation
 from retrodiff.interfaces import Database, Mode, Query
 from retrodiff.model import Model
+from retrodiff.model.generated import Generation
 from retrodiff.networks.unet import UNet
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM
 from retrodiff.training import FitResult, TrainingSet, cosine, fit

@@ -18,9 +18,9 @@ from torch import Tensor
 from retrodiff.builder import Builder
 from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database, open_database
 from retrodiff.encoders import TimmEncoder
-from retrodiff.generation import Generation
 from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
+from retrodiff.model.generated import Generation
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, cosine, fit

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from retrodiff.generation import to_picture
+from retrodiff.model.generated import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,6 +22,9 @@ from retrodiff.interfaces import (
 from retrodiff.precision import full_precision
 from retrodiff.randomness import normal
 
+WIDEST = 16
+"""Pixels beyond this are no normalized data of any kind."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionGenerator(Generator):
@@ -99,8 +102,14 @@ class DiffusionGenerator(Generator):
         """Images (b, c, h, w) in [-1, 1] -> latents on the denoiser's device, float32 at least.
 
         Raises:
-            ValueError: the latents have another shape than the denoiser's.
+            ValueError: the latents have another shape than the denoiser's, or the images are
+                plainly not in [-1, 1].
         """
+        if images.device.type == "cpu" and images.numel() and float(images.abs().max()) > WIDEST:
+            raise ValueError(
+                f"images hold values up to {float(images.abs().max()):g}, expected -1 to 1: divide "
+                "0 to 255 by 127.5 and subtract 1"
+            )
         device, kind = where(self.autoencoder) or (self.device, None)
         with torch.no_grad(), full_precision():
             x0 = self.autoencoder.encode(images.to(device, kind)).to(self.device)

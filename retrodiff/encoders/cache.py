@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from retrodiff.encoders.prompts import prompt_list
-from retrodiff.interfaces import Encoder, Fingerprint
-from retrodiff.pictures import to_images
+from retrodiff.interfaces import Encoder, Fingerprint, member
+from retrodiff.pictures.converting import to_images
 
 
 class Cached(Encoder):
@@ -50,21 +50,21 @@ class Cached(Encoder):
     @property
     def identity(self) -> Fingerprint:
         """The wrapped encoder's own."""
-        return self.encoder.identity
+        return member(self.encoder, Encoder, "identity")
 
     @property
     def loaded(self) -> bool:
         """Whether the weights of the wrapped encoder are in memory."""
-        return self.encoder.loaded
+        return member(self.encoder, Encoder, "loaded")
 
     @property
     def preparation(self) -> Callable[[Tensor], Tensor] | None:
         """The wrapped encoder's own."""
-        return self.encoder.preparation
+        return member(self.encoder, Encoder, "preparation")
 
     def to(self, device: torch.device | str) -> Cached:
         """Moves the wrapped encoder's weights; returns this one."""
-        self.encoder.to(device)
+        member(self.encoder, Encoder, "to")(device)
         return self
 
     def encode_image(self, images: Any) -> Tensor:
@@ -80,7 +80,7 @@ class Cached(Encoder):
         """Images that `preparation` returned -> embeddings (b, d), raw scale."""
         return self._look_up(
             [b"prepared" + _content(image) for image in prepared],
-            lambda new: self.encoder.encode_prepared(prepared[new]),
+            lambda new: member(self.encoder, Encoder, "encode_prepared")(prepared[new]),
         )
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:

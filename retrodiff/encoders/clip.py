@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrodiff.disk.untrusted import read_json
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.passes import embedded, prepared
 from retrodiff.encoders.preprocessing import Preprocessing, Size, plain, preprocessing_from, shown
@@ -25,10 +26,9 @@ from retrodiff.encoders.prompts import prompt_list, tokens_of
 from retrodiff.encoders.trained import of_open_clip
 from retrodiff.interfaces import Fingerprint, TextEncoder
 from retrodiff.numbers import whole
-from retrodiff.untrusted import read_json
 
 
-class CLIPEncoder(nn.Module, TextEncoder):
+class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A CLIP model as encoder of images and text; embeddings are raw, as CLIP gives them.
 
     They come back as float32 on the CPU, wherever the weights are; ``encoder.to(device)`` moves
@@ -156,6 +156,9 @@ class CLIPEncoder(nn.Module, TextEncoder):
     def loaded(self) -> bool:
         """Whether the weights are in memory; published ones are loaded when first used."""
         return self.clip is not None
+
+    def __repr__(self) -> str:
+        return f"CLIPEncoder({self.identity.encoder})"
 
     @property
     def fingerprint(self) -> Fingerprint:

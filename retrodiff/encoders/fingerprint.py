@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrodiff.interfaces import Encoder, Fingerprint
+from retrodiff.interfaces import Encoder, Fingerprint, member
 
 COMPILED = "_orig_mod."
 """What ``torch.compile`` puts before the names of a module that it has wrapped."""
@@ -43,7 +43,7 @@ def difference(encoder: Encoder, stored: Fingerprint) -> str | None:
 
     Weights are compared where both sides know theirs.
     """
-    mine = encoder.identity
+    mine: Fingerprint = member(encoder, Encoder, "identity")
     if not (mine.weights and stored.weights):
         mine, stored = replace(mine, weights=""), replace(stored, weights="")
     return mine.disagreement(stored)

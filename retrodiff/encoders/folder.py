@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from retrodiff.budget import TooLarge, within
+from retrodiff.disk.budget import TooLarge, within
+from retrodiff.disk.files import plain_json, write_folder, write_json, write_safetensors
+from retrodiff.disk.untrusted import inside, read_json, read_tensors
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.described import problem
 from retrodiff.encoders.fingerprint import plain_state, weights_hash
 from retrodiff.encoders.timm import TimmEncoder
-from retrodiff.files import plain_json, write_folder, write_json, write_safetensors
 from retrodiff.text import printable
-from retrodiff.untrusted import inside, read_json, read_tensors
 
 FORMAT = 1
 MARKER, WEIGHTS = "encoder.json", "encoder.safetensors"

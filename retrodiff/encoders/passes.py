@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrodiff.pictures import CHANNELS, to_batch, to_images
+from retrodiff.pictures.converting import CHANNELS, to_batch, to_images
 from retrodiff.precision import full_precision
 
 

@@ -23,7 +23,7 @@ SOURCES = ("hf-hub", "hf_hub", "local-dir")
 """What timm takes before a colon: a repository of the Hub, a folder."""
 
 
-class TimmEncoder(nn.Module, Encoder):
+class TimmEncoder(nn.Module, Encoder):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The pooled features of a timm network; it has no text tower.
 
     Embeddings come back as float32 on the CPU, wherever the weights are; ``encoder.to(device)``
@@ -83,10 +83,10 @@ class TimmEncoder(nn.Module, Encoder):
         import timm
 
         options: dict[str, Any] = {"num_classes": 0, "in_chans": self.in_chans, **self.options}
-        known = None if ":" in self.name else timm.get_pretrained_cfg(self.name)
-        fixed = known is not None and known.fixed_input_size and known.input_size is not None
-        if fixed and size is not None and size != _square(known.input_size[-2:]):
-            options.setdefault("img_size", size)
+        known: Any = None if ":" in self.name else timm.get_pretrained_cfg(self.name)
+        if size is not None and known is not None and known.fixed_input_size:
+            if size != _square(known.input_size[-2:]):
+                options.setdefault("img_size", size)
         try:
             return timm.create_model(self.name, pretrained=self.pretrained, **options)
         except (TypeError, AssertionError, ValueError) as error:
@@ -110,6 +110,9 @@ class TimmEncoder(nn.Module, Encoder):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
+
+    def __repr__(self) -> str:
+        return f"TimmEncoder({self.identity.encoder})"
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -29,7 +29,7 @@ from retrodiff.encoders.preprocessing import (
     shown,
 )
 
-_STATISTICS = {
+_STATISTICS: dict[tuple[tuple[float, ...], tuple[float, ...]], str] = {
     (CLIP_MEAN, CLIP_STD): "clip",
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)): "half",
@@ -48,13 +48,13 @@ def of_timm(config: Mapping[str, Any], size: Size, channels: int = 3) -> Preproc
             mean and deviation stands for each.
     """
     mean, std = (_each(config[name], channels) for name in ("mean", "std"))
-    mode = {"center": "short", "border": "inside"}.get(config["crop_mode"], config["crop_mode"])
+    mode = str(config["crop_mode"])
     return trained(
         size,
         mean,
         std,
         str(config["interpolation"]),
-        mode,
+        {"center": "short", "border": "inside"}.get(mode, mode),
         crop=float(config["crop_pct"]),
         fill=tuple(round(255 * m) / 127.5 - 1 for m in mean),
     )

@@ -1,7 +1,7 @@
 """Measures generated images: distance to real ones, diversity, and copies."""
 
+from retrodiff.evaluation.comparison import evaluate
 from retrodiff.evaluation.copying import Copying, copying
-from retrodiff.evaluation.evaluate import evaluate
 from retrodiff.evaluation.metrics import (
     Score,
     authenticity,

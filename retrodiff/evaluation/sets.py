@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases import ImageFolder, Searchable, Source, open_database
-from retrodiff.databases.encoding import encode_here, encode_images
-from retrodiff.databases.images import thumbnail, to_bytes
-from retrodiff.databases.skipped import SkippedPictures, skipped_message
+from retrodiff.databases.build.encoding import encode_here, encode_images
+from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
 from retrodiff.interfaces import Database, Encoder
-from retrodiff.pictures import to_image
+from retrodiff.pictures.converting import to_image
+from retrodiff.pictures.thumbnails import thumbnail, to_bytes
 from retrodiff.progress import progress_bar
 
 SIDE = 96

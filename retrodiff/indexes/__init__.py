@@ -1,4 +1,4 @@
-"""How do we find neighbors fast? Exact search by default, approximate indexes for many rows."""
+"""Search for nearest rows: exact by default, approximate indexes for many rows."""
 
 from retrodiff.indexes.annoy import Annoy
 from retrodiff.indexes.choice import TARGET, automatic, build_automatic, suitable

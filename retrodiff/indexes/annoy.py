@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.native import heard
-from retrodiff.indexes.principal import principal_axes, rank_again
+from retrodiff.disk.tensors import map_tensors, write_tensors
+from retrodiff.indexes.axes import principal_axes, rank_again
+from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
     check_loaded,
@@ -27,7 +28,6 @@ from retrodiff.indexes.vectors import (
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
-from retrodiff.tensors import map_tensors, write_tensors
 
 _works: bool | None = None
 

@@ -1,4 +1,4 @@
-"""Rows that may still be among the nearest, kept by approximate scores and settled in float64.
+"""Candidates for the nearest rows, kept by approximate scores and ranked in float64.
 
 A pass over the rows hands in approximate scores and how far they may stray from the true cosine.
 What cannot be among the k best any more is dropped; what is left at the end is scored again from

@@ -1,8 +1,8 @@
-"""Which index suits a database, tried in order and kept only if it finds enough.
+"""Chooses the index of a database: the first of a list whose measured recall reaches a target.
 
 Exact search on a GPU, or up to about a million rows; above that on a CPU a graph where one is
-installed, else trees over principal components. None is chosen that was measured below the target;
-what an index that was passed over leaves on disk is up to the function that builds it.
+installed, else trees over principal components. An index with recall below the target is not
+chosen; the function that builds it decides what it leaves on disk.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Built = TypeVar("Built", bound=Measured)
 
 
 def automatic(rows: int, gpu: bool | None = None) -> Recipe:
-    """What suits so many rows: the first of `suitable`."""
+    """The recipe for a number of rows: the first of `suitable`."""
     return suitable(rows, gpu)[0]
 
 
 def suitable(rows: int, gpu: bool | None = None) -> list[Recipe]:
-    """The recipes to be tried for so many rows, in order; the last one is exact.
+    """The recipes to be tried for a number of rows, in order; the last one is exact.
 
     Args:
         rows: of the database.
@@ -61,7 +61,7 @@ def build_automatic(
     target: float = TARGET,
     gpu: bool | None = None,
 ) -> tuple[Built, str]:
-    """Builds what suits so many rows, passing over what misses the target.
+    """Builds the first suitable index whose recall reaches the target.
 
     Args:
         rows: of the database.

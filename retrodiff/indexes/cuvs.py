@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.axes import rank_again
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision

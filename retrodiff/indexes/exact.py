@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrodiff.indexes.axes import leading_axes
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import STORAGE, Narrow
-from retrodiff.indexes.principal import leading_axes
 from retrodiff.indexes.projection import PAIR, Projection
 from retrodiff.indexes.vectors import (
     Vectors,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.native import heard
-from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
     check_loaded,

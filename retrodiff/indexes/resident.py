@@ -119,7 +119,7 @@ class ResidentIndex(Index):
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes fit into what is free of a GPU; anywhere else that is not asked."""
+    """Whether a number of bytes fits into the free memory of a GPU; True on other devices."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)

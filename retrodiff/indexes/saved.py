@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from retrodiff.files import check_free, make_folder, write_folder
-from retrodiff.hashed import about_file, check_file, file_digest, read_hashed, write_hashed
+from retrodiff.disk.files import check_free, make_folder, write_folder
+from retrodiff.disk.hashed import about_file, check_file, file_digest, read_hashed, write_hashed
 from retrodiff.indexes.recipe import RECIPES, Recall, Recipe, SavableIndex
 from retrodiff.indexes.vectors import Vectors
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.native import heard
-from retrodiff.indexes.principal import rank_again
+from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
     check_loaded,

@@ -7,6 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from retrodiff.components import size
+
 
 class Placed(nn.Module):
     """A module that says its dtype and device, and takes inputs of any floating dtype."""
@@ -20,6 +22,9 @@ class Placed(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._first().device
+
+    def __repr__(self) -> str:
+        return size(self)
 
     def _first(self) -> Tensor:
         tensors = chain(self.parameters(), self.buffers())

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrodiff.files import given, place
+from retrodiff.disk.files import given, place
 from retrodiff.interfaces import Database, Query, Randomness, Retriever
 from retrodiff.numbers import LARGEST_SEED, whole
 from retrodiff.retrieval.table import map_table, tabulated

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retrodiff.files import given, place
+from retrodiff.disk.files import given, place
+from retrodiff.disk.tensors import map_file, write_hashed_tensors
 from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
 from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
-from retrodiff.tensors import map_file, write_hashed_tensors
 
 FORMAT = 1
 
@@ -97,6 +97,9 @@ class NeighborCounts(_Drawing):
             counts += found
         rows = counts.nonzero().flatten()
         return cls(rows, counts[rows], database.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"NeighborCounts({len(self.rows)} rows, {int(self.counts.sum())} neighbors)"
 
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
         """The rows ever used and their counts."""

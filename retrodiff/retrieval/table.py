@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.files import make_folder, room_for, sync_folder
-from retrodiff.hashed import HASH
-from retrodiff.locks import writing
+from retrodiff.disk.files import make_folder, room_for, sync_folder
+from retrodiff.disk.hashed import HASH
+from retrodiff.disk.locks import writing
+from retrodiff.disk.tensors import BLANK, Tensors, header, map_file, put_hash, read_header
 from retrodiff.progress import progress_bar
-from retrodiff.tensors import BLANK, Tensors, header, map_file, put_hash, read_header
 
 FORMAT = 1
 NAME = "rows"

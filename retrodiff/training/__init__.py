@@ -4,7 +4,7 @@ from retrodiff.training.contrastive import fit_clip, fit_views
 from retrodiff.training.data import TrainingSet, own_rows
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.fit import FitResult, fit, from_checkpoint
-from retrodiff.training.folder import FolderImages
+from retrodiff.training.folder_images import FolderImages
 from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import optimize
 from retrodiff.training.pairing import Pairing

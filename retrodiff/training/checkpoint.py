@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from retrodiff.disk.files import make_folder, plain_json, write_safetensors
 from retrodiff.encoders.fingerprint import weights_hash
-from retrodiff.files import make_folder, plain_json, write_safetensors
 
 FORMAT = 2
 KIND = "retrodiff training"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.checks import encoder_disagreement
 from retrodiff.components import inside
 from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever
+from retrodiff.model.checks import encoder_disagreement
 from retrodiff.numbers import whole
 from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
 from retrodiff.retrieval.neighbors import neighbor_table

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from retrodiff.checkpoints.native import describe
+from retrodiff.disk.files import plain_json
 from retrodiff.encoders.fingerprint import weights_hash
-from retrodiff.files import plain_json
 from retrodiff.model import Model
 from retrodiff.numbers import whole
 from retrodiff.training.checkpoint import disagreement, read_state
@@ -22,7 +22,7 @@ from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import optimize
-from retrodiff.training.parts import copied, trainable_modules
+from retrodiff.training.parts import TRAINED, copied, trainable_modules
 from retrodiff.training.rates import LearningRate
 
 
@@ -257,11 +257,8 @@ def _parts(model: Model) -> dict[str, Any]:
         for n, p in module.named_parameters()
         if not p.requires_grad
     }
-    parts: dict[str, Any] = {
-        "denoiser": _described(model.denoiser, {}),
-        "conditioner": _described(model.conditioner, {}),
-        "autoencoder": _described(model.autoencoder, first_stage),
-    }
+    parts: dict[str, Any] = {slot: _described(getattr(model, slot), {}) for slot in TRAINED}
+    parts["autoencoder"] = _described(model.autoencoder, first_stage)
     return parts | {"first_stage": weights_hash(first_stage), "frozen": weights_hash(frozen)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.interfaces import Encoder
-from retrodiff.pictures import CHANNELS, LEEWAY, to_batch, to_float
+from retrodiff.pictures.converting import CHANNELS, LEEWAY, to_batch, to_float
 
 LOOKED_AT = 64
 """Images that stand for all where a sequence has no ``digest``."""

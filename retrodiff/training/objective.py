@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from retrodiff.interfaces import Neighbors, Query
 from retrodiff.model import Model
-from retrodiff.training.parts import trainable_modules
+from retrodiff.training.parts import TRAINED, trainable_modules
 
 
 class Objective(nn.Module):
-    """The training loss of a model; its parameters are those of denoiser and conditioner.
+    """The training loss of a model; its parameters are those of what generates and conditions.
 
     Parameters inside of wrappers are among them, see `trainable_modules`.
 
@@ -27,9 +27,10 @@ class Objective(nn.Module):
         self.model = model
         found = trainable_modules(model)
         if not any(p.requires_grad for module in found.values() for p in module.parameters()):
+            names = [type(part).__name__ for slot in TRAINED if (part := getattr(model, slot))]
             raise ValueError(
-                f"neither {type(model.denoiser).__name__} nor {type(model.conditioner).__name__} "
-                "has a parameter that requires a gradient, so there is nothing to train"
+                f"no parameter of {' or '.join(names)} requires a gradient, so there is nothing to "
+                "train"
             )
         for name, module in found.items():
             self.add_module(name, module)

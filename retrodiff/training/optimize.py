@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from retrodiff.files import plain_json
+from retrodiff.disk.files import plain_json
 from retrodiff.interrupts import postponed
 from retrodiff.numbers import real, whole
 from retrodiff.progress import progress_bar
 from retrodiff.training.checkpoint import ANEW, Checkpoint, State, disagreement
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.rates import (
+    LARGEST,
     LearningRate,
     described,
     learning_rate,
@@ -151,7 +152,7 @@ def optimize(
                 for step in range(done, steps):
                     buffers = _versions(module)
                     signals.check()
-                    rates[step] = rate = real(f"lr at step {step}", lr(step), 0)
+                    rates[step] = rate = real(f"lr at step {step}", lr(step), 0, LARGEST)
                     for group in optimizer.param_groups:
                         group["lr"] = rate
                     optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,9 @@ from retrodiff.numbers import is_real, real, whole
 LearningRate = Callable[[int], float]
 """Step number -> learning rate."""
 
+LARGEST = 1e6
+"""Larger ones are mistakes, and overflow inside the optimizer."""
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -73,7 +76,7 @@ def cosine(lr: float, steps: int, warmup: int = 0) -> Cosine:
 def learning_rate(lr: LearningRate | float) -> LearningRate:
     """A number as a constant learning rate; a function as it is."""
     if is_real(lr):
-        return Constant(real("lr", lr, 0))
+        return Constant(real("lr", lr, 0, LARGEST))
     if not callable(lr):
         raise ValueError(f"lr={lr!r}: give a number, constant(...), cosine(...) or a function")
     return lr
@@ -124,5 +127,5 @@ def _warm(step: int, warmup: int) -> float:
 
 
 def _check(rate: Constant | Cosine) -> None:
-    object.__setattr__(rate, "lr", real("lr", rate.lr, 0))
+    object.__setattr__(rate, "lr", real("lr", rate.lr, 0, LARGEST))
     object.__setattr__(rate, "warmup", whole("warmup", rate.warmup, 0))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from retrodiff.checkpoints.native import MARKER, own_files
-from retrodiff.files import check_free
+from retrodiff.disk.files import check_free
 from retrodiff.model import Model
 from retrodiff.training.fit import from_checkpoint
 from retrodiff.training.objective import Objective

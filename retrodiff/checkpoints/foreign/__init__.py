@@ -1,0 +1,1 @@
+"""Reads the checkpoints and pipelines of others."""

@@ -1,0 +1,1 @@
+"""Where pictures come from: folders, tars, tables, patches of pictures, and their formats."""

@@ -1,0 +1,116 @@
+"""Tells from a path what it holds: pictures to build from, or embeddings to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retrodiff.databases.build.imports import Part
+from retrodiff.databases.build.released import clip_retrieval_parts, npy_parts, rdm_parts
+from retrodiff.databases.sources.archives import Tars
+from retrodiff.databases.sources.folders import ImageFolder, Source
+from retrodiff.databases.sources.skipped import warn_of_unused
+from retrodiff.databases.sources.tables import ParquetImages, SavedDataset
+from retrodiff.databases.sources.walk import (
+    files_below,
+    has_pictures,
+    holds_database,
+    is_picture,
+    is_tar,
+    natural,
+)
+from retrodiff.interfaces import Scale
+
+
+def open_source(
+    path: str | Path, *, image_column: str = "image", columns: Mapping[str, Any] | None = None
+) -> Source:
+    """The pictures at a path, whatever holds them.
+
+    A folder with ``state.json`` is a dataset of ``save_to_disk``. One without picture files is a
+    WebDataset if there are tars in it or below it, compressed or not, and a table if there are
+    parquet files; any other is a folder of pictures. Single tars and parquet files work too, and
+    patterns such as ``"shards/0*.tar"``.
+
+    Args:
+        path: folder, file, or pattern.
+        image_column: of a table.
+        columns: the same for every row, such as ``{"licence": "CC0"}``.
+    """
+    path = Path(path).expanduser()
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return SavedDataset(path, image_column, columns)
+    if (path / "img_emb").is_dir():
+        raise ValueError(
+            f"{path} holds embeddings of clip-retrieval, not pictures: import it "
+            "(retrodiff database import)"
+        )
+    if path.is_dir() and (holds_database(path) or has_pictures(path)):
+        return ImageFolder(path, columns)
+    files = _below(path) if path.is_dir() else _files(path)
+    tars = [file for file in files if is_tar(file.name)]
+    if tars and not any(is_picture(file.name) for file in files):
+        others = [f for f in files if f.suffix.lower() in (".zip", ".rar", ".7z")]
+        warn_of_unused(path, [(file.name, "an archive, but no tar: unpack it") for file in others])
+        return Tars(tars, columns)
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    if tables and not any(is_picture(file.name) for file in files):
+        return ParquetImages(tables, image_column, columns)
+    if not path.is_dir() and files:
+        raise ValueError(
+            f"{path} is no source of pictures: give a folder, tars, parquet files, or a dataset "
+            "that save_to_disk wrote"
+        )
+    return ImageFolder(path, columns)
+
+
+def open_parts(path: str | Path) -> tuple[list[Part], Scale | None]:
+    """The embeddings at a path, and their scale where the format says it.
+
+    Known are a folder of clip-retrieval (``img_emb``), a folder of numbered npz files as released
+    with Blattmann et al. 2022, and npy files: one, a pattern, or a folder. A parquet file of the
+    same name beside an npy file holds its records.
+    """
+    path = Path(path).expanduser()
+    if (path / "img_emb").is_dir():
+        return clip_retrieval_parts(path), "unit"
+    files = _files(path)
+    arrays = [file for file in files if file.suffix == ".npy"]
+    if arrays:
+        tables = [file.with_suffix(".parquet") for file in arrays]
+        has = [table.is_file() for table in tables]
+        if any(has) and not all(has):
+            raise ValueError(
+                f"{tables[has.index(False)]} is missing, though other npy files have their parquet "
+                "file: give one for each, or none"
+            )
+        return npy_parts(arrays, tables if all(has) else None), None
+    if path.is_dir() and any(file.suffix == ".npz" for file in files):
+        return rdm_parts(path), None
+    raise ValueError(
+        f"{path} holds no embeddings: give npy files, a folder of clip-retrieval, or a folder of "
+        "npz parts"
+    )
+
+
+def _below(path: Path) -> list[Path]:
+    """The files in a folder and below it, in the order people count."""
+    return [path / found.name for found in files_below(path) if found.problem is None]
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder or a pattern, or the file itself, in the order people count."""
+    if path.is_dir():
+        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    elif set("*?[") & set(path.name):
+        found = list(path.parent.glob(path.name))
+        if not found:
+            raise FileNotFoundError(f"nothing fits {path}: check the pattern")
+    elif path.exists():
+        found = []
+    else:
+        raise FileNotFoundError(f"{path} does not exist: give a folder or a file")
+    return sorted((f for f in found if f.is_file()), key=lambda f: natural(f.name))
