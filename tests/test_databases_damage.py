@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from retrodiff.databases.storable import storable
 from test_databases import RECORDS, Pooled, pictures
 
 from retrodiff.databases import (
@@ -33,6 +32,7 @@ from retrodiff.databases.filters import parse_filter
 from retrodiff.databases.manifest import Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.sql import check_condition
+from retrodiff.databases.storable import storable
 from retrodiff.disk.hashed import about_file, read_hashed, write_hashed
 from retrodiff.disk.tensors import map_file, map_tensors, write_hashed_tensors, write_tensors
 from retrodiff.indexes import Annoy, Exact, Faiss, USearch
