@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrodiff.builder import Builder
-from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database, open_database
+from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database
 from retrodiff.encoders import TimmEncoder
 from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
@@ -187,7 +187,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         path = folder / name
         source = Images(images, records)
         build_database(path, source, encoder, thumbnails=SIZE, overwrite=True, progress=progress)
-        return open_database(path)
+        return EmbeddingDatabase.at(path)
 
     database = built("photographs.rdb", held, held_records)
     never = built("photographs-never-trained.rdb", other, other_records)
