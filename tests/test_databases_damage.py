@@ -32,7 +32,7 @@ from retrodiff.databases.filters import parse_filter
 from retrodiff.databases.manifest import Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.sql import check_condition
-from retrodiff.databases.views import storable
+from retrodiff.databases.storable import storable
 from retrodiff.disk.hashed import about_file, read_hashed, write_hashed
 from retrodiff.disk.tensors import map_file, map_tensors, write_hashed_tensors, write_tensors
 from retrodiff.indexes import Annoy, Exact, Faiss, USearch

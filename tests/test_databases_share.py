@@ -31,7 +31,7 @@ from retrodiff.databases import (
     build_database,
     delete_rows,
     open_database,
-    store,
+    opening,
 )
 from retrodiff.databases import shared as hub
 from retrodiff.indexes import Annoy, Exact
@@ -313,7 +313,7 @@ def test_a_shared_index_is_read_only_when_it_is_named(remote, local, monkeypatch
     built = local.build_index(Annoy(trees=10, components=48), progress=False)
     assert built.recall.value >= 0.95
     local.push_to_hub("me/photos")
-    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    monkeypatch.setattr(opening, "EXACT_ROWS", 10)
     assert open_database(local.path).recipe.name == "annoy"
     assert open_database("hf://datasets/me/photos").recipe == Exact()
     assert not any(name.startswith("indexes") for name in remote.fetched)

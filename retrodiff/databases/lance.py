@@ -24,9 +24,9 @@ from torch import Tensor
 
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.sql import joined
-from retrodiff.databases.views import GatheredVectors, storable
+from retrodiff.databases.storable import storable
 from retrodiff.disk.untrusted import LARGEST, parse_json
-from retrodiff.indexes.vectors import check_search
+from retrodiff.indexes.vectors import GatheredVectors, check_search
 from retrodiff.interfaces import Fingerprint, Index, Record
 from retrodiff.text import printable
 

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from retrodiff.databases.hub_errors import hub_errors
 from retrodiff.databases.manifest import MANIFEST, Manifest
-from retrodiff.databases.shared import SharedDatabase, hub_errors
-from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.disk.hashed import about_file
 from retrodiff.text import markdown, printable
+
+if TYPE_CHECKING:
+    from retrodiff.databases.store import EmbeddingDatabase
 
 INDEX_FILES = {".json", ".safetensors", ".ann", ".faiss", ".usearch", ".cagra"}
 """What a saved index may consist of to be shared: nothing whose loader would unpickle."""
@@ -30,8 +32,7 @@ def push(
     """Uploads a database in one commit; see `EmbeddingDatabase.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if isinstance(database, SharedDatabase):
-        database.fetch()
+    database.fetch()
     if wrong := database.verify():
         raise ValueError(f"{database.address} is damaged ({wrong[0]}): restore it, then share it")
     indexes = _indexes(database)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.searchable import Searchable
-from retrodiff.databases.views import GatheredVectors
+from retrodiff.indexes.vectors import GatheredVectors
 from retrodiff.interfaces import Record
 
 

@@ -22,6 +22,7 @@ from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
 from retrodiff.model.generated import Generation
 from retrodiff.networks.principal import PrincipalPatches
+from retrodiff.presets import rdm_small
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_views
@@ -197,7 +198,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     first_stage = PrincipalPatches.fit(x, patch=4, components=16)
     model = (
         Builder.from_preset(
-            "rdm_small",
+            rdm_small,
             encoder=encoder,
             first_stage=first_stage,
             database=database,

@@ -15,7 +15,7 @@ from retrodiff.databases.row_files import ShardBuffer
 from retrodiff.databases.sources.skipped import skipped_message, warn_of
 from retrodiff.databases.sources.folders import Source, check_ids, state_of
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.databases.views import storable
+from retrodiff.databases.storable import storable
 from retrodiff.databases.build.work import Work, make_database
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
