@@ -130,7 +130,7 @@ def make_database(folder: Path) -> Any:
 
 def use_database(folder: Path, index: str = "exact") -> Any:
     """Everything that a reader of a database does."""
-    database = open_database(folder / "d.rdb", index)
+    database: Any = open_database(folder / "d.rdb", index)
     found = database.search(ASKED, 4)
     rows = torch.arange(len(database))
     shown = [database.image(i) for i in range(0, len(database), 5)]
@@ -143,7 +143,8 @@ def use_database(folder: Path, index: str = "exact") -> Any:
 
 def verify_database(folder: Path) -> list[str]:
     """The database's own check."""
-    return open_database(folder / "d.rdb").verify()
+    database: Any = open_database(folder / "d.rdb")
+    return database.verify()
 
 
 def with_index(recipe: Any) -> Format:
