@@ -1,4 +1,4 @@
-"""Conditioners with weights: trained, averaged, continued, saved, loaded and moved like networks."""
+"""Conditioners with weights: trained, averaged, continued, saved, loaded, moved as networks are."""
 
 import copy
 from dataclasses import replace

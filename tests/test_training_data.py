@@ -149,7 +149,7 @@ def test_sizes_are_checked(photos, size):
         FolderImages(photos, size, progress=False)
 
 
-# --- images of other kinds -------------------------------------------------------------------------
+# --- images of other kinds -----------------------------------------------------------------------
 
 GRAY = (np.arange(5 * 64, dtype=np.int64).reshape(5, 1, 8, 8) * 7) % 256
 
@@ -275,7 +275,7 @@ def test_a_digest_of_the_users_own_images_looks_at_some():
     assert digest(images) != digest(other)
 
 
-# --- pairs -----------------------------------------------------------------------------------------
+# --- pairs ---------------------------------------------------------------------------------------
 
 
 def test_a_pair_has_the_condition_of_one_image_and_the_pixels_of_another(database, encoder):

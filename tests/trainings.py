@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from parts import HashingEncoder, small_network
+from torch import nn
 
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, constant, fit
@@ -52,3 +53,15 @@ def interrupted(recipe, data, path, at=6, **options):
     except KeyboardInterrupt:
         return
     raise AssertionError("the training was not interrupted")
+
+
+def linear(path, **options):
+    """Nine steps of the loop on a module of three weights."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+
+    def loss(step, generator):
+        return (module(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+
+    settings = {"steps": 9, "lr": 1e-2, "progress": False, "checkpoint": path}
+    return module, loss, {**settings, "checkpoint_every": 2, **options}

@@ -72,7 +72,8 @@ def save_components(
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
-    if published and (reason := problem(plain_json(ours.config()))) is not None:
+    about = None if ours is None else plain_json(ours.config())
+    if published and (reason := problem(about)) is not None:
         warnings.warn(
             f"the model is saved without its encoder, whose weights are not here yet ({reason}): "
             "hand it in when you load the model, load(..., encoder=...)",
@@ -82,9 +83,7 @@ def save_components(
         if slot == "database":
             described[slot] = None if part is None else described_database(part, folder)
         elif slot == "encoder" and ours is not None:
-            described[slot] = (
-                {"name": plain_json(ours.config())} if published else {"folder": "encoder"}
-            )
+            described[slot] = {"name": about} if published else {"folder": "encoder"}
         else:
             described[slot] = describe(part, weights, slot)
     if infinite := not_finite(weights):

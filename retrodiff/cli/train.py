@@ -131,7 +131,8 @@ def _finished(out: Path, options: argparse.Namespace) -> bool:
     from retrodiff.training import unfinished
     from retrodiff.training.checkpoint import Checkpoint
 
-    unfinished.check_beside(out)
+    if not (options.resume and unfinished.is_unfinished(out)):
+        unfinished.check_beside(out)
     file = unfinished.checkpoint_of(out)
     state = Checkpoint(file, resume=options.resume, overwrite=options.overwrite).load()
     if _may_be_saved(out, options):

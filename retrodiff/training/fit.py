@@ -243,8 +243,8 @@ def _run(model: Model, data: TrainingSet, batch_size: int, snapshots: set[int]) 
         "batch_size": batch_size,
         "k": model.k,
         "snapshots": sorted(snapshots),
-        "model": _parts(model),
         "data": data.describe(),
+        "model": _parts(model),
     }
 
 

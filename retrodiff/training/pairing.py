@@ -13,8 +13,8 @@ from torch import Tensor
 class Pairing:
     """Pairs of training images: one gives query and neighbors, the other one is drawn.
 
-    Without it, an image is drawn from its own embedding and neighbors. With it, a network learns the
-    neighborhood of an instance (IC-GAN: Casanova et al. 2021): the condition is image i's, the
+    Without it, an image is drawn from its own embedding and neighbors. With it, a network learns
+    the neighborhood of an instance (IC-GAN: Casanova et al. 2021): the condition is image i's, the
     target one of the images near to it.
 
     Args:

@@ -20,8 +20,9 @@ def trainable_modules(model: Model) -> dict[str, nn.Module]:
     """The torch modules that training changes, by name: every one inside the trained components.
 
     A component that is a torch module is named as its slot: ``denoiser`` (``generator`` in a model
-    that is no diffusion model) or ``conditioner``. Of a wrapper that is none, such as `Dropped`, the modules inside are found: ``conditioner``, then
-    ``conditioner_1`` and so on. Encoder and autoencoder stay as they are, wherever they are held.
+    that is no diffusion model) or ``conditioner``. Of a wrapper that is none, such as `Dropped`,
+    the modules inside are found: ``conditioner``, then ``conditioner_1`` and so on. Encoder and
+    autoencoder stay as they are, wherever they are held.
 
     Args:
         model: any model.
