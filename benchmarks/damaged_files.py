@@ -87,8 +87,15 @@ class Format:
 class Pooled(Encoder):
     """Mean colors of a 4 x 4 grid."""
 
-    dim = 48
-    fingerprint = Fingerprint(encoder="pooled", weights="w", preprocessing="none", dim=48)
+    @property
+    def dim(self) -> int:
+        """16 squares of 3 colors."""
+        return 48
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of no weights."""
+        return Fingerprint(encoder="pooled", weights="w", preprocessing="none", dim=48)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Images (b, 3, h, w) -> (b, 48)."""
@@ -106,7 +113,7 @@ def pictures(n: int) -> Images:
     return Images(data, records)
 
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 ASKED = Query(torch.randn(7, 48, generator=torch.Generator().manual_seed(1)))
 
 
@@ -123,7 +130,7 @@ def make_database(folder: Path) -> Any:
 
 def use_database(folder: Path, index: str = "exact") -> Any:
     """Everything that a reader of a database does."""
-    database = open_database(folder / "d.rdb", index)
+    database: Any = open_database(folder / "d.rdb", index)
     found = database.search(ASKED, 4)
     rows = torch.arange(len(database))
     shown = [database.image(i) for i in range(0, len(database), 5)]
@@ -136,7 +143,8 @@ def use_database(folder: Path, index: str = "exact") -> Any:
 
 def verify_database(folder: Path) -> list[str]:
     """The database's own check."""
-    return open_database(folder / "d.rdb").verify()
+    database: Any = open_database(folder / "d.rdb")
+    return database.verify()
 
 
 def with_index(recipe: Any) -> Format:
@@ -211,7 +219,13 @@ def unfinished(build: Callable[..., Any]) -> Format:
 
 def build(folder: Path, resume: bool) -> Any:
     """A build in shards of ten rows."""
-    options = {"shard_rows": 10, "batch_size": 5, "thumbnails": 8, "resume": resume, **QUIET}
+    options: dict[str, Any] = {
+        "shard_rows": 10,
+        "batch_size": 5,
+        "thumbnails": 8,
+        "resume": resume,
+        **QUIET,
+    }
     return build_database(folder / "d.rdb", pictures(48), Pooled(), **options)
 
 

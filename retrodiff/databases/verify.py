@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ def faults(database: EmbeddingDatabase) -> list[str]:
         if not wrong.keys() & set(shard.files):
             found += _faults_of_shard(database, number, shard)
     folders = database.index_folders()
-    if (home := database._home() / "indexes").is_dir():
+    with suppress(OSError):  # a home that cannot be written holds no index
+        home = database._home() / "indexes"
         names = {name.partition("/")[0] for name in own_index_files(home)}
         folders |= {name: home / name for name in names - folders.keys() if "." not in name}
     for name, folder in sorted(folders.items()):
