@@ -61,7 +61,7 @@ def save_components(
     Returns:
         The folder.
     """
-    from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
+    from retrodiff.encoders import Cached, CLIPEncoder, TimmEncoder, save_encoder
     from retrodiff.encoders.described import problem
 
     folder = place(folder)
@@ -69,6 +69,9 @@ def save_components(
     weights: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     encoder = parts.get("encoder")
+    while isinstance(encoder, Cached):  # which changes no number
+        encoder = encoder.encoder
+    parts = {**parts, "encoder": encoder} if "encoder" in parts else parts
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
