@@ -201,14 +201,15 @@ class Builder:
         """
         if not callable(preset):
             raise ValueError(
-                f"a preset is a function, not {preset!r}: Builder.from_preset(presets.rdm_small, ...)"
+                f"a preset is a function, not {preset!r}: from_preset(presets.rdm_small, ...)"
             )
         made = getattr(preset, "recipe", preset)(**arguments)
         if isinstance(made, Model):
             return cls.from_model(made)
         if not isinstance(made, Builder):
             raise ValueError(
-                f"a preset returns a Builder or a Model, but {preset} returned {type(made).__name__}"
+                f"a preset returns a Builder or a Model, but {preset} returned "
+                f"{type(made).__name__}"
             )
         return made
 
