@@ -68,7 +68,7 @@ def save_components(
     check_free(folder, MARKER, overwrite, own_files)
     weights: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
-    encoder = parts.get("encoder")
+    encoder: Any = parts.get("encoder")
     while isinstance(encoder, Cached):  # which changes no number
         encoder = encoder.encoder
     parts = {**parts, "encoder": encoder} if "encoder" in parts else parts
