@@ -75,7 +75,7 @@ def save_components(
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
-    about = None if ours is None else plain_json(ours.config())
+    about: Any = None if ours is None else plain_json(ours.config())
     if published and (reason := problem(about)) is not None:
         warnings.warn(
             f"the model is saved without its encoder, whose weights are not here yet ({reason}): "
