@@ -199,9 +199,14 @@ class EmbeddingDatabase(Searchable):
         if not save or recipe.name == "exact":
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
-        check_index_place(self._home() / "indexes" / recipe.name)  # before the work
-        with writing(self._home()):
-            return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
+        place = self._home() / "indexes"
+        check_index_place(place / recipe.name)  # before the work
+        try:
+            with writing(self._home()):
+                return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
+        finally:
+            with suppress(OSError):
+                place.rmdir()  # if nothing was written into it
 
     def save_index(self) -> EmbeddingDatabase:
         """Saves the index that the database is searched by beside the rows; exact needs none.

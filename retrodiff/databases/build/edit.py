@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.build.ingest import Build, Engine
+from retrodiff.databases.build.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
 from retrodiff.databases.records import TEXT
-from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.row_files import reached
-from retrodiff.databases.sources.skipped import warn_of
+from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.sources.folders import Source, check_ids, state_of
+from retrodiff.databases.sources.skipped import warn_of
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.databases.build.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.disk.files import make_folder, place, plain_json, replacing, room_for, sync_folder
-from retrodiff.interfaces import Encoder
 from retrodiff.disk.locks import writing
 from retrodiff.disk.tensors import write_tensors
+from retrodiff.interfaces import Encoder
 
 
 def append_to_database(

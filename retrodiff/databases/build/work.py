@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest, Shard
+from retrodiff.databases.opening import with_best_index
 from retrodiff.databases.records import (
     AS_TEXT,
     NAMES,
@@ -29,7 +30,6 @@ from retrodiff.databases.records import (
     read_schema,
 )
 from retrodiff.databases.row_files import reached
-from retrodiff.databases.opening import with_best_index
 from retrodiff.databases.store import EmbeddingDatabase, unfinished
 from retrodiff.disk.files import (
     REPLACED,
@@ -46,8 +46,8 @@ from retrodiff.disk.files import (
     sync,
 )
 from retrodiff.disk.hashed import about_file
-from retrodiff.indexes.saved import own_index_files
 from retrodiff.disk.locks import writing
+from retrodiff.indexes.saved import own_index_files
 
 _FILES = re.compile(
     r"(manifest\.json|build\.json|shards\.jsonl|\.probe|replaced"
