@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -73,19 +74,28 @@ class Format:
         use: reads it; its result is told apart by ``repr`` or by the bytes of tensors.
         verify: what the format's own check finds wrong; None: it has none.
         needs: a package.
+        modules: imported before the tries, so that not each of them does.
     """
 
     make: Callable[[Path], object]
     use: Callable[[Path], Any]
     verify: Callable[[Path], list[str]] | None = None
     needs: str = "torch"
+    modules: tuple[str, ...] = ()
 
 
 class Pooled(Encoder):
     """Mean colors of a 4 x 4 grid."""
 
-    dim = 48
-    fingerprint = Fingerprint(encoder="pooled", weights="w", preprocessing="none", dim=48)
+    @property
+    def dim(self) -> int:
+        """16 squares of 3 colors."""
+        return 48
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of no weights."""
+        return Fingerprint(encoder="pooled", weights="w", preprocessing="none", dim=48)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Images (b, 3, h, w) -> (b, 48)."""
@@ -103,7 +113,7 @@ def pictures(n: int) -> Images:
     return Images(data, records)
 
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 ASKED = Query(torch.randn(7, 48, generator=torch.Generator().manual_seed(1)))
 
 
@@ -120,7 +130,7 @@ def make_database(folder: Path) -> Any:
 
 def use_database(folder: Path, index: str = "exact") -> Any:
     """Everything that a reader of a database does."""
-    database = open_database(folder / "d.rdb", index)
+    database: Any = open_database(folder / "d.rdb", index)
     found = database.search(ASKED, 4)
     rows = torch.arange(len(database))
     shown = [database.image(i) for i in range(0, len(database), 5)]
@@ -133,7 +143,8 @@ def use_database(folder: Path, index: str = "exact") -> Any:
 
 def verify_database(folder: Path) -> list[str]:
     """The database's own check."""
-    return open_database(folder / "d.rdb").verify()
+    database: Any = open_database(folder / "d.rdb")
+    return database.verify()
 
 
 def with_index(recipe: Any) -> Format:
@@ -208,7 +219,13 @@ def unfinished(build: Callable[..., Any]) -> Format:
 
 def build(folder: Path, resume: bool) -> Any:
     """A build in shards of ten rows."""
-    options = {"shard_rows": 10, "batch_size": 5, "thumbnails": 8, "resume": resume, **QUIET}
+    options: dict[str, Any] = {
+        "shard_rows": 10,
+        "batch_size": 5,
+        "thumbnails": 8,
+        "resume": resume,
+        **QUIET,
+    }
     return build_database(folder / "d.rdb", pictures(48), Pooled(), **options)
 
 
@@ -307,9 +324,13 @@ FORMATS = {
     "unfinished table": Format(make_unfinished_table, lambda folder: table(folder, resume=True)),
     "unfinished build": unfinished(build),
     "unfinished append": unfinished(append),
-    "training checkpoint": Format(lambda folder: train(folder, 3), lambda folder: train(folder, 5)),
-    "model": Format(make_model, use_model),
-    "encoder": Format(make_encoder, use_encoder),
+    "training checkpoint": Format(
+        lambda folder: train(folder, 3),
+        lambda folder: train(folder, 5),
+        modules=("retrodiff.training.optimize", "torch_ema", "torch._dynamo"),
+    ),
+    "model": Format(make_model, use_model, modules=("retrodiff.networks.dit", "open_clip", "timm")),
+    "encoder": Format(make_encoder, use_encoder, modules=("timm",)),
 }
 
 
@@ -451,9 +472,10 @@ def attempt(format: Format, folder: Path, expected: str | None) -> tuple[str, st
         try:
             _limited()
             end = _used(format, folder, expected)
-            os.write(write, json.dumps(end).encode()[:60_000])
-        finally:
+            os.write(write, json.dumps([end[0], end[1][:5000]]).encode())
             os._exit(0)
+        finally:
+            os._exit(3)
     os.close(write)
     until, said = time.monotonic() + SECONDS, b""
     while (left := until - time.monotonic()) > 0 and select.select([read], [], [], left)[0]:
@@ -505,6 +527,8 @@ def _used(format: Format, folder: Path, expected: str | None) -> tuple[str, str]
 def run(name: str, tries: int, seed: int = 0, work: Path | None = None) -> dict[str, Any]:
     """Damages a format many times; counts of the ends, and the first faults of each kind."""
     format = FORMATS[name]
+    for module in ("pyarrow.parquet", "PIL.Image", "safetensors.torch", *format.modules):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory(dir=work) as place:
         whole, folder = Path(place, "whole"), Path(place, "damaged")
         whole.mkdir()

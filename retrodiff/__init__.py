@@ -45,7 +45,7 @@ _HOME = {
     "Builder": "builder",
     "preset": "builder",
     "Model": "model",
-    "Generation": "generation",
+    "Generation": "model.generated",
     "build_database": "databases",
     "open_database": "databases",
     **dict.fromkeys(

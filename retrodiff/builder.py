@@ -14,13 +14,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -189,25 +188,28 @@ class Builder:
         return cls().set(**{**parts, **shared})
 
     @classmethod
-    def from_preset(cls, name: str | Callable[..., Any], /, **arguments: Any) -> Builder:
+    def from_preset(cls, preset: Callable[..., Any], /, **arguments: Any) -> Builder:
         """The open recipe of a preset.
 
         Args:
-            name: of a function in `retrodiff.presets`, or any function of your own that returns a
-                Builder or a Model.
+            preset: a function of `retrodiff.presets`, such as ``presets.rdm_imagenet``, or any
+                function of your own that returns a Builder or a Model.
             arguments: of that function.
+
+        Raises:
+            ValueError: it is no function, or returns something else.
         """
-        if isinstance(name, str):
-            presets = importlib.import_module("retrodiff.presets")
-            if name not in presets.__all__:
-                raise ValueError(f"unknown preset {name!r}: choose {', '.join(presets.__all__)}")
-            name = cast("Callable[..., Any]", getattr(presets, name))
-        made = getattr(name, "recipe", name)(**arguments)
+        if not callable(preset):
+            raise ValueError(
+                f"a preset is a function, not {preset!r}: from_preset(presets.rdm_small, ...)"
+            )
+        made = getattr(preset, "recipe", preset)(**arguments)
         if isinstance(made, Model):
             return cls.from_model(made)
         if not isinstance(made, Builder):
             raise ValueError(
-                f"a preset returns a Builder or a Model, but {name} returned {type(made).__name__}"
+                f"a preset returns a Builder or a Model, but {preset} returned "
+                f"{type(made).__name__}"
             )
         return made
 

@@ -1,6 +1,6 @@
 """Whole models by name: plain functions that fill a builder. The paper's is one among others.
 
-Calling one builds the model; ``Builder.from_preset("rdm_imagenet", ...)`` gives the open recipe.
+Calling one builds the model; ``Builder.from_preset(rdm_imagenet, ...)`` gives the open recipe.
 The paper's models come with ``checkpoint=`` the published file, a diffusers folder or a Hub name of
 one; without it they have fresh weights, and sampling from them warns.
 """

@@ -25,7 +25,8 @@ PAYLOADS: list[Any] = [
     "C:\\Windows\\win.ini", "nul\0byte", "%2e%2e/outside", "encoder/../../outside",
     # code
     "os.system", "subprocess.Popen", "builtins.eval", "posix.system", "evil.Evil", "evil:Evil",
-    "retrodiff.disk.files.write_json", "retrodiff.cli.main", "retrodiff.model.Model", "torch.hub.load",
+    "retrodiff.disk.files.write_json", "retrodiff.cli.main", "retrodiff.model.Model",
+    "torch.hub.load",
     "retrodiff.encoders.CLIPEncoder", "diffusion.sampler_named", "networks.Preconditioned",
     "__import__('os').system('touch WITNESS')", "$(touch WITNESS)", "`touch WITNESS`",
     "{0.__class__.__init__.__globals__}", "!!python/object/apply:os.system ['touch WITNESS']",

@@ -124,13 +124,13 @@ def test_unknown_slot_and_sampler():
         Builder().sampler("dimm")
 
 
-def test_presets_by_name_function_and_model(encoder, database):
-    recipe = Builder.from_preset("rdm_small", encoder=encoder, size=16, channels=32)
+def test_presets_as_functions_and_models(encoder, database):
+    recipe = Builder.from_preset(presets.rdm_small, encoder=encoder, size=16, channels=32)
     assert recipe.database(database).guidance(
         ClassifierFree(3.0)
     ).build().guidance == ClassifierFree(3.0)
-    with pytest.raises(ValueError, match=r"unknown preset 'rdm_big': choose .*rdm_small"):
-        Builder.from_preset("rdm_big")
+    with pytest.raises(ValueError, match=r"a preset is a function, not 'rdm_small'"):
+        Builder.from_preset("rdm_small")
 
     def mine(width):
         return Builder().encoder(HashingEncoder(width))
@@ -226,7 +226,7 @@ def test_a_recipe_that_makes_networks_makes_new_ones(recipe):
 
 
 def test_presets_make_new_networks_each_time(encoder, database):
-    recipe = Builder.from_preset("rdm_small", encoder=encoder, size=16, channels=32)
+    recipe = Builder.from_preset(presets.rdm_small, encoder=encoder, size=16, channels=32)
     models = [recipe.database(database).build() for _ in range(2)]
     assert not weights(models[0]) & weights(models[1])
 

@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_exit_code_2(built, pictures, tmp_path, capsys
     failed(capsys, ["database", "build", str(tmp_path / "empty"), out, *ENCODER], "empty")
     failed(capsys, ["sample", str(tmp_path / "empty"), out, "--prompt", "a"], "no model.json")
     failed(capsys, ["sample", model, out, "--prompt", "a"], "TimmEncoder", "no text tower")
-    failed(capsys, ["sample", model, out, "--unconditional", "--k", "99"], "k=99", "12 rows")
+    failed(capsys, ["sample", model, out, "--unconditional", "--k", "99"], "--k 99", "12 rows")
     failed(
         capsys, ["sample", model, out, "--unconditional", "--sampler", "x"], "unknown sampler 'x'"
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from retrodiff.cli.database import add_parser
-from retrodiff.databases import open_database, store
+from retrodiff.databases import open_database, opening
 from retrodiff.encoders import CLIPEncoder, save_encoder
 from retrodiff.indexes import Annoy
 
@@ -109,8 +109,8 @@ def test_commands_that_do_not_search_need_no_index(photos, encoder, tmp_path, mo
     out = tmp_path / "d.rdb"
     assert run("build", photos, out, "--encoder", encoder) == 0
     assert run("index", out, "annoy:trees=10,components=16") == 0
-    monkeypatch.setattr(store, "EXACT_ROWS", 1)
-    monkeypatch.setattr(store, "TARGET", 0.0)
+    monkeypatch.setattr(opening, "EXACT_ROWS", 1)
+    monkeypatch.setattr(opening, "TARGET", 0.0)
     assert open_database(out).recipe.name == "annoy"
 
     def missing(*_):

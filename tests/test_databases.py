@@ -554,9 +554,9 @@ def test_a_read_only_folder_can_be_read_and_says_how_to_index_it(database, monke
 
 
 def test_large_databases_take_a_saved_index_only_with_enough_recall(database, monkeypatch):
-    from retrodiff.databases import store
+    from retrodiff.databases import opening
 
-    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    monkeypatch.setattr(opening, "EXACT_ROWS", 10)
     database.build_index(Annoy(trees=10, components=48), progress=False)
     assert open_database(database.path).recipe.name == "annoy"
     about = database.path / "indexes/annoy/index.json"
@@ -567,9 +567,9 @@ def test_large_databases_take_a_saved_index_only_with_enough_recall(database, mo
 
 
 def test_a_large_database_opens_without_the_library_of_its_index(database, monkeypatch):
-    from retrodiff.databases import store
+    from retrodiff.databases import opening
 
-    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    monkeypatch.setattr(opening, "EXACT_ROWS", 10)
     database.build_index(Annoy(trees=10, components=48), progress=False)
 
     def missing(*_):
@@ -602,7 +602,7 @@ def test_a_large_database_opens_without_the_library_of_its_index(database, monke
     ],
 )
 def test_a_broken_index_is_one_line(database, change, message, monkeypatch):
-    from retrodiff.databases import store
+    from retrodiff.databases import opening
 
     database.build_index(Annoy(trees=5, components=8), progress=False)
     about = database.path / "indexes/annoy/index.json"
@@ -615,7 +615,7 @@ def test_a_broken_index_is_one_line(database, change, message, monkeypatch):
         with pytest.raises(ValueError, match=message) as one:
             ask()
         assert "\n" not in str(one.value)
-    monkeypatch.setattr(store, "EXACT_ROWS", 10)
+    monkeypatch.setattr(opening, "EXACT_ROWS", 10)
     with pytest.warns(UserWarning, match=message):
         assert open_database(database.path).recipe == Exact()
     database.build_index(Annoy(trees=5, components=8), progress=False)

@@ -6,12 +6,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from parts import small_network
 from PIL import Image
 
+from retrodiff.databases import ArrayDatabase
 from retrodiff.databases.build.encoding import encode_images, encode_pictures, preparation
 from retrodiff.databases.sources.folders import Images
+from retrodiff.diffusion import EDMDenoiser
 from retrodiff.encoders import Cached, CLIPEncoder, PromptCut, TimmEncoder
 from retrodiff.interfaces import Encoder, Fingerprint
+from retrodiff.model import Model
 from retrodiff.pictures.converting import PixelRange
 from retrodiff.testing import check_encoder
 
@@ -326,6 +330,20 @@ def test_bright_pictures_are_not_taken_for_another_range():
         encode_images(encoder, list(bright))
     with pytest.warns(PixelRange):
         encoder.encode_image(torch.rand(2, 3, 24, 24))
+
+
+def test_a_model_is_saved_without_the_cache_around_its_encoder(tmp_path, recipe):
+    inner = TimmEncoder("test_resnet", image_size=32)
+    images = torch.rand(12, 3, 32, 32) * 2 - 1
+    database = ArrayDatabase(
+        inner.encode_image(images), inner.fingerprint, [{"file": str(i)} for i in range(12)]
+    )
+    denoiser = EDMDenoiser(small_network(inner.dim))
+    model = recipe.encoder(Cached(inner)).database(database).denoiser(denoiser).build()
+    model.save(tmp_path / "model")
+    again = Model.load(tmp_path / "model", database=database)
+    assert isinstance(again.encoder, TimmEncoder)
+    assert again.encoder.fingerprint == inner.fingerprint
 
 
 def test_cached_does_not_mix_what_is_prepared_with_what_is_not():

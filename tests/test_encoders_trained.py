@@ -288,19 +288,29 @@ def test_names_that_are_not_known(text, message):
     assert "\n" not in str(error.value)
 
 
-def test_networks_without_weights_say_so(monkeypatch):
+def test_networks_without_weights_say_so():
     without = next(n for n in timm.list_models("vit*") if not timm.list_pretrained(f"{n}.*"))
     with pytest.raises(ValueError, match=r"no weights of .*--no-pretrained"):
         encoder_from_string(f"timm:{without}")
 
-    def offline(*_, **__):
+
+def test_the_hub_is_asked_once_before_timm_asks_often(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def offline(url, **_):
+        asked.append(url)
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm would ask again"))
     with pytest.raises(OSError, match=r"'resnet18.a1_in1k' \(ConnectionError\): go online once"):
         encoder_from_string("timm:resnet18.a1_in1k")
     with pytest.raises(OSError, match=r"'hf-hub:someone/x' \(ConnectionError\)"):
-        encoder_from_string("timm:hf-hub:someone/x")
+        encoder_from_string("timm:hf-hub:someone/x", pretrained=False)
+    assert ["timm/resnet18.a1_in1k/" in asked[0], "someone/x/" in asked[1]] == [True, True]
+    assert len(asked) == 2
 
 
 def test_a_saved_encoder_by_its_folder(tmp_path):

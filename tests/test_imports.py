@@ -10,26 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {
-        "devices",
-        "interrupts",
-        "locks",
-        "numbers",
-        "pickle_machine",
-        "precision",
-        "randomness",
-        "seal",
-        "text",
-    },
-    {"plain"},
-    {"budget", "components", "decoding", "files", "progress", "untrusted"},
-    {"hashed", "interfaces", "pickled"},
-    {"pictures", "tensors"},
-    {"attention", "indexes", "encoders", "retrieval", "diffusion", "generation", "request"},
+    {"devices", "interrupts", "numbers", "precision", "randomness", "text"},
+    {"components", "disk", "progress"},
+    {"interfaces", "pictures"},
+    {"attention", "indexes", "encoders", "retrieval", "diffusion"},
     {"networks", "databases"},
-    {"checkpoints", "checks"},
-    {"asking", "placing", "saving"},
-    {"sampling"},
+    {"checkpoints"},
     {"model"},
     {"builder"},
     {"training", "presets", "evaluation"},
@@ -71,6 +57,41 @@ def test_imports_point_one_way(path):
         assert theirs == mine or LEVEL[theirs] < LEVEL[mine], (
             f"{path.relative_to(PACKAGE)} imports {module}: {mine} may not import {theirs}"
         )
+
+
+def module_of(path):
+    parts = ("retrodiff", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(path, modules):
+    """Modules of ours that a file imports anywhere, in functions too, but not for types only."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in for_types and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if (found := inner if inner in modules else node.module) in modules:
+                    yield found
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {module_of(path): path for path in FILES}
+    graph = {name: set(imported_by(path, modules)) - {name} for name, path in modules.items()}
+    while leaves := [name for name, theirs in graph.items() if not theirs]:
+        graph = {name: theirs - set(leaves) for name, theirs in graph.items() if name not in leaves}
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
+def test_no_two_files_share_a_name():
+    names = [path.name for path in FILES if path.name != "__init__.py"]
+    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

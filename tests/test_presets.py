@@ -174,7 +174,7 @@ def test_one_published_model_is_not_loaded_as_another(tiny):
 
 
 def test_the_open_recipe_can_be_changed(tiny):
-    recipe = Builder.from_preset("rdm_imagenet").sampler("plms").defaults(k=8)
+    recipe = Builder.from_preset(presets.rdm_imagenet).sampler("plms").defaults(k=8)
     assert recipe.build().k == 8
 
 
@@ -187,7 +187,7 @@ def test_a_missing_checkpoint_is_named():
 
 @pytest.mark.parametrize("name", ["rdm_imagenet", "rdm_ffhq", "rdm_768", "ldm_imagenet"])
 def test_every_model_of_a_recipe_has_networks_of_its_own(tiny, name):
-    recipe = Builder.from_preset(name)
+    recipe = Builder.from_preset(getattr(presets, name))
     one, other = recipe.build(), recipe.build()
     for part in ("denoiser", "autoencoder"):
         mine, theirs = (set(map(id, getattr(m, part).parameters())) for m in (one, other))

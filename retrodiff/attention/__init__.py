@@ -5,8 +5,8 @@ pay; its ``explain`` says which path a call takes and why, and `use_path` forces
 """
 
 from retrodiff.attention.absorbed import AttentionTables, OneNeighbor
-from retrodiff.attention.dispatch import Choice, Path, use_path
-from retrodiff.attention.module import NeighborAttention, Prepared
+from retrodiff.attention.dispatch import Choice, Path
+from retrodiff.attention.module import NeighborAttention, Prepared, use_path
 from retrodiff.attention.reference import KeysValues, Weights, reference_attention
 
 __all__ = [

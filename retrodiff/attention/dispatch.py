@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
 
 from retrodiff.attention.fused import MAX_K, launch
 
@@ -148,12 +147,3 @@ def estimates(p: Problem) -> dict[Path, float]:
         for path in paths
         if path != "fused" or p.k <= MAX_K
     }
-
-
-def use_path(network: nn.Module, path: Path | None) -> None:
-    """Force the path of every neighbor cross-attention in a network; None lets it choose again."""
-    from retrodiff.attention.module import NeighborAttention
-
-    for module in network.modules():
-        if isinstance(module, NeighborAttention):
-            module.path = path

@@ -226,3 +226,10 @@ class NeighborAttention(nn.Module):
                 f"x has {x.shape[0]} rows, the context {prepared.batch}: prepare the context of "
                 "these rows (null rows last)"
             )
+
+
+def use_path(network: nn.Module, path: Path | None) -> None:
+    """Force the path of every neighbor cross-attention in a network; None lets it choose again."""
+    for module in network.modules():
+        if isinstance(module, NeighborAttention):
+            module.path = path

@@ -2,7 +2,7 @@
 
 A model's folder keeps the place of its database, not the database. A stranger's folder could name
 any place, so a place is opened without asking only if it lies inside the model's own folder, or if
-it bears the seal of this user (`retrodiff.disk.seal`): then this user's own `Model.save` wrote it, here.
+it bears the seal of this user (`retrodiff.disk.seal`): then this user's own `Model.save` wrote it.
 Anything else is opened when the caller says so, ``trust_database=True``.
 """
 

@@ -258,7 +258,7 @@ def _plain(value: Any, expected: type, prefix: str) -> Any:
         least, most = RANGES.get(prefix.rpartition(".")[2], WHOLE)
         if not least <= value <= most:
             raise _wrong(prefix, value, f"a whole number from {least} to {most}")
-    return float(value) if expected is float else value
+    return float(cast("float", value)) if expected is float else value
 
 
 def _listed(value: Any, prefix: str) -> list[Any]:

@@ -124,7 +124,7 @@ def publish(
             inside(folder, file.relative_to(folder).as_posix())
     from huggingface_hub import HfApi
 
-    from retrodiff.databases.shared import hub_errors
+    from retrodiff.databases.hub_errors import hub_errors
 
     api, what = HfApi(token=token), f"cannot upload a model as {repo}"
     with hub_errors(what):

@@ -61,18 +61,22 @@ def save_components(
     Returns:
         The folder.
     """
-    from retrodiff.encoders import CLIPEncoder, TimmEncoder, save_encoder
+    from retrodiff.encoders import Cached, CLIPEncoder, TimmEncoder, save_encoder
     from retrodiff.encoders.described import problem
 
     folder = place(folder)
     check_free(folder, MARKER, overwrite, own_files)
     weights: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
-    encoder = parts.get("encoder")
+    encoder: Any = parts.get("encoder")
+    while isinstance(encoder, Cached):  # which changes no number
+        encoder = encoder.encoder
+    parts = {**parts, "encoder": encoder} if "encoder" in parts else parts
     ours = encoder if type(encoder) in (CLIPEncoder, TimmEncoder) else None
     # Published weights that were never needed are not fetched for saving; their name is kept.
     published = isinstance(ours, CLIPEncoder) and _only_named(ours)
-    if published and (reason := problem(plain_json(ours.config()))) is not None:
+    about: Any = None if ours is None else plain_json(ours.config())
+    if published and (reason := problem(about)) is not None:
         warnings.warn(
             f"the model is saved without its encoder, whose weights are not here yet ({reason}): "
             "hand it in when you load the model, load(..., encoder=...)",
@@ -82,9 +86,7 @@ def save_components(
         if slot == "database":
             described[slot] = None if part is None else described_database(part, folder)
         elif slot == "encoder" and ours is not None:
-            described[slot] = (
-                {"name": plain_json(ours.config())} if published else {"folder": "encoder"}
-            )
+            described[slot] = {"name": about} if published else {"folder": "encoder"}
         else:
             described[slot] = describe(part, weights, slot)
     if infinite := not_finite(weights):

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     )
     scale = published.agreed_scale(options.scale)
     if published.name in presets.__all__:
-        recipe = Builder.from_preset(published.name, checkpoint=published)
+        recipe = Builder.from_preset(getattr(presets, published.name), checkpoint=published)
     else:
         recipe = presets.from_published(published, scale=scale)
     if options.encoder is not None:

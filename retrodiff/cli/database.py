@@ -274,8 +274,19 @@ def plain_warnings() -> Iterator[None]:
             )
 
 
+def _kept(address: str) -> EmbeddingDatabase:
+    """A database in the format of this library, of which the commands below say and do more."""
+    database = open_database(address, "exact")
+    if not isinstance(database, EmbeddingDatabase):
+        raise ValueError(
+            f"{address} is kept by another program: use its own tools, or search it with "
+            "retrodiff database search"
+        )
+    return database
+
+
 def _info(options: argparse.Namespace) -> int:
-    database = open_database(options.database, "exact")
+    database = _kept(options.database)
     for name, value in describe(database).items():
         print(f"{name:<14} {value}")
     return 0
@@ -307,7 +318,7 @@ def describe(database: EmbeddingDatabase) -> dict[str, str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    wrong = open_database(options.database, "exact").verify()
+    wrong = _kept(options.database).verify()
     for line in wrong:
         print(f"{options.database}: {line}", file=sys.stderr)
     if not wrong:
@@ -316,14 +327,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    rows = open_database(options.database, "exact").where(options.condition).rows
+    rows = _kept(options.database).where(options.condition).rows
     database = delete_rows(options.database, rows)
     print(f"{options.database}: {len(rows):,} rows deleted, {len(database):,} left")
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
-    database = open_database(options.database, "exact")
+    database = _kept(options.database)
     if options.recipe == "auto":
         build = partial(database.build_index, k=options.k, save=False)
         indexed, chosen = build_automatic(len(database), build)

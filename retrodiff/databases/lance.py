@@ -24,9 +24,9 @@ from torch import Tensor
 
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.sql import joined
-from retrodiff.databases.views import GatheredVectors, storable
+from retrodiff.databases.storable import storable
 from retrodiff.disk.untrusted import LARGEST, parse_json
-from retrodiff.indexes.vectors import check_search
+from retrodiff.indexes.vectors import GatheredVectors, check_search
 from retrodiff.interfaces import Fingerprint, Index, Record
 from retrodiff.text import printable
 
@@ -167,7 +167,7 @@ class LanceDatabase(Searchable):
         """Names of what is known about every row."""
         return tuple(name for name in self._rows.names if name != self._rows.vector)
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         table, at = self._rows.take(self._checked(indices), self.columns)
         records = table.to_pylist()
@@ -180,7 +180,7 @@ class LanceDatabase(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, read from its file: (3, h, w) in [-1, 1]."""
-        return show(self.records(torch.tensor([index]))[0], self.root)
+        return show(self.records([index])[0], self.root)
 
     def where(self, condition: str) -> LanceDatabase:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The rows that meet a condition, which LanceDB looks at within every search.

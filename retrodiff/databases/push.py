@@ -8,19 +8,22 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from retrodiff.databases.hub_errors import hub_errors
 from retrodiff.databases.manifest import MANIFEST, Manifest
-from retrodiff.databases.shared import SharedDatabase, hub_errors
-from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.disk.hashed import about_file
+from retrodiff.text import markdown, printable
+
+if TYPE_CHECKING:
+    from retrodiff.databases.store import EmbeddingDatabase
 
 INDEX_FILES = {".json", ".safetensors", ".ann", ".faiss", ".usearch", ".cagra"}
 """What a saved index may consist of to be shared: nothing whose loader would unpickle."""
 
 _OURS = re.compile(r"(vectors|records|thumbnails|deleted)-\w+\.(safetensors|parquet)|indexes/.+")
-_LICENCES = ("licence", "license")
-_MOST = 50  # licences that the card names
+_LICENSES = ("license", "licence")
+_MOST = 50  # licenses that the card names
 
 
 def push(
@@ -29,8 +32,7 @@ def push(
     """Uploads a database in one commit; see `EmbeddingDatabase.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if isinstance(database, SharedDatabase):
-        database.fetch()
+    database.fetch()
     if wrong := database.verify():
         raise ValueError(f"{database.address} is damaged ({wrong[0]}): restore it, then share it")
     indexes = _indexes(database)
@@ -92,7 +94,11 @@ def _indexes(database: EmbeddingDatabase) -> dict[str, Path]:
 
 
 def card(database: EmbeddingDatabase, repo: str, shared: Collection[str]) -> str:
-    """The dataset card: encoder, counts, columns, licences, and how to open it."""
+    """The dataset card: encoder, counts, columns, licenses, and how to open it.
+
+    Texts that come from elsewhere (encoder, columns, licenses) are shown as text, whatever marks of
+    Markdown or HTML they hold.
+    """
     mark, shards = database.fingerprint, database.manifest.shards
     hidden = 0 if database.hidden is None else len(database.hidden)
     size = sum(about["bytes"] for about in database.manifest.files.values())
@@ -101,11 +107,11 @@ def card(database: EmbeddingDatabase, repo: str, shared: Collection[str]) -> str
     indexes = [f"{name} ({recall})" for name, (_, recall) in saved if name in shared]
     lines = [
         ("rows", f"{len(database):,}" + (f" ({hidden:,} more are deleted)" if hidden else "")),
-        ("encoder", f"`{mark.encoder}`"),
-        ("weights", f"`{mark.weights}`"),
-        ("preprocessing", f"`{mark.preprocessing}`"),
+        ("encoder", _code(mark.encoder)),
+        ("weights", _code(mark.weights)),
+        ("preprocessing", _code(mark.preprocessing)),
         ("embeddings", f"{mark.dim} wide, {mark.scale} scale, stored in float16"),
-        ("columns", ", ".join(f"`{name}`" for name in database.columns)),
+        ("columns", ", ".join(map(_code, database.columns))),
         ("pictures", pictures),
         ("indexes", ", ".join(indexes) or "none; search is exact"),
         ("size", f"{size / 1e6:,.1f} MB"),
@@ -115,9 +121,9 @@ def card(database: EmbeddingDatabase, repo: str, shared: Collection[str]) -> str
     return _CARD.format(title=repo.split("/")[-1], table=table, repo=repo, ours=_rights(database))
 
 
-def licences(database: EmbeddingDatabase) -> Counter[str | None] | None:
-    """How many rows state which licence, None for those that state none; None: no such column."""
-    name = next((name for name in _LICENCES if name in database.columns), None)
+def licenses(database: EmbeddingDatabase) -> Counter[str | None] | None:
+    """Number of rows by the license that they state, None for no license; None: no such column."""
+    name = next((name for name in _LICENSES if name in database.columns), None)
     if name is None:
         return None
     counts: Counter[str | None] = Counter()
@@ -129,22 +135,28 @@ def licences(database: EmbeddingDatabase) -> Counter[str | None] | None:
 
 
 def _rights(database: EmbeddingDatabase) -> str:
-    counts = licences(database)
+    counts = licenses(database)
     if counts is None:
-        return "No row states a licence: ask whoever shared this before you use it."
+        return "No row states a license: ask whoever shared this before you use it."
     common = counts.most_common(_MOST)
     lines = [f"| {_cell(name)} | {rows:,} |" for name, rows in common]
     if rest := len(counts) - len(common):
         others = counts.total() - sum(rows for _, rows in common)
         lines.append(f"| {rest:,} others | {others:,} |")
-    text = "\n".join(["| licence | rows |", "|---|---:|", *lines])
+    text = "\n".join(["| license | rows |", "|---|---:|", *lines])
     if "credit" in database.columns:
         text += "\n\nWhom to credit stands in every row's column `credit`."
     return text
 
 
 def _cell(text: str | None) -> str:
-    return "(none stated)" if text is None else " ".join(text.split()).replace("|", "\\|")
+    return "(none stated)" if text is None else markdown(" ".join(text.split())[:200])
+
+
+def _code(text: str) -> str:
+    """A text as code, or escaped where it would end the code or the cell of the table."""
+    plain = printable(text[:200])
+    return markdown(plain) if set(plain) & set("`|\\") else f"`{plain}`"
 
 
 _CARD = """\
@@ -167,7 +179,7 @@ Embeddings of images and where each comes from: a retrieval database for
 |---|---|
 {table}
 
-## Licences
+## Licenses
 
 {ours}
 

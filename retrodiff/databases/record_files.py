@@ -7,6 +7,7 @@ memory is taken for it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -113,9 +114,9 @@ class RecordFiles:
 def unfolded(array: Any) -> int:
     """Bytes of a pyarrow array once every text stands where it occurs."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.types as types
 
+    pc: Any = importlib.import_module("pyarrow.compute")  # its functions are made when imported
     if isinstance(array, pa.ChunkedArray):
         return sum(unfolded(chunk) for chunk in array.chunks)
     if types.is_dictionary(array.type):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +18,6 @@ from retrodiff.databases.filters import parse_filter
 from retrodiff.indexes import Exact, Vectors
 from retrodiff.interfaces import Database, Fingerprint, Index, Neighbors, Query, Record
 from retrodiff.text import printable, unescaped
-
-if TYPE_CHECKING:
-    from retrodiff.databases.views import Subset
 
 
 class Searchable(Database):
@@ -63,9 +62,9 @@ class Searchable(Database):
         return len(self.vectors)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self):,} rows, {self.fingerprint.encoder})"
+        return f"{type(self).__name__}({len(self):,} rows, {printable(self.fingerprint.encoder)})"
 
-    def embeddings(self, indices: Tensor) -> Tensor:
+    def embeddings(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Row numbers (...) -> stored vectors (..., d), float32, raw scale."""
         rows = row_numbers(indices)
         found = self.vectors.rows(self.stored(self._checked(rows)))
@@ -126,8 +125,6 @@ class Searchable(Database):
 
     def subset(self, rows: Tensor | Sequence[int]) -> Subset:
         """The given rows, numbered anew in the given order."""
-        from retrodiff.databases.views import Subset
-
         return Subset(self, row_numbers(rows))
 
     def stored(self, rows: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ class Searchable(Database):
     def _find(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self.index.search(queries, k)
 
-    def _checked(self, indices: Tensor) -> Tensor:
+    def _checked(self, indices: Any) -> Tensor:
         """Row numbers (...) -> the same, flat, on the CPU; refused where there is no such row."""
         flat = row_numbers(indices).reshape(-1).cpu()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
@@ -177,6 +174,43 @@ def row_numbers(rows: Any) -> Tensor:
     if given.is_floating_point() or given.is_complex():
         raise ValueError(f"row numbers are {given.dtype}, expected whole numbers (int64)")
     return given.long()
+
+
+class Subset(Searchable):
+    """Chosen rows of a database, numbered anew; nothing is copied.
+
+    Args:
+        database: whose rows.
+        rows: (m,) row numbers there, in the order they shall have here.
+    """
+
+    def __init__(self, database: Searchable, rows: Tensor):
+        self.database = database
+        self.rows = database._checked(rows)
+        digest = hashlib.sha256(database.fingerprint.rows.encode())
+        digest.update(self.rows.numpy().tobytes())
+        fingerprint = replace(database.fingerprint, rows=digest.hexdigest()[:32])
+        super().__init__(database.vectors.select(database.stored(self.rows)), fingerprint)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.database, self.rows)  # the vectors are those of the database
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is known about every row."""
+        return self.database.columns
+
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
+        """Row numbers (n,) -> their metadata, in that order."""
+        return self.database.records(self.rows[self._checked(indices)])
+
+    def table(self, columns: Sequence[str] | None = None) -> Any:
+        """The records of all rows as a pyarrow table, in their order."""
+        return self.database.table(columns).take(self.rows.numpy())
+
+    def image(self, index: int) -> Tensor:
+        """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
+        return self.database.image(int(self.rows[self._checked([index])]))
 
 
 def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> Tensor:

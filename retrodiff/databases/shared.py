@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from retrodiff.databases.hub_errors import hub_errors
 from retrodiff.databases.manifest import MANIFEST, Manifest
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.disk.hashed import file_digest
@@ -54,6 +55,11 @@ class SharedDatabase(EmbeddingDatabase):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, {self.address})"
+
+    @classmethod
+    def at(cls, address: str | Path, root: str | Path | None = None) -> SharedDatabase:
+        """The database at an address such as ``hf://datasets/OWNER/NAME@REVISION``."""
+        return open_shared(str(address), root=root, token=None)
 
     @property
     def address(self) -> str:
@@ -95,7 +101,7 @@ class SharedDatabase(EmbeddingDatabase):
     def verify(self) -> list[str]:
         """What is wrong with the files, in words; fetches those that are not here yet."""
         wrong = []
-        for name in self.manifest.files:
+        for name in self._about:
             try:
                 self._here(name)
             except ValueError as error:
@@ -246,38 +252,3 @@ def open_shared(address: str, *, root: str | Path | None, token: str | None) -> 
     # The cache keeps a folder for every commit; from here on, that commit is asked for.
     pinned = Repository(found[1], manifest.parent.name, token)
     return SharedDatabase(pinned, manifest.parent, Manifest.read(manifest), root)
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Whatever the Hub's client raises, as one line that says what to do."""
-    from huggingface_hub import errors
-
-    # The transport's own errors have no name that all versions of the client share.
-    transport = cast("tuple[type[BaseException], ...]", errors.HfHubHTTPError.__bases__)
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{what}: its owner wants to be asked: do so on its page, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{what}: the Hub has no such dataset, or hides it: check the name, or `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{what}: the dataset has no such revision: name a branch, a tag or a commit"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{what} is not in the cache, and the Hub cannot be reached: connect once, and fetch "
-            "all with database.fetch()"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{what} is not there: share databases with push_to_hub, which uploads all files"
-        ) from error
-    except (errors.HFValidationError, OSError, *transport) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{what}: {type(error).__name__}: {reason}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -23,7 +22,6 @@ from retrodiff.disk.files import REPLACED, given
 from retrodiff.disk.hashed import check_file
 from retrodiff.disk.locks import writing
 from retrodiff.indexes import (
-    TARGET,
     Exact,
     Recall,
     Recipe,
@@ -33,7 +31,7 @@ from retrodiff.indexes import (
     save_index,
     saved_index,
 )
-from retrodiff.indexes.recipe import EXACT_ROWS, SavableIndex
+from retrodiff.indexes.recipe import SavableIndex
 from retrodiff.indexes.saved import check_index_place
 from retrodiff.interfaces import Index, Record
 from retrodiff.pictures.thumbnails import read_image, to_float
@@ -74,8 +72,20 @@ class EmbeddingDatabase(Searchable):
 
     def __reduce__(self) -> Any:
         """Another process, such as a worker of a ``DataLoader``, opens the same rows again."""
-        about = (self.address, self.fingerprint.rows, self.recipe, self.root)
+        about = (type(self), self.address, self.fingerprint.rows, self.recipe, self.root)
         return _opened_again, about
+
+    @classmethod
+    def at(cls, address: str | Path, root: str | Path | None = None) -> EmbeddingDatabase:
+        """The database at an address of its own kind, searched exactly; see `open_database`."""
+        path = given(address)
+        if not (path / MANIFEST).is_file():
+            if unfinished(path.with_name(path.name + ".partial")):
+                raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
+            raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
+        manifest = Manifest.read(path / MANIFEST)
+        manifest.check_sizes(path)
+        return cls(path, manifest, root)
 
     def __len__(self) -> int:
         return len(self.vectors) - (0 if self.hidden is None else len(self.hidden))
@@ -90,7 +100,7 @@ class EmbeddingDatabase(Searchable):
         """Names of what is known about every row."""
         return tuple(self._schema.names)
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         places = self._places(indices)
         found: list[Record] = [{}] * len(places)
@@ -127,10 +137,10 @@ class EmbeddingDatabase(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
-        [(shard, row)] = self._places(torch.tensor([index]))
+        [(shard, row)] = self._places([index])
         name = self.manifest.shards[shard].file("thumbnails")
         if name is None:
-            return show(self.records(torch.tensor([index]))[0], self._root_of(shard))
+            return show(self.records([index])[0], self._root_of(shard))
         rows = self.manifest.shards[shard].rows
         return to_float(read_image(self._thumbnails_of(self._here(name), rows)[row]))
 
@@ -189,9 +199,14 @@ class EmbeddingDatabase(Searchable):
         if not save or recipe.name == "exact":
             index = recipe.build(self.vectors, progress)
             return self.with_index(recipe, index, recall_of(index, self.vectors, k))
-        check_index_place(self._home() / "indexes" / recipe.name)  # before the work
-        with writing(self._home()):
-            return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
+        place = self._home() / "indexes"
+        check_index_place(place / recipe.name)  # before the work
+        try:
+            with writing(self._home()):
+                return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
+        finally:
+            with suppress(OSError):
+                place.rmdir()  # if nothing was written into it
 
     def save_index(self) -> EmbeddingDatabase:
         """Saves the index that the database is searched by beside the rows; exact needs none.
@@ -252,6 +267,10 @@ class EmbeddingDatabase(Searchable):
 
         return faults(self)
 
+    def fetch(self, *kinds: str, progress: bool = True) -> None:
+        """Brings every file to this machine; those of a folder are there already."""
+        del kinds, progress
+
     def push_to_hub(
         self,
         repo: str,
@@ -311,7 +330,7 @@ class EmbeddingDatabase(Searchable):
         """Hash of the stored rows, deleted ones among them: what an index is built from."""
         return rows_hash(shard.digest for shard in self.manifest.shards)
 
-    def _places(self, indices: Tensor) -> list[tuple[int, int]]:
+    def _places(self, indices: Any) -> list[tuple[int, int]]:
         """Row numbers (n,) -> shard, and row in it."""
         rows = self.stored(self._checked(indices))
         shards = torch.searchsorted(self._starts, rows, right=True) - 1
@@ -322,55 +341,6 @@ class EmbeddingDatabase(Searchable):
         return self._records.schema
 
 
-def open_database(
-    path: str | Path,
-    index: str | Recipe | None = None,
-    *,
-    root: str | Path | None = None,
-    token: str | None = None,
-) -> EmbeddingDatabase:
-    """Opens a database folder, or a shared database; nothing is read but its table of contents.
-
-    Args:
-        path: the folder, or ``hf://datasets/OWNER/NAME`` or ``hf://datasets/OWNER/NAME@REVISION``
-            of a database on the Hugging Face Hub, whose files are fetched when they are needed.
-        index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
-            saved there, else built and saved). None: exact, except that above a million rows
-            of a folder the saved index of the highest measured recall is taken, if that is 0.95
-            or more; where it cannot be opened, a warning says why. A shared index, a file of
-            someone else's that goes to a native parser, is read only when it is named.
-        root: folder that the records' files are relative to, if it has moved since the build.
-        token: for a private shared database; None: the one of ``hf auth login``.
-    """
-    if shared := str(path).startswith("hf:"):
-        from retrodiff.databases.shared import open_shared
-
-        database: EmbeddingDatabase = open_shared(str(path), root=root, token=token)
-    else:
-        database = _open_folder(given(path), root)
-    if index is None:
-        return database if shared or len(database) <= EXACT_ROWS else _with_best_index(database)
-    if isinstance(index, str):
-        return database.open_index(index)
-    if index.name == "exact":
-        return database.with_index(index, index.build(database.vectors), None)
-    if database.saved_indexes().get(index.name, (None,))[0] == index:
-        return database.open_index(index.name)
-    return database.build_index(index)
-
-
-def _opened_again(address: str, rows: str, recipe: Recipe, root: Path | None) -> EmbeddingDatabase:
-    """The rows that another process had open; an index that it did not save is built again."""
-    database = open_database(address, "exact", root=root)
-    if database.fingerprint.rows != rows:
-        raise ValueError(f"{address} has changed since it was opened: open it again")
-    if recipe.name == "exact":
-        return database.with_index(recipe, recipe.build(database.vectors), None)
-    if database.saved_indexes().get(recipe.name, (None,))[0] == recipe:
-        return database.open_index(recipe.name)
-    return database.build_index(recipe, progress=False, save=False)
-
-
 def unfinished(folder: Path) -> bool:
     """Whether a folder holds a build that was killed and can be resumed."""
     if (folder / REPLACED).is_file():
@@ -378,23 +348,15 @@ def unfinished(folder: Path) -> bool:
     return (folder / BUILD).is_file() or (folder / MANIFEST).is_file()
 
 
-def _open_folder(path: Path, root: str | Path | None) -> EmbeddingDatabase:
-    if not (path / MANIFEST).is_file():
-        if unfinished(path.with_name(path.name + ".partial")):
-            raise FileNotFoundError(f"the build of {path} is unfinished: resume it (--resume)")
-        raise FileNotFoundError(f"{path} is not a database: it holds no {MANIFEST}")
-    manifest = Manifest.read(path / MANIFEST)
-    manifest.check_sizes(path)
-    return EmbeddingDatabase(path, manifest, root)
-
-
-def _with_best_index(database: EmbeddingDatabase) -> EmbeddingDatabase:
-    """The same rows, searched by the saved index of the highest recall that is good enough."""
-    try:
-        saved = database.saved_indexes().items()
-        good = [(recall.value, name) for name, (_, recall) in saved if recall.value >= TARGET]
-        return database.open_index(max(good)[1]) if good else database
-    except (ValueError, OSError) as error:
-        message = f"{database.address} is searched exactly, without its saved index: {error}"
-        warnings.warn(message, stacklevel=3)
-        return database
+def _opened_again(
+    kind: type[EmbeddingDatabase], address: str, rows: str, recipe: Recipe, root: Path | None
+) -> EmbeddingDatabase:
+    """The rows that another process had open; an index that it did not save is built again."""
+    database = kind.at(address, root)
+    if database.fingerprint.rows != rows:
+        raise ValueError(f"{address} has changed since it was opened: open it again")
+    if recipe.name == "exact":
+        return database.with_index(recipe, recipe.build(database.vectors), None)
+    if database.saved_indexes().get(recipe.name, (None,))[0] == recipe:
+        return database.open_index(recipe.name)
+    return database.build_index(recipe, progress=False, save=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.searchable import Searchable
-from retrodiff.databases.views import GatheredVectors
+from retrodiff.indexes.vectors import GatheredVectors
 from retrodiff.interfaces import Record
 
 
@@ -64,7 +64,7 @@ class Union(Searchable):
         """Names of what is known about the rows of any of them."""
         return tuple(dict.fromkeys(name for d in self.databases for name in d.columns))
 
-    def records(self, indices: Tensor) -> list[Record]:
+    def records(self, indices: Tensor | Sequence[int]) -> list[Record]:
         """Row numbers (n,) -> their metadata, in that order."""
         found: list[Record] = [{}] * len(indices)
         for database, at, rows in self._split(self._checked(indices)):
@@ -86,7 +86,7 @@ class Union(Searchable):
 
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
-        [(database, _, rows)] = self._split(self._checked(torch.tensor([index])))
+        [(database, _, rows)] = self._split(self._checked([index]))
         return database.image(int(rows))
 
     def shares(self, k: int) -> list[int]:

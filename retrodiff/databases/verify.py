@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from retrodiff.databases.digests import rows_digest
 from retrodiff.databases.manifest import Shard
 from retrodiff.databases.row_files import Thumbnails
 from retrodiff.disk.hashed import file_digest
-from retrodiff.indexes.saved import faults_of_index
+from retrodiff.indexes.saved import faults_of_index, own_index_files
 from retrodiff.indexes.vectors import row_norms
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def faults(database: EmbeddingDatabase) -> list[str]:
     for number, shard in enumerate(database.manifest.shards):
         if not wrong.keys() & set(shard.files):
             found += _faults_of_shard(database, number, shard)
-    for name, folder in database.index_folders().items():
+    folders = database.index_folders()
+    with suppress(OSError):  # a home that cannot be written holds no index
+        home = database._home() / "indexes"
+        names = {name.partition("/")[0] for name in own_index_files(home)}
+        folders |= {name: home / name for name in names - folders.keys() if "." not in name}
+    for name, folder in sorted(folders.items()):
         found += [f"index {name}: {fault}" for fault in faults_of_index(folder)]
     return found
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrodiff.builder import Builder
-from retrodiff.databases import EmbeddingDatabase, Images, build_database, open_database
+from retrodiff.databases import EmbeddingDatabase, Images, build_database
 from retrodiff.diffusion import (
     ClassifierFree,
     DPMpp2M,
@@ -315,7 +315,7 @@ def trained(
     path = folder / "digits.rdb"
     source = Images(images.expand(-1, 3, -1, -1), records)
     build_database(path, source, encoder, thumbnails=8, overwrite=True, progress=progress)
-    database = open_database(path)
+    database = EmbeddingDatabase.at(path)
     torch.manual_seed(seed)
     model = model_of(encoder, database, settings).build()
     data = TrainingSet.of(

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrodiff.builder import Builder
-from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database, open_database
+from retrodiff.databases import EmbeddingDatabase, Images, Patchify, build_database
 from retrodiff.encoders import TimmEncoder
 from retrodiff.interfaces import Neighbors
 from retrodiff.model import Model
 from retrodiff.model.generated import Generation
 from retrodiff.networks.principal import PrincipalPatches
+from retrodiff.presets import rdm_small
 from retrodiff.retrieval import NearestNeighbors
 from retrodiff.training import TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_views
@@ -186,7 +187,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         path = folder / name
         source = Images(images, records)
         build_database(path, source, encoder, thumbnails=SIZE, overwrite=True, progress=progress)
-        return open_database(path)
+        return EmbeddingDatabase.at(path)
 
     database = built("photographs.rdb", held, held_records)
     never = built("photographs-never-trained.rdb", other, other_records)
@@ -197,7 +198,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     first_stage = PrincipalPatches.fit(x, patch=4, components=16)
     model = (
         Builder.from_preset(
-            "rdm_small",
+            rdm_small,
             encoder=encoder,
             first_stage=first_stage,
             database=database,

@@ -276,7 +276,6 @@ class PlainUnpickler(_Machine):
         "BYTEARRAY8 LONG4"
     ).split():
         dispatch[getattr(pickle, _name)[0]] = locals()[f"load_{_name.lower()}"]
-    del _name
 
 
 def _called(target: Any) -> str:

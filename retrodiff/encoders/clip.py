@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +22,7 @@ from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.passes import embedded, prepared
 from retrodiff.encoders.preprocessing import Preprocessing, Size, plain, preprocessing_from, shown
 from retrodiff.encoders.prompts import prompt_list, tokens_of
+from retrodiff.encoders.reach import ask_once
 from retrodiff.encoders.trained import of_open_clip
 from retrodiff.interfaces import Fingerprint, TextEncoder
 from retrodiff.numbers import whole
@@ -343,25 +343,13 @@ def _refuse_wrong_activation(name: str, pretrained: str | None, config: dict[str
         )
 
 
-def _ask_hub(name: str, pretrained: str) -> None:
-    """One request before many: without a network, open_clip asks again for the better of a minute.
-
-    Raises whatever the request does, unless the Hub answers, something is cached, or the weights
-    come from elsewhere.
-    """
+def _repository(name: str, pretrained: str) -> tuple[str, str]:
+    """The repository and the file of a tag's weights; empty where they lie elsewhere."""
     import open_clip
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     cfg: Any = open_clip.get_pretrained_cfg(name, pretrained)
     repo, _, file = str((cfg or {}).get("hf_hub", "")).rpartition("/")
-    if not repo:
-        return
-    try:
-        snapshot_download(repo, local_files_only=True)
-    except LocalEntryNotFoundError:
-        with suppress(HfHubHTTPError):
-            get_hf_file_metadata(hf_hub_url(repo, file or "open_clip_config.json"), timeout=10)
+    return repo, file or "open_clip_config.json"
 
 
 def _load(
@@ -371,7 +359,7 @@ def _load(
 
     try:
         if pretrained is not None:
-            _ask_hub(name, pretrained)
+            ask_once(*_repository(name, pretrained))
         model = open_clip.create_model(
             name, pretrained=pretrained, device=device, force_image_size=image_size
         )

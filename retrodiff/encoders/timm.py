@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retrodiff.encoders.fingerprint import WeightsHash
 from retrodiff.encoders.passes import embedded, prepared
 from retrodiff.encoders.preprocessing import Preprocessing, Size, preprocessing_from, shown
+from retrodiff.encoders.reach import ask_once
 from retrodiff.encoders.trained import of_timm
 from retrodiff.interfaces import Encoder, Fingerprint
 from retrodiff.numbers import whole
@@ -88,6 +89,8 @@ class TimmEncoder(nn.Module, Encoder):  # pyright: ignore[reportIncompatibleMeth
             if size != _square(known.input_size[-2:]):
                 options.setdefault("img_size", size)
         try:
+            if self.pretrained or ":" in self.name:
+                ask_once(*_repository(self.name, known))
             return timm.create_model(self.name, pretrained=self.pretrained, **options)
         except (TypeError, AssertionError, ValueError) as error:
             given = ", ".join(f"{k}={v!r}" for k, v in options.items())
@@ -225,6 +228,14 @@ def timm_name(name: str, pretrained: bool = False) -> str:
             "network"
         )
     return known
+
+
+def _repository(name: str, config: Any) -> tuple[str, str]:
+    """The repository and a file of a network's weights; empty where they lie elsewhere."""
+    source, colon, place = name.partition(":")
+    if colon:
+        return (place.partition("@")[0] if source in ("hf-hub", "hf_hub") else ""), "config.json"
+    return str((config and config.hf_hub_id) or ""), "config.json"
 
 
 def _whole_size(size: Any) -> Size:

@@ -89,6 +89,16 @@ class VectorsView(Vectors):
         return self.vectors.rows(self.chosen[indices])
 
 
+class GatheredVectors(Vectors):
+    """Rows that lie elsewhere: a subclass knows `rows` and a length, blocks are gathered so."""
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, stored values (n, d) and norms (n,), at most ``size`` rows at a time."""
+        for start in range(0, len(self), size):
+            block = self.rows(torch.arange(start, min(start + size, len(self))))
+            yield start, block, row_norms(block)
+
+
 def row_norms(rows: Tensor, block: int = 512) -> Tensor:
     """Euclidean norms (n,) of rows (n, d) in float32, without a copy of them all.
 

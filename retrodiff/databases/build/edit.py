@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from retrodiff.databases.build.ingest import Build, Engine
+from retrodiff.databases.build.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
 from retrodiff.databases.records import TEXT
-from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.row_files import reached
-from retrodiff.databases.sources.skipped import warn_of
+from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.sources.folders import Source, check_ids, state_of
-from retrodiff.databases.store import EmbeddingDatabase, open_database
-from retrodiff.databases.build.work import MAKE_ROOM, Work, clear, read_work
+from retrodiff.databases.sources.skipped import warn_of
+from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.disk.files import make_folder, place, plain_json, replacing, room_for, sync_folder
-from retrodiff.interfaces import Encoder
 from retrodiff.disk.locks import writing
 from retrodiff.disk.tensors import write_tensors
+from retrodiff.interfaces import Encoder
 
 
 def append_to_database(
@@ -54,13 +54,13 @@ def append_to_database(
         progress: show a bar.
     """
     path = _own_folder(path)
-    database = open_database(path, "exact")
+    database = EmbeddingDatabase.at(path)
     described = plain_json(source.describe())
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
         raise ValueError(f"encoder and {path} disagree: {what}: append with the encoder it has")
     partial = path / "append.partial"
     with writing(path):
-        database = open_database(path, "exact")
+        database = EmbeddingDatabase.at(path)
         manifest = database.manifest
         if (recorded := _recorded(partial, manifest)) is not None:
             _remove(partial)
@@ -112,7 +112,7 @@ def append_to_database(
             reached("append recorded")
         _remove(partial)
     warn_of(added.skipped)
-    return open_database(path, "exact")
+    return EmbeddingDatabase.at(path)
 
 
 def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingDatabase:
@@ -124,7 +124,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
     """
     path = _own_folder(path)
     with writing(path):
-        database = open_database(path, "exact")
+        database = EmbeddingDatabase.at(path)
         make_folder(path)  # says in one line if nothing can be written
         chosen = row_numbers(rows).unique()
         hidden = database.stored(database._checked(chosen))
@@ -140,7 +140,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
             reached("deletion written")
             deleted = {"file": name, "rows": len(hidden), **about}
             replace(database.manifest, deleted=deleted).write(path / MANIFEST)
-    return open_database(path, "exact")
+    return EmbeddingDatabase.at(path)
 
 
 def _own_folder(path: str | Path) -> Path:

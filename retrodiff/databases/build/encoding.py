@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrodiff.pictures.thumbnails import thumbnail
-from retrodiff.databases.sources.limits import one_line
 from retrodiff.databases.sources.folders import Item, Source
-from retrodiff.pictures.decoding import UnreadableImage
+from retrodiff.databases.sources.limits import one_line
 from retrodiff.interfaces import Encoder, member
 from retrodiff.numbers import whole
 from retrodiff.pictures.converting import to_float, to_images
+from retrodiff.pictures.decoding import UnreadableImage
+from retrodiff.pictures.thumbnails import thumbnail
 from retrodiff.text import escaped
 
 NARROWEST = 100

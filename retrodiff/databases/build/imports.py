@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.databases.build.work import Work, make_database
 from retrodiff.databases.digests import SHARD_ROWS
 from retrodiff.databases.manifest import Manifest, Shard
 from retrodiff.databases.row_files import ShardBuffer
 from retrodiff.databases.sources.folders import first_duplicate, plain_id, state_of_files
+from retrodiff.databases.storable import storable
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.databases.views import storable
-from retrodiff.databases.build.work import Work, make_database
 from retrodiff.disk.files import given
 from retrodiff.interfaces import Fingerprint
 from retrodiff.numbers import whole

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from retrodiff.databases.build.encoding import Batch, encode_here
+from retrodiff.databases.build.ray import encode_with_ray
+from retrodiff.databases.build.work import Work, make_database
 from retrodiff.databases.digests import SHARD_ROWS
 from retrodiff.databases.manifest import Manifest
-from retrodiff.databases.build.ray import encode_with_ray
 from retrodiff.databases.row_files import ShardBuffer
-from retrodiff.databases.sources.skipped import skipped_message, warn_of
 from retrodiff.databases.sources.folders import Source, check_ids, state_of
+from retrodiff.databases.sources.skipped import skipped_message, warn_of
+from retrodiff.databases.storable import storable
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.databases.views import storable
-from retrodiff.databases.build.work import Work, make_database
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.progress import progress_bar

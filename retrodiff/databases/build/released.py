@@ -19,8 +19,8 @@ from torch import Tensor
 from retrodiff.databases.build.imports import Part
 from retrodiff.databases.build.readers import NpyArray, NpzArray, ParquetRows, npz_names
 from retrodiff.disk.files import given
-from retrodiff.interfaces import Database
 from retrodiff.disk.unpickling import read_plain_pickle
+from retrodiff.interfaces import Database
 
 ROW_BYTES = 2**16
 """Bytes of the longest id or box."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest, Shard
+from retrodiff.databases.opening import with_best_index
 from retrodiff.databases.records import (
     AS_TEXT,
     NAMES,
@@ -29,7 +30,7 @@ from retrodiff.databases.records import (
     read_schema,
 )
 from retrodiff.databases.row_files import reached
-from retrodiff.databases.store import EmbeddingDatabase, open_database, unfinished
+from retrodiff.databases.store import EmbeddingDatabase, unfinished
 from retrodiff.disk.files import (
     REPLACED,
     beside,
@@ -45,8 +46,8 @@ from retrodiff.disk.files import (
     sync,
 )
 from retrodiff.disk.hashed import about_file
-from retrodiff.indexes.saved import own_index_files
 from retrodiff.disk.locks import writing
+from retrodiff.indexes.saved import own_index_files
 
 _FILES = re.compile(
     r"(manifest\.json|build\.json|shards\.jsonl|\.probe|replaced"
@@ -227,7 +228,7 @@ def make_database(
     partial = beside(path)
     replacing_one = overwrite and unfinished(partial)
     if resume and (path / MANIFEST).is_file() and not replacing_one:
-        found = open_database(path)
+        found = with_best_index(EmbeddingDatabase.at(path))
         with suppress(ValueError) if overwrite else nullcontext():
             check_same(plan, found.manifest, path)
             return found
@@ -249,7 +250,7 @@ def make_database(
             for name in (BUILD, LOG):
                 (partial / name).unlink(missing_ok=True)
             put(partial, path, MANIFEST, own_files, overwrite)
-    return open_database(path)
+    return with_best_index(EmbeddingDatabase.at(path))
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Makes and changes databases: builds, imports, appends, deletions."""
