@@ -61,7 +61,7 @@ def fit_clip(
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions: give one for each")
     batch_size = whole("batch_size", batch_size)
-    images = as_images(images)
+    shown = as_images(images)
     distinct = list(dict.fromkeys(captions))
     number = {text: i for i, text in enumerate(distinct)}
     which = torch.tensor([number[text] for text in captions])
@@ -69,7 +69,7 @@ def fit_clip(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        batch = pixels(images, rows)
+        batch = pixels(shown, rows)
         batch = batch if augment is None else augment(batch, generator)
         present, at = which[rows].unique(return_inverse=True)
         image = unit(encoder.image_features(batch))
@@ -125,13 +125,13 @@ def fit_views(
         whole("batch_size", batch_size, 2),
         real("temperature", temperature, above=0),
     )
-    images = as_images(images)
+    shown = as_images(images)
     if len(images) < 2:
         raise ValueError("one image has no others to be compared with: give two or more")
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randperm(len(images), generator=generator)[:batch_size]
-        batch = pixels(images, rows)
+        batch = pixels(shown, rows)
         views = torch.cat([augment(batch, generator), augment(batch, generator)])
         z = unit(encoder.features(views))
         logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
