@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-ELSEWHERE = ("manifest", "saved index", "header of a table", "header of a counts")
-"""Places whose errors have tests of their own; here only what they make happen counts."""
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +43,12 @@ def test_nothing_is_run_fetched_or_read_outside(seen: dict[str, Any]) -> None:
     cases = [r for r in seen["results"] if r["place"] != "control"]
     assert [r for r in cases if r["seen"]] == []
     payloads = Counter(r["place"] for r in cases)
-    assert len(payloads) > 150
-    assert sum(n >= 40 for n in payloads.values()) > 80
+    assert len(payloads) > 250
+    assert sum(n >= 40 for n in payloads.values()) > 150
 
 
 def test_a_hostile_file_is_refused_in_one_line_or_harmless(seen: dict[str, Any]) -> None:
-    cases = [r for r in seen["results"] if not r["place"].startswith((*ELSEWHERE, "control"))]
+    cases = [r for r in seen["results"] if r["place"] != "control"]
     assert [r for r in cases if r["end"] not in ("refused", "loaded")] == []
     for case in cases:
         assert "\n" not in case["line"], case

@@ -103,7 +103,7 @@ def construct(description: Any, expected: Any, weights: Mapping[str, Tensor], pr
         return None
     options = [option for option in options if option is not type(None)]
     if _is_named(description):
-        raise _unknown(description["custom"], prefix)
+        raise _unknown(cast("dict[str, Any]", description)["custom"], prefix)
     failed: list[ValueError] = []
     for option in options:
         try:

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=types.count, default=2000, help="training steps")
     parser.add_argument("--batch-size", type=types.count, default=32, help="images per step")
     parser.add_argument(
-        "--lr", type=types.real(above=0), default=1e-3, help="highest learning rate"
+        "--lr", type=types.real(most=1e6, above=0), default=1e-3, help="highest learning rate"
     )
     parser.add_argument(
         "--ema", type=types.real(0, 1), default=0.999, help="decay of the weights' average"

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=types.count, default=500, help="training steps")
     parser.add_argument("--batch-size", type=types.integer(2), default=64, help="images per step")
     parser.add_argument(
-        "--lr", type=types.real(above=0), default=2e-3, help="highest learning rate"
+        "--lr", type=types.real(most=1e6, above=0), default=2e-3, help="highest learning rate"
     )
     parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier encoder there")
