@@ -74,7 +74,7 @@ TABLE = [
     (f"{TRAIN.replace('training m', 'empty m')} --steps 1", "empty"),
     (f"{TRAIN.replace('training m', 'training .')} --steps 1", "'.' has no name of its own"),
     (f"{TRAIN.replace('lib.rdb', 'nowhere.rdb')} --steps 1", "nowhere.rdb"),
-    (f"{TRAIN} --steps 30 --lr 1e30", "--lr 1e+30"),
+    (f"{TRAIN} --steps 30 --lr 1e30", "--lr: 1e30 must be at most 1e+06"),
     (f"{SAMPLE} --seed -1", "--seed: -1"),
     (f"{SAMPLE} --seed {HUGE}", "--seed"),
     (f"{SAMPLE} --batch-size 0", "--batch-size: 0"),
