@@ -166,6 +166,7 @@ def test_the_table_is_long_enough():
         ("k=9 of 8 rows: use mode='text'", "--k 9 of 8 rows: use --mode text"),
         ("exists (overwrite=True, --overwrite)", "exists (--overwrite)"),
         ("set database=open_database(path), or", "set --database DATABASE, or"),
+        ("hand it in, load(..., database=...)", "hand it in, --database DATABASE"),
         ("batch_size=0: 1 or more", "--batch-size 0: 1 or more"),
         ("encoder.dim=3, other=4", "encoder.dim=3, other=4"),
     ],
