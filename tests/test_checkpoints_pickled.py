@@ -305,3 +305,18 @@ def test_damaged_pickles_end_in_one_line() -> None:
             lines.append(str(error))
     assert len(lines) > 1500
     assert all("\n" not in line and len(line) < 600 for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "scalars", "views of one storage"])
+def test_tensors_cost_nothing_to_rebuild(kind, tmp_path):
+    """Trainers save parameters, counters without a shape, and many views of one flat tensor."""
+    flat = torch.arange(3_000_000, dtype=torch.float32)
+    state = {
+        "parameters": {"a": torch.nn.Parameter(torch.ones(3, 4)), "b": torch.nn.Parameter(flat)},
+        "scalars": {"step": torch.tensor(7), "scale": torch.nn.Parameter(torch.tensor(0.5))},
+        "views of one storage": {f"p{i}": flat[i * 1000 : (i + 1) * 1000] for i in range(500)},
+    }[kind]
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    read = read_pickled(tmp_path / "x.ckpt")["state_dict"]
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], value) for name, value in state.items())

@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
+
+_COPIED = (bytes, bytearray, str, list, tuple, dict, set, frozenset)
+"""What a call may copy; tensors of a checkpoint are views of its file, and cost nothing."""
+
 MOST = 1 << 29
 """Bytes of the largest pickle that is read."""
 
@@ -167,7 +172,8 @@ class PlainUnpickler(_Machine):
     def _charge(self, given: Any) -> None:
         """A few bytes can ask for the same large copy again and again; that has an end."""
         for value in given:
-            self._left -= 8 + (8 * len(value) if hasattr(type(value), "__len__") else 0)
+            self._left -= 8 + (8 * len(value) if isinstance(value, _COPIED) else 0)
+            self._left -= value.nbytes if isinstance(value, np.ndarray) else 0
         if self._left < 0:
             raise pickle.UnpicklingError("copies more than the file holds, over and over")
 
