@@ -217,7 +217,7 @@ class DPMpp2M(Stepwise):
         return (now.following / now.sigma) * now.x - math.expm1(-h) * estimate
 
 
-SAMPLERS: dict[str, type[DDIM | PLMS | Euler | Heun | DPMpp2M]] = {
+SAMPLERS: dict[str, type[Stepwise]] = {
     "ddim": DDIM,
     "ddpm": DDPM,
     "plms": PLMS,
@@ -225,6 +225,7 @@ SAMPLERS: dict[str, type[DDIM | PLMS | Euler | Heun | DPMpp2M]] = {
     "heun": Heun,
     "dpmpp_2m": DPMpp2M,
 }
+"""The usual names, for `get_sampler` and the command line's ``--sampler``."""
 
 
 def get_sampler(name: str) -> Sampler:
