@@ -21,6 +21,7 @@ from retrodiff.databases.sources.formats import open_parts, open_source
 from retrodiff.databases.sources.patchify import Patchify
 from retrodiff.databases.sources.tables import DatasetImages, ParquetImages, SavedDataset
 from retrodiff.databases.sources.tars import Tars
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.union import Union
 from retrodiff.pictures.thumbnails import UnreadableImage, read_image
@@ -44,6 +45,7 @@ __all__ = [
     "Tars",
     "Union",
     "UnreadableImage",
+    "Zips",
     "append_to_database",
     "build_database",
     "captions_of",

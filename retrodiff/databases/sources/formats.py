@@ -21,6 +21,7 @@ from retrodiff.databases.sources.walk import (
     is_picture,
     natural,
 )
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.interfaces import Scale
 
 
@@ -45,6 +46,7 @@ class Format(NamedTuple):
 FORMATS = (
     Format("tars", ARCHIVES, lambda files, _, columns: Tars(files, columns)),
     Format("parquet files", (".parquet",), ParquetImages),
+    Format("zips", (".zip",), lambda files, _, columns: Zips(files, columns)),
 )
 """What `open_source` knows beside folders of pictures and saved datasets: a new format goes here.
 
@@ -58,9 +60,9 @@ def open_source(
     """The pictures at a path, whatever holds them.
 
     A folder with ``state.json`` is a dataset of ``save_to_disk``. One without picture files is a
-    WebDataset if there are tars in it or below it, compressed or not, and a table if there are
-    parquet files; any other is a folder of pictures. Single tars and parquet files work too, and
-    patterns such as ``"shards/0*.tar"``.
+    WebDataset if there are tars in it or below it, compressed or not, a table if there are parquet
+    files, and archives if there are zips; any other is a folder of pictures. Single files of these
+    formats work too, and patterns such as ``"shards/0*.tar"``.
 
     Args:
         path: folder, file, or pattern.
