@@ -14,6 +14,7 @@ from retrodiff.databases.contact_sheet import captions_of, contact_sheet
 from retrodiff.databases.lance import LanceDatabase
 from retrodiff.databases.memory import ArrayDatabase
 from retrodiff.databases.opening import open_database
+from retrodiff.databases.parquet import ParquetDatabase
 from retrodiff.databases.searchable import Searchable, Subset
 from retrodiff.databases.shared import SharedDatabase
 from retrodiff.databases.sources.folders import ImageFolder, Images, Item, Source
@@ -34,6 +35,7 @@ __all__ = [
     "Images",
     "Item",
     "LanceDatabase",
+    "ParquetDatabase",
     "ParquetImages",
     "Part",
     "Patchify",
