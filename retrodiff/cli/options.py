@@ -76,8 +76,9 @@ def real(
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} is not above {above:g}")
         if not least <= value <= most:
-            bounds = f"at least {least:g}" + (f", at most {most:g}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+            limits = (("at least", least), ("at most", most))
+            bounds = [f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit)]
+            raise argparse.ArgumentTypeError(f"{text} must be {', '.join(bounds)}")
         return value
 
     return read

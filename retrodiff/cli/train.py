@@ -98,21 +98,26 @@ def run(options: argparse.Namespace) -> int:
     retriever = ExcludeSelf(nearest) if options.exclude_self else nearest
     data = TrainingSet.of(images, encoder, database, retriever, options.k)
     model = model.replace(proposal=NeighborCounts.from_table(data.table, database))
+    lr = cosine(options.lr, options.steps, min(100, options.steps // 10))
     if not (options.resume and unfinished.is_unfinished(out)):
         unfinished.begin(model, out)
-    trained = fit(
-        model,
-        data,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        lr=cosine(options.lr, options.steps, min(100, options.steps // 10)),
-        ema=options.ema,
-        seed=options.seed,
-        checkpoint=checkpoint,
-        checkpoint_every=options.checkpoint_every,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    ).model
+    try:
+        trained = fit(
+            model,
+            data,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            lr=lr,
+            ema=options.ema,
+            seed=options.seed,
+            checkpoint=checkpoint,
+            checkpoint_every=options.checkpoint_every,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        ).model
+    finally:
+        if not checkpoint.exists():
+            unfinished.end(out)  # it has learned nothing that could be sampled
     if not (_may_be_saved(out, options) and unfinished.same_weights(trained, Model.load(out))):
         _save(trained, out, options)
     unfinished.end(out)

@@ -24,6 +24,7 @@ def in_options(text: str, names: Iterable[str]) -> str:
         >>> in_options("k=9 is more than 8 rows: use mode='text'", ["k", "mode"])
         '--k 9 is more than 8 rows: use --mode text'
     """
+    text = re.sub(r"load\(\.\.\., (\w+=\.\.\.)\)", r"\1", text)
     options = {name: f"--{name.replace('_', '-')}" for name in names}
     options |= {plural: options[one] for plural, one in _LISTS.items() if one in options}
     for name, option in sorted(options.items(), key=lambda pair: -len(pair[0])):

@@ -1,1 +1,1 @@
-"""Reads the checkpoints and pipelines of others."""
+"""What reading the checkpoints and pipelines of others takes."""
