@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -188,13 +189,22 @@ def test_a_folder_of_tars_of_every_depth(tmp_path):
     (tmp_path / "tars/more.zip").write_bytes(b"PK")
     with pytest.warns(SkippedPictures, match=r"more\.zip \(an archive, but no tar"):
         open_source(tmp_path / "tars")
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.table({"image": [encoded(0)]}), tmp_path / "tables/a.parquet")
+    (tmp_path / "tables/more.rar").write_bytes(b"Rar!")
+    with pytest.warns(
+        SkippedPictures, match=r"more\.rar \(an archive, but no parquet file: unpack"
+    ):
+        assert len(open_source(tmp_path / "tables")) == 1
     Image.new("RGB", (8, 8)).save(tmp_path / "tars/sub/a.png")  # now it is a folder of pictures
     with pytest.warns(SkippedPictures, match=r"0\.tar \(a tar: open it by its own path\)"):
         database = build_database(
             tmp_path / "d", open_source(tmp_path / "tars"), Pooled(), progress=False
         )
     assert len(database) == 1
-    assert len(database.manifest.skipped) == 7
+    skipped = {str(one) for one in database.manifest.skipped}
+    assert len(skipped) == 7
+    assert any("more.zip" in one and "an archive: unpack it, or open" in one for one in skipped)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Samplers and schedules against diffusers, against textbook equations, and in the limit."""
 
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrodiff.cli import main
 from retrodiff.diffusion import (
     DDIM,
     DDPM,
@@ -18,6 +20,7 @@ from retrodiff.diffusion import (
     EDMDenoiser,
     EpsDenoiser,
     Euler,
+    EulerAncestral,
     FlowDenoiser,
     Heun,
     Interval,
@@ -29,6 +32,7 @@ from retrodiff.diffusion import (
     Stepwise,
     get_sampler,
 )
+from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.interfaces import Context
 from retrodiff.testing import check_sampler, check_schedule
 
@@ -134,6 +138,55 @@ def test_first_and_second_order_are_diffusers(sampler, name):
 
 
 @old_numpy
+def test_euler_ancestral_is_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear")
+    scheduler.set_timesteps(12)
+    levels = scheduler.sigmas.double()
+    x = start = noise() * float(levels[0])
+    generator = torch.Generator().manual_seed(3)
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        sigma = levels[scheduler.step_index].expand(len(x))
+        eps = (x - _gaussian(x, sigma)) / sigma.view(-1, 1, 1, 1)
+        x = scheduler.step(eps, t, x, generator=generator).prev_sample.double()
+    again = torch.Generator().manual_seed(3)
+    mine = EulerAncestral().sample(_gaussian, start, levels, again)
+    torch.testing.assert_close(mine, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0, 1.7, 50.0])
+def test_euler_ancestral_is_its_equations(eta):
+    """Katherine Crowson's k-diffusion, ``get_ancestral_step`` and what follows, in float64."""
+    sigmas = Karras(0.01, 50.0).sigmas(9).double()
+    x = start = noise() * float(sigmas[0])
+    generator = torch.Generator().manual_seed(3)
+    for sigma, following in itertools.pairwise(sigmas):
+        up = eta * (following**2 * (sigma**2 - following**2) / sigma**2).sqrt()
+        up = torch.minimum(up, following)
+        down = (following**2 - up**2).clamp_min(0).sqrt()
+        x = x + (down - sigma) * (x - _gaussian(x, sigma.expand(len(x)))) / sigma
+        if eta > 0 and following > 0:
+            x = x + up * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    again = torch.Generator().manual_seed(3)
+    mine = EulerAncestral(eta).sample(_gaussian, start, sigmas, again)
+    torch.testing.assert_close(mine, x, rtol=1e-6, atol=1e-6)
+    assert not eta or not torch.equal(mine, EulerAncestral(eta).sample(_gaussian, start, sigmas))
+
+
+def test_euler_ancestral_without_noise_is_euler_and_otherwise_ddim():
+    sigmas, x = Karras(0.01, 50.0).sigmas(20), noise() * 50
+    plain, none = (s.sample(_gaussian, x, sigmas) for s in (Euler(), EulerAncestral(0.0)))
+    assert torch.equal(plain, none)
+    for eta in (0.5, 1.0):
+        one, other = (
+            s.sample(_gaussian, x, sigmas, torch.Generator().manual_seed(1))
+            for s in (EulerAncestral(eta), DDIM(eta=eta))
+        )
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@old_numpy
 def test_dpmpp_2m_is_diffusers():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -191,7 +244,12 @@ def test_plms_is_the_multistep_formula_of_the_noise():
 
 
 @pytest.mark.parametrize(
-    "sampler", [DDIM(), DDIM(eta=1.0), DDPM(), PLMS(), Euler(), Heun(), DPMpp2M()], ids=repr
+    "sampler",
+    [
+        *(DDIM(), DDIM(eta=1.0), DDPM(), PLMS(), Euler(), Heun(), DPMpp2M()),
+        *(EulerAncestral(), EulerAncestral(0.3), EulerAncestral(1.5)),
+    ],
+    ids=repr,
 )
 def test_contract(sampler):
     check_sampler(sampler)
@@ -279,12 +337,22 @@ def test_unknown_sampler_lists_the_known_ones():
         get_sampler("k_lms")
 
 
+def test_every_sampler_has_a_name_on_the_command_line(capsys):
+    assert get_sampler("euler_ancestral") == EulerAncestral()
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in SAMPLERS)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DDIM(eta=1.5), "eta=1.5: give a finite number, at least 0, at most 1"),
         (lambda: DDIM(eta=-0.1), "eta=-0.1"),
         (lambda: DDPM(eta=math.nan), "eta=nan"),
+        (lambda: EulerAncestral(-0.1), "eta=-0.1: give a finite number, at least 0"),
+        (lambda: EulerAncestral(math.inf), "eta=inf"),
         (lambda: ClassifierFree(math.nan), "scale=nan: give a finite number"),
         (lambda: ClassifierFree(math.inf), "scale=inf"),
         (lambda: ClassifierFree("2"), "scale='2'"),

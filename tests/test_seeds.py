@@ -7,7 +7,13 @@ import torch
 from parts import HashingEncoder, small_network
 
 from retrodiff.builder import Builder
-from retrodiff.diffusion import DDIM, ClassifierFree, EDMDenoiser, NeighborEmbeddings
+from retrodiff.diffusion import (
+    DDIM,
+    ClassifierFree,
+    EDMDenoiser,
+    EulerAncestral,
+    NeighborEmbeddings,
+)
 from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.interfaces import Query
 from retrodiff.randomness import Randomness, normal, normal_like, uniform
@@ -100,7 +106,8 @@ def agree(one, other, rows=None):
 
 
 @pytest.mark.parametrize(
-    ("mode", "sampler"), list(itertools.product(ASKED, [*SAMPLERS, DDIM(eta=0.5)]))
+    ("mode", "sampler"),
+    list(itertools.product(ASKED, [*SAMPLERS, DDIM(eta=0.5), EulerAncestral(0.5)])),
 )
 def test_every_sampler_and_mode_at_every_batch_size(model, mode, sampler):
     whole = model.sample(**ASKED[mode], sampler=sampler, seed=7)

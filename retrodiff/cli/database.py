@@ -33,6 +33,7 @@ from retrodiff.databases import (
 )
 from retrodiff.databases.build.ingest import ENGINES
 from retrodiff.databases.sources.folders import Source
+from retrodiff.databases.sources.formats import FORMATS
 from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
 from retrodiff.disk.files import replacing
 from retrodiff.encoders import encoder_from_string
@@ -134,8 +135,9 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=types.path,
-        help="folder of pictures (its sub-folders are labels), WebDataset tars, parquet files, or "
-        "a Hugging Face dataset saved to disk; a folder, a file, or a quoted pattern",
+        help="folder of pictures (its sub-folders are labels), "
+        f"{', '.join(known.name for known in FORMATS)}, or a Hugging Face dataset saved to disk; a "
+        "folder, a file, or a quoted pattern",
     )
     parser.add_argument("--image-column", default="image", help="of parquet files and datasets")
     parser.add_argument("--patch-size", type=types.count, help="cut patches of this side")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from retrodiff.cli import options as types
+from retrodiff.diffusion.sampler import SAMPLERS
 
 if TYPE_CHECKING:
     from retrodiff.model import Model
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "--guidance", type=types.real(0), help="classifier-free scale; else the model's"
     )
     parser.add_argument(
-        "--sampler", help="ddim, ddpm, plms, euler, heun, dpmpp_2m; else the model's"
+        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; else the model's"
     )
     parser.add_argument(
         "--steps", type=types.integer(1, 100_000), help="of the sampler; else the model's"

@@ -14,13 +14,15 @@ from retrodiff.databases.contact_sheet import captions_of, contact_sheet
 from retrodiff.databases.lance import LanceDatabase
 from retrodiff.databases.memory import ArrayDatabase
 from retrodiff.databases.opening import open_database
+from retrodiff.databases.parquet import ParquetDatabase
 from retrodiff.databases.searchable import Searchable, Subset
 from retrodiff.databases.shared import SharedDatabase
-from retrodiff.databases.sources.archives import Tars
 from retrodiff.databases.sources.folders import ImageFolder, Images, Item, Source
 from retrodiff.databases.sources.formats import open_parts, open_source
 from retrodiff.databases.sources.patchify import Patchify
 from retrodiff.databases.sources.tables import DatasetImages, ParquetImages, SavedDataset
+from retrodiff.databases.sources.tars import Tars
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.union import Union
 from retrodiff.pictures.thumbnails import UnreadableImage, read_image
@@ -33,6 +35,7 @@ __all__ = [
     "Images",
     "Item",
     "LanceDatabase",
+    "ParquetDatabase",
     "ParquetImages",
     "Part",
     "Patchify",
@@ -44,6 +47,7 @@ __all__ = [
     "Tars",
     "Union",
     "UnreadableImage",
+    "Zips",
     "append_to_database",
     "build_database",
     "captions_of",

@@ -9,7 +9,6 @@ reader.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrodiff.databases.marks import agreed, mark_of, marked
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.databases.sql import joined
 from retrodiff.databases.storable import storable
-from retrodiff.disk.untrusted import LARGEST, parse_json
 from retrodiff.indexes.vectors import GatheredVectors, check_search
 from retrodiff.interfaces import Fingerprint, Index, Record
 from retrodiff.text import printable
 
-_FINGERPRINT = b"retrodiff"  # key in the metadata of a table's schema
 _SPARE = 8  # found beyond k, since LanceDB rounds queries to the type of the column
 _QUERIES = 256  # searched at a time
 _ROWS = 8192  # written at a time
@@ -63,15 +61,9 @@ class LanceDatabase(Searchable):
         conditions = (condition,) if isinstance(condition, str) else tuple(condition or ())
         self._rows = _Rows(table, vector, conditions)
         self.root = root
-        written = _written(table)
-        mark = self._given = fingerprint or written
-        if mark is None:
-            raise ValueError(
-                f"the table {table.name!r} does not say which encoder made its vectors: give "
-                "fingerprint=encoder.fingerprint"
-            )
-        if written is not None and (what := mark.disagreement(written)) is not None:
-            raise ValueError(f"fingerprint and table {table.name!r} disagree: {what}")
+        name = f"the table {table.name!r}"
+        written = mark_of(table.schema, name)
+        mark = self._given = agreed(fingerprint, written, name)
         digest = hashlib.sha256((written.rows if written else _place(table)).encode())
         digest.update(self._rows.ids.numpy().tobytes())
         vectors = _LanceVectors(self._rows)
@@ -328,8 +320,8 @@ def _batches(database: Searchable, vector: str) -> tuple[Any, Iterator[Any]]:
     if first is None:
         first = database.table()
     kind, encoder = pa.list_(pa.float16(), database.fingerprint.dim), database.fingerprint.encoder
-    about = {_FINGERPRINT: json.dumps(vars(database.fingerprint)).encode()}
-    schema = first.schema.remove_metadata().append(pa.field(vector, kind)).with_metadata(about)
+    schema = first.schema.remove_metadata().append(pa.field(vector, kind))
+    schema = marked(schema, database.fingerprint)
 
     def batches() -> Iterator[Any]:
         start = 0
@@ -343,17 +335,6 @@ def _batches(database: Searchable, vector: str) -> tuple[Any, Iterator[Any]]:
                 start += len(batch)
 
     return schema, batches()
-
-
-def _written(table: Any) -> Fingerprint | None:
-    """The fingerprint of the database that a table was made from."""
-    about = (table.schema.metadata or {}).get(_FINGERPRINT)
-    if about is None:
-        return None
-    try:
-        return Fingerprint.from_json(parse_json(about[:LARGEST], "its fingerprint"))
-    except ValueError as error:
-        raise ValueError(f"the table {table.name!r} is damaged: {error}") from None
 
 
 def _opened_again(about: dict[str, Any], conditions: tuple[str, ...], rows: str) -> LanceDatabase:

@@ -83,11 +83,7 @@ class RecordFiles:
             return cast_table(pa.table({"number": pa.nulls(self.shards[number].rows)}), schema)
         try:
             table = file.read(columns=names, use_threads=False)
-            texts = pa.schema([own.field(name) for name in names])
-            most = max(MOST, RATIO * path.stat().st_size)
-            if sum(unfolded(column) for column in table.columns) > most:
-                raise ValueError(f"its texts unfold to more than {most:,} bytes")
-            table = pa.Table.from_batches(table.to_batches(PIECE), table.schema).cast(texts)
+            table = plain_table(table, own, path.stat().st_size)
         except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
             raise ValueError(f"{path} cannot be read ({one_line(error):.300}): {AGAIN}") from None
         return table if schema is None else cast_table(table, schema)
@@ -109,6 +105,26 @@ class RecordFiles:
         texts = {c.path_in_schema for c in columns if c.physical_type == "BYTE_ARRAY"}
         opened = open_parquet(path, pre_buffer=False, read_dictionary=sorted(texts))
         return file.schema_arrow, opened
+
+
+def plain_table(table: Any, schema: Any, size: int) -> Any:
+    """A table whose texts stand where they occur, in the types of a schema.
+
+    Args:
+        table: as it was read with ``read_dictionary``, so that each distinct text is there once.
+        schema: has its columns, perhaps among others.
+        size: bytes of the file that it comes from.
+
+    Raises:
+        ValueError: the texts would take far more memory than the file.
+    """
+    import pyarrow as pa
+
+    most = max(MOST, RATIO * size)
+    if sum(unfolded(column) for column in table.columns) > most:
+        raise ValueError(f"its texts unfold to more than {most:,} bytes")
+    kinds = pa.schema([schema.field(name) for name in table.column_names])
+    return pa.Table.from_batches(table.to_batches(PIECE), table.schema).cast(kinds)
 
 
 def unfolded(array: Any) -> int:

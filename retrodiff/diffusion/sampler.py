@@ -48,6 +48,17 @@ class Step:
         """The slope of another x at the level that the step leads to: one more network call."""
         return (x - self.look(x, self.following)) / self.following
 
+    def renewed(self, eta: float) -> tuple[float, float]:
+        """Level to step down to and fresh noise to add there; their squares add up to following's.
+
+        Args:
+            eta: 0 adds nothing; 1 adds the noise of DDPM's posterior; at most all of it is renewed.
+        """
+        sigma, following = self.sigma, self.following
+        fresh = eta * following * math.sqrt(sigma**2 - following**2) / sigma
+        fresh = min(fresh, following)
+        return math.sqrt(max(following**2 - fresh**2, 0.0)), fresh
+
 
 class Stepwise(Sampler):
     """A sampler that is given by its step; subclass it and write `step`."""
@@ -124,10 +135,8 @@ class DDIM(Stepwise):
     def step(self, now: Step, past: Sequence[Step]) -> Tensor:
         """Towards the estimate, with eta of the noise renewed."""
         del past
-        sigma, following = now.sigma, now.following
-        fresh = self.eta * following * math.sqrt(sigma**2 - following**2) / sigma
-        kept = math.sqrt(max(following**2 - fresh**2, 0.0))
-        x = now.denoised + (kept / sigma) * (now.x - now.denoised)
+        kept, fresh = now.renewed(self.eta)
+        x = now.denoised + (kept / now.sigma) * (now.x - now.denoised)
         return x + fresh * normal_like(x, now.generator) if fresh > 0 else x
 
 
@@ -179,6 +188,31 @@ class Euler(Stepwise):
 
 
 @dataclass(frozen=True)
+class EulerAncestral(Stepwise):
+    """Euler's step to a lower level, then fresh noise (``euler_ancestral``, as in k-diffusion).
+
+    One network call per step. For eta from 0 to 1 it is `DDIM` with that eta, which is written in
+    terms of the estimate instead of the slope; ``EulerAncestral(0)`` is `Euler`.
+
+    Args:
+        eta: 0 or more: 0 is deterministic, 1 adds the noise of DDPM's posterior. Above 1 more is
+            renewed, at most all of it.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        real("eta", self.eta, 0)
+
+    def step(self, now: Step, past: Sequence[Step]) -> Tensor:
+        """Along the slope below the level that follows, and up to it by noise."""
+        del past
+        down, fresh = now.renewed(self.eta)
+        x = now.x + (down - now.sigma) * now.slope
+        return x + fresh * normal_like(x, now.generator) if fresh > 0 else x
+
+
+@dataclass(frozen=True)
 class Heun(Stepwise):
     """Second order by a corrected Euler step (Karras et al. 2022, algorithm 1).
 
@@ -217,14 +251,16 @@ class DPMpp2M(Stepwise):
         return (now.following / now.sigma) * now.x - math.expm1(-h) * estimate
 
 
-SAMPLERS: dict[str, type[DDIM | PLMS | Euler | Heun | DPMpp2M]] = {
+SAMPLERS: dict[str, type[Stepwise]] = {
     "ddim": DDIM,
     "ddpm": DDPM,
     "plms": PLMS,
     "euler": Euler,
+    "euler_ancestral": EulerAncestral,
     "heun": Heun,
     "dpmpp_2m": DPMpp2M,
 }
+"""The usual names, for `get_sampler` and the command line's ``--sampler``."""
 
 
 def get_sampler(name: str) -> Sampler:

@@ -1,111 +1,95 @@
-"""Pictures inside tars, as WebDataset and img2dataset write them."""
+"""What archives of pictures have in common: files that are listed once and read by number."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tarfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retrodiff.databases.sources.folders import Item, Source
-from retrodiff.databases.sources.members import Contents, Place, Sample, TarBytes, contents
-from retrodiff.databases.sources.skipped import warn_of_unused
-from retrodiff.pictures.decoding import UnreadableImage, read_image
+from retrodiff.databases.sources.folders import Source
+from retrodiff.databases.sources.skipped import Skipped, warn_of_unused
 from retrodiff.text import escaped
 
-ABOUT_BYTES = 2**24
-"""Bytes of the largest ``json``, ``txt`` or ``cls`` that is read."""
 
+class Archives(Source):
+    """Pictures inside files, known by the file's name and a key; subclass it for one format.
 
-class Tars(Source):
-    """Samples of WebDataset / img2dataset tars: a picture, with ``txt``, ``cls`` and ``json``.
-
-    Nothing is unpacked: members are read at their offset. ``txt`` becomes the column ``caption``,
-    ``cls`` the column ``label``, the scalars of ``json`` columns of their own names; where one of
-    them cannot be read, the column ``json_error`` (``txt_error``, ``cls_error``) says why.
-
-    Links within a tar are followed, hidden members passed over. Members that look like pictures
-    and belong to no sample are counted and named in one warning. A compressed tar (gzip, bzip2,
-    xz, zstandard) is decompressed once to be listed, and once in every process that reads it.
+    A subclass says what it is called (`noun`), lists a file (`_listed`), and reads a picture that
+    it finds by `_place`.
 
     Args:
-        files: the tars, in the order they shall have.
+        files: in the order they shall have.
         columns: the same for every row.
 
     Raises:
-        ValueError: a file is no whole tar, or there is no picture in any.
+        ValueError: a file cannot be listed, or there is no picture in any.
     """
+
+    noun = "archives"
 
     def __init__(self, files: Sequence[str | Path], columns: Mapping[str, Any] | None = None):
         self.files = [Path(file).expanduser() for file in files]
         self.columns = dict(columns or {})
         self.names = _names(self.files)
+        self._marks = [file.stat().st_mtime_ns for file in self.files]
         digest, counts, some = hashlib.sha256(), [0], False
-        unused: list[tuple[str, str]] = []
-        for name, file in zip(self.names, self.files, strict=True):
-            samples, left = contents(file)
-            counts.append(len(samples))
+        unused: list[Skipped] = []
+        for name, file, mark in zip(self.names, self.files, self._marks, strict=True):
+            keys, left = self._listed(file, mark)
+            counts.append(0)
             unused += [(f"{name}:{member}", why) for member, why in left]
-            for sample in samples:  # the same as the hash of all names joined by zeros
+            for key in keys:  # the same as the hash of all names joined by zeros
                 digest.update(b"\0" * some)
-                digest.update(f"{name}:{sample.key}".encode())
+                digest.update(f"{name}:{key}".encode())
+                counts[-1] += 1
                 some = True
         self._starts = np.cumsum(counts)
         self._digest = digest.hexdigest()[:32]
-        self._marks = [file.stat().st_mtime_ns for file in self.files]
         if not len(self):
-            raise ValueError(f"no pictures in {', '.join(map(str, files)) or 'no tars'}")
-        warn_of_unused("tars", unused)
+            raise ValueError(f"no pictures in {', '.join(map(str, files)) or f'no {self.noun}'}")
+        warn_of_unused(self.noun, unused)
+
+    @abstractmethod
+    def _listed(self, file: Path, mark: int) -> tuple[Iterator[str], Sequence[Skipped]]:
+        """Keys of the pictures in a file, in their order, and what looks like pictures and is none.
+
+        Args:
+            file: one of the files.
+            mark: its time, which tells apart what had one name at different times.
+        """
+        ...
+
+    @abstractmethod
+    def _key(self, file: Path, mark: int, i: int) -> str:
+        """The key of picture ``i`` of a file."""
+        ...
+
+    def _place(self, i: int) -> tuple[Path, int, int]:
+        """The file of picture ``i``, its time, and the number of the picture there."""
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self.files[number], self._marks[number], i - int(self._starts[number])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _sample(self, i: int) -> tuple[int, Sample]:
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        samples = _contents(self.files[number], self._marks[number]).samples
-        return number, samples[i - int(self._starts[number])]
-
     def name(self, i: int) -> str:
-        """Tar and key."""
-        number, sample = self._sample(i)
-        return f"{self.names[number]}:{sample.key}"
-
-    def read(self, i: int) -> list[Item]:
-        """The picture of sample ``i``."""
-        number, sample = self._sample(i)
-        record: dict[str, Any] = {"key": f"{self.names[number]}:{sample.key}"}
-        with _opened(self.files[number], self._marks[number]) as tar:
-            places = sorted([sample.picture, *sample.sides.values()])  # forward, if it can be
-            found = {place: _bytes(tar, place, sample) for place in places}
-        about = {ending: found[place] for ending, place in sample.sides.items()}
-        if "json" in about:
-            record |= _described(about["json"])
-        for ending, column in (("txt", "caption"), ("cls", "label")):
-            text = about.get(ending)
-            if isinstance(text, bytes):
-                record[column] = text.decode("utf-8", "replace").strip()
-            elif text is not None:
-                record[f"{ending}_error"] = text
-        picture = found[sample.picture]
-        if isinstance(picture, str):
-            raise UnreadableImage(picture)
-        return [Item(read_image(picture), record | self.columns)]
+        """File and key."""
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return f"{self.names[number]}:{self._key(*self._place(i))}"
 
     def paths(self) -> Iterable[Path]:
         """The files."""
         return self.files
 
     def describe(self) -> dict[str, Any]:
-        """The tars' names and sizes, and hash of the keys."""
+        """The files' names and sizes, and hash of the keys."""
         return {
-            "kind": "tars",
+            "kind": self.noun,
             "files": self.names,
             "count": len(self),
             "names": self._digest,
@@ -114,62 +98,8 @@ class Tars(Source):
         }
 
 
-def _bytes(tar: TarBytes, place: Place, sample: Sample) -> bytes | str:
-    """The bytes of a member, or why they cannot be had."""
-    start, size = place
-    if place != sample.picture and size > ABOUT_BYTES:
-        return f"{size} bytes, more than {ABOUT_BYTES}"
-    try:
-        tar.seek(start)
-        data = tar.read(size)
-    except (tarfile.TarError, OSError) as error:
-        return f"cannot be read: {error}"
-    return data if len(data) == size else "the tar ends within it"
-
-
-def _described(text: bytes | str) -> dict[str, Any]:
-    """The scalars of a JSON object, by name; or what is wrong with it."""
-    if isinstance(text, str):
-        return {"json_error": text}
-    try:
-        known = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return {"json_error": escaped(f"broken json: {error}")}
-    if not isinstance(known, dict):
-        return {}
-    return {
-        escaped(name): escaped(value) if isinstance(value, str) else value
-        for name, value in known.items()
-        if not isinstance(value, dict | list)
-    }
-
-
-@lru_cache(2)
-def _contents(file: Path, mark: int) -> Contents:
-    """The samples of a tar that is being read; those of all tars would not fit into memory."""
-    del mark  # tells apart what had one name at different times
-    return contents(file)
-
-
-@contextmanager
-def _opened(file: Path, mark: int) -> Iterator[TarBytes]:
-    """A tar to read from; it stays open, since the bytes of compressed ones come in order only."""
-    try:
-        tar = _kept(file, mark, os.getpid())
-    except OSError as error:
-        raise UnreadableImage(f"{file.name}: {error.strerror or error}") from None
-    with tar.lock:
-        yield tar
-
-
-@lru_cache(2)
-def _kept(file: Path, mark: int, process: int) -> TarBytes:
-    del mark, process  # a process that was forked must not share a file's position
-    return TarBytes(file)
-
-
 def _names(files: Sequence[Path]) -> list[str]:
-    """What each tar is called in keys: its file name, or its path where two have the same one."""
+    """What each file is called in keys: its file name, or its path where two have the same one."""
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         paths = [file.resolve() for file in files]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from retrodiff.databases.sources.walk import files_below, holds_database, is_tar
+from retrodiff.databases.sources.walk import files_below, holds_database, is_archive, is_tar
 from retrodiff.pictures.converting import to_image, to_images
 from retrodiff.pictures.decoding import UnreadableImage, read_image
 from retrodiff.text import escaped
@@ -103,6 +103,9 @@ class ImageFolder(Source):
         except UnreadableImage:
             if is_tar(file):
                 raise UnreadableImage("a tar: open it by its own path") from None
+            if is_archive(file):
+                reason = "an archive: unpack it, or open it by its own path"
+                raise UnreadableImage(reason) from None
             raise
         label = escaped(file.split("/", 1)[0]) if "/" in file else None
         return [Item(image, {"file": escaped(file), "label": label, **self.columns})]

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retrodiff.databases.build.imports import Part
 from retrodiff.databases.build.released import clip_retrieval_parts, npy_parts, rdm_parts
-from retrodiff.databases.sources.archives import Tars
 from retrodiff.databases.sources.folders import ImageFolder, Source
 from retrodiff.databases.sources.skipped import warn_of_unused
 from retrodiff.databases.sources.tables import ParquetImages, SavedDataset
+from retrodiff.databases.sources.tars import Tars
 from retrodiff.databases.sources.walk import (
+    ARCHIVES,
     files_below,
     has_pictures,
     holds_database,
+    is_archive,
     is_picture,
-    is_tar,
     natural,
 )
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.interfaces import Scale
+
+
+class Format(NamedTuple):
+    """Files that hold pictures, known by their endings.
+
+    Args:
+        name: what several such files are called in errors.
+        endings: of the files, in small letters, such as ``.tar``.
+        opens: files in their order, column of the pictures, columns for every row -> the source.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    opens: Callable[[Sequence[Path], str, Mapping[str, Any] | None], Source]
+
+    def of(self, files: Sequence[Path]) -> list[Path]:
+        """Those of the files that are of this format."""
+        return [file for file in files if file.name.lower().endswith(self.endings)]
+
+
+FORMATS = (
+    Format("tars", ARCHIVES, lambda files, _, columns: Tars(files, columns)),
+    Format("parquet files", (".parquet",), ParquetImages),
+    Format("zips", (".zip",), lambda files, _, columns: Zips(files, columns)),
+)
+"""What `open_source` knows beside folders of pictures and saved datasets: a new format goes here.
+
+Of a folder that holds files of several formats, the first one here is taken.
+"""
 
 
 def open_source(
@@ -29,9 +60,9 @@ def open_source(
     """The pictures at a path, whatever holds them.
 
     A folder with ``state.json`` is a dataset of ``save_to_disk``. One without picture files is a
-    WebDataset if there are tars in it or below it, compressed or not, and a table if there are
-    parquet files; any other is a folder of pictures. Single tars and parquet files work too, and
-    patterns such as ``"shards/0*.tar"``.
+    WebDataset if there are tars in it or below it, compressed or not, a table if there are parquet
+    files, and archives if there are zips; any other is a folder of pictures. Single files of these
+    formats work too, and patterns such as ``"shards/0*.tar"``.
 
     Args:
         path: folder, file, or pattern.
@@ -49,18 +80,18 @@ def open_source(
     if path.is_dir() and (holds_database(path) or has_pictures(path)):
         return ImageFolder(path, columns)
     files = _below(path) if path.is_dir() else _files(path)
-    tars = [file for file in files if is_tar(file.name)]
-    if tars and not any(is_picture(file.name) for file in files):
-        others = [f for f in files if f.suffix.lower() in (".zip", ".rar", ".7z")]
-        warn_of_unused(path, [(file.name, "an archive, but no tar: unpack it") for file in others])
-        return Tars(tars, columns)
-    tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    if tables and not any(is_picture(file.name) for file in files):
-        return ParquetImages(tables, image_column, columns)
+    if not any(is_picture(file.name) for file in files):
+        for known in FORMATS:
+            if chosen := known.of(files):
+                others = [f.name for f in set(files).difference(chosen) if is_archive(f.name)]
+                why = f"an archive, but no {known.name.removesuffix('s')}: unpack it"
+                warn_of_unused(path, [(name, why) for name in sorted(others, key=natural)])
+                return known.opens(chosen, image_column, columns)
     if not path.is_dir() and files:
+        names = ", ".join(known.name for known in FORMATS)
         raise ValueError(
-            f"{path} is no source of pictures: give a folder, tars, parquet files, or a dataset "
-            "that save_to_disk wrote"
+            f"{path} is no source of pictures: give a folder, {names}, or a dataset that "
+            "save_to_disk wrote"
         )
     return ImageFolder(path, columns)
 

@@ -22,6 +22,9 @@ ENDINGS = (
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Endings of tars, compressed or not."""
 
+OTHER_ARCHIVES = (".zip", ".rar", ".7z")
+"""Endings of other files that may hold pictures and are none."""
+
 
 class Found(NamedTuple):
     """A file below a folder, or a folder there that was not entered.
@@ -59,6 +62,11 @@ def is_picture(name: str) -> bool:
 def is_tar(name: str) -> bool:
     """Whether a file's name ends as those of tars do, compressed or not."""
     return name.lower().endswith(ARCHIVES)
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file's name ends as those of archives do, tars included."""
+    return is_tar(name) or name.lower().endswith(OTHER_ARCHIVES)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
