@@ -48,7 +48,7 @@ def peak_of(command: list[str]) -> int:
 
 def write_checkpoint(path: Path, unet: Mapping[str, Any]) -> None:
     """A Lightning checkpoint with all that training leaves in it, its numbers zero."""
-    from retrodiff.checkpoints.compvis import ema_name
+    from retrodiff.checkpoints.foreign.compvis import ema_name
     from retrodiff.checkpoints.foreign.published import PUBLISHED
     from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
     from retrodiff.checkpoints.foreign.transfer import their_names

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from retrodiff.builder import Builder, preset
+from retrodiff.checkpoints.foreign.load import load_published
 from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture, PublishedModel
-from retrodiff.checkpoints.load import load_published
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,

@@ -223,7 +223,7 @@ def test_too_many_neighbors_and_float64_go_to_the_next_path() -> None:
 def test_published_miniatures_on_the_fused_path(name: str) -> None:
     from safetensors.torch import load_file
 
-    from retrodiff.checkpoints.compvis import load_compvis
+    from retrodiff.checkpoints.foreign.compvis import load_compvis
 
     stem = SHARED / "parity" / name
     unet = load_compvis(stem.with_suffix(".ckpt"), stem.with_suffix(".yaml")).unet

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, read_config
+from retrodiff.checkpoints.foreign.compvis import ema_name, read_config
 from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
 from retrodiff.checkpoints.foreign.transfer import their_names
 

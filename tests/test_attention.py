@@ -435,7 +435,7 @@ def test_two_samples_have_tables_of_their_own(recipe: Builder, change: Any, path
 def test_published_miniatures_on_every_path(name: str, path: Any) -> None:
     from safetensors.torch import load_file
 
-    from retrodiff.checkpoints.compvis import load_compvis
+    from retrodiff.checkpoints.foreign.compvis import load_compvis
     from retrodiff.presets import from_published
 
     stem = SHARED / "parity" / name

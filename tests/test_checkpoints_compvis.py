@@ -13,7 +13,7 @@ import yaml
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, load_compvis
+from retrodiff.checkpoints.foreign.compvis import ema_name, load_compvis
 from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
 from retrodiff.checkpoints.foreign.transfer import their_names
 

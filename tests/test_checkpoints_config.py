@@ -12,7 +12,7 @@ import torch
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import load_compvis, read_config
+from retrodiff.checkpoints.foreign.compvis import load_compvis, read_config
 from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture
 
 

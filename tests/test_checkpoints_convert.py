@@ -11,7 +11,7 @@ import torch
 import yaml
 from published_files import configuration, published_state, write_checkpoint
 
-from retrodiff.checkpoints.compvis import ema_name, read_config
+from retrodiff.checkpoints.foreign.compvis import ema_name, read_config
 from retrodiff.checkpoints.foreign.published import PUBLISHED
 from retrodiff.cli import main
 from retrodiff.diffusion import NeighborEmbeddings

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrodiff.checkpoints.diffusers import load_diffusers
+from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, the oracle, is not installed")
 

@@ -16,11 +16,11 @@ import torch
 from parts import HashingEncoder, small_network
 
 from retrodiff import presets
+from retrodiff.checkpoints.foreign.load import load_published
 from retrodiff.checkpoints.foreign.published import PUBLISHED
 from retrodiff.checkpoints.foreign.tensor_names import diffusers_autoencoder, diffusers_unet
 from retrodiff.checkpoints.foreign.transfer import their_names
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
-from retrodiff.checkpoints.load import load_published
 from retrodiff.checkpoints.sharded import save_sharded
 from retrodiff.diffusion import EDMDenoiser, NeighborEmbeddings
 from retrodiff.interfaces import Database

@@ -22,7 +22,7 @@ import torch
 from published_files import configuration, published_state, write_checkpoint
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import load_compvis
+from retrodiff.checkpoints.foreign.compvis import load_compvis
 from retrodiff.checkpoints.foreign.torch_files import read_pickled
 from retrodiff.disk.unpickling import read_plain_pickle
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from retrodiff.checkpoints.diffusers import load_diffusers
+from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 from retrodiff.checkpoints.foreign.diffusers_config import read_architecture
+from retrodiff.checkpoints.foreign.load import load_published
 from retrodiff.checkpoints.foreign.pipeline_files import chosen
-from retrodiff.checkpoints.load import load_published
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, the oracle, is not installed")
 

@@ -11,7 +11,7 @@ import torch
 from published_files import configuration, published_state
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import ema_name, load_compvis
+from retrodiff.checkpoints.foreign.compvis import ema_name, load_compvis
 from retrodiff.checkpoints.foreign.state_dicts import state_of
 
 CONFIG = configuration()

@@ -29,11 +29,12 @@ class Prepared(Pooled):
         super().__init__()
         self.preprocessing = preprocessing
 
-    def prepare(self, images):
-        return self.preprocessing.apply(images)
+    @property
+    def preparation(self):
+        return self.preprocessing.apply
 
     def encode_image(self, images):
-        return self.encode_prepared(self.prepare(images))
+        return self.encode_prepared(self.preparation(images))
 
     def encode_prepared(self, prepared):
         return super().encode_image(prepared)

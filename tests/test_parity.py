@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrodiff.checkpoints.compvis import load_compvis
+from retrodiff.checkpoints.foreign.compvis import load_compvis
 from retrodiff.checkpoints.foreign.published import PublishedModel
 from retrodiff.cli import main
 from retrodiff.interfaces import Context

@@ -7,8 +7,8 @@ import torch
 
 from retrodiff import presets
 from retrodiff.builder import Builder
+from retrodiff.checkpoints.foreign.load import fresh, load_published
 from retrodiff.checkpoints.foreign.published import PUBLISHED
-from retrodiff.checkpoints.load import fresh, load_published
 from retrodiff.diffusion import (
     ClassifierFree,
     Dropped,

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Loads, checks, saves."""
     from retrodiff import presets
     from retrodiff.builder import Builder
-    from retrodiff.checkpoints.load import load_published
+    from retrodiff.checkpoints.foreign.load import load_published
     from retrodiff.checkpoints.native import MARKER, own_files
     from retrodiff.databases import open_database
     from retrodiff.diffusion import NeighborEmbeddings

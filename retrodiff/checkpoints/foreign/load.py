@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from retrodiff.checkpoints.compvis import load_compvis
-from retrodiff.checkpoints.diffusers import load_diffusers
+from retrodiff.checkpoints.foreign.compvis import load_compvis
+from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 from retrodiff.checkpoints.foreign.pipeline_files import NAME
 from retrodiff.checkpoints.foreign.published import PUBLISHED, PublishedModel
 from retrodiff.checkpoints.hub import fetch_pipeline
