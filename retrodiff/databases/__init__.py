@@ -18,11 +18,11 @@ from retrodiff.databases.parquet import ParquetDatabase
 from retrodiff.databases.searchable import Searchable, Subset
 from retrodiff.databases.shared import SharedDatabase
 from retrodiff.databases.sources.folders import ImageFolder, Images, Item, Source
-from retrodiff.databases.sources.folders.tars import Tars
-from retrodiff.databases.sources.folders.zips import Zips
 from retrodiff.databases.sources.formats import open_parts, open_source
 from retrodiff.databases.sources.patchify import Patchify
 from retrodiff.databases.sources.tables import DatasetImages, ParquetImages, SavedDataset
+from retrodiff.databases.sources.tars import Tars
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.databases.union import Union
 from retrodiff.pictures.thumbnails import UnreadableImage, read_image

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from retrodiff.databases.build.imports import Part
 from retrodiff.databases.build.released import clip_retrieval_parts, npy_parts, rdm_parts
 from retrodiff.databases.sources.folders import ImageFolder, Source
-from retrodiff.databases.sources.folders.tars import Tars
-from retrodiff.databases.sources.folders.zips import Zips
 from retrodiff.databases.sources.skipped import warn_of_unused
 from retrodiff.databases.sources.tables import ParquetImages, SavedDataset
+from retrodiff.databases.sources.tars import Tars
 from retrodiff.databases.sources.walk import (
     ARCHIVES,
     files_below,
@@ -22,6 +21,7 @@ from retrodiff.databases.sources.walk import (
     is_picture,
     natural,
 )
+from retrodiff.databases.sources.zips import Zips
 from retrodiff.interfaces import Scale
 
 
