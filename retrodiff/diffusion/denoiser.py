@@ -226,7 +226,7 @@ class EDMDenoiser(Preconditioned):
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__(network)
-        real("sigma_data", sigma_data, above=0)
+        real("sigma_data", sigma_data, above=0, most=1e6)
         real("mean", mean)
         real("std", std, above=0)
         Karras(sigma_min, sigma_max)  # which says what is wrong with them
