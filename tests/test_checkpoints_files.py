@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from retrodiff.checkpoints.sharded import load_shards, save_sharded, write_tensors
+from retrodiff.checkpoints.sharded import load_shards, save_sharded
+from retrodiff.disk.tensors import write_tensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,

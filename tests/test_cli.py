@@ -171,3 +171,21 @@ def test_python_dash_m():
     command = [sys.executable, "-m", "retrodiff", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("retrodiff 0.")
+
+
+def test_a_picture_is_asked_as_a_build_embeds_it(built, tmp_path):
+    """Whole, not as a square: a wide picture of a database is its own nearest neighbor."""
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    for i in range(6):
+        pixels = torch.randint(0, 256, (30, 90, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(wide / f"{i}.png")
+    assert main(["database", "build", str(wide), str(tmp_path / "w.rdb"), *ENCODER]) == 0
+    command = ["sample", str(built / "model"), str(tmp_path / "out"), "--steps", "1"]
+    command += ["--database", str(tmp_path / "w.rdb"), "--image", str(wide / "3.png")]
+    assert main(command) == 0
+    described = json.loads((tmp_path / "out" / "generation.json").read_text())
+    first = described["images"][0]["neighbors"][0]
+    assert first["record"]["file"] == "3.png"
+    assert first["similarity"] > 0.9999

@@ -6,31 +6,16 @@ so on with ``name.safetensors.index.json``.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from retrodiff.disk.files import replacing, write_json
+from retrodiff.disk.files import write_json
+from retrodiff.disk.tensors import write_tensors
 from retrodiff.disk.untrusted import inside, read_json, read_tensors
 from retrodiff.text import printable
-
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def save_sharded(
@@ -77,28 +62,6 @@ def save_sharded(
     bytes_ = sum(tensor.nbytes for tensor in state.values())
     write_json(index, {"metadata": {"total_size": bytes_}, "weight_map": places})
     return [*files, index]
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """One safetensors file, with one contiguous copy of one tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[key] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().flatten()
-            file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 def load_shards(path: str | Path, name: str = "model") -> dict[str, Tensor]:

@@ -134,17 +134,15 @@ def _model(options: argparse.Namespace, parts: dict[str, Any]) -> Model:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """The argument of `Model.sample` that says what is asked."""
-    import torch
+    from retrodiff.pictures import to_image
 
     if options.prompt:
         return {"prompts": [p for p in options.prompt for _ in range(options.n)]}
     if options.classes:
         return {"classes": [c for c in options.classes for _ in range(options.n)]}
     if options.image:
-        from retrodiff.training.folder_images import read_square
-
-        images = [read_square(file, 224) for file in options.image]
-        return {"images": torch.stack(images).repeat_interleave(options.n, 0)}
+        # Whole pictures, as builds and searches embed them.
+        return {"images": [i for i in map(to_image, options.image) for _ in range(options.n)]}
     return {"n": options.n}
 
 
@@ -158,7 +156,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
     n = min(len(out), 32)
     words = next(iter(asked.values()))
     drawn = isinstance(words, int)
-    queries = ["(a row of the database)" if drawn else words[i] for i in range(n)]
+    queries = ["(a row of the database)" if drawn else _shown(words[i]) for i in range(n)]
     blank = torch.ones(3, 32, 32)
     pictures, captions = [], []
     for i, lines in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
@@ -168,6 +166,13 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
         captions.append(["sample", *(line for _, line in kept)])
     with replacing(file) as partial:
         contact_sheet(queries, pictures, captions).save(partial, format="PNG")
+
+
+def _shown(asked: Any) -> Any:
+    """A prompt or class as it is; a picture as floats."""
+    from retrodiff.pictures import to_float
+
+    return asked if isinstance(asked, str) else to_float(asked)
 
 
 def _picture(model: Model, row: int, blank: Any) -> Any:

@@ -16,7 +16,7 @@ from retrodiff.encoders.preprocessing import CenterCrop, ResizeShort
 from retrodiff.interfaces import Encoder
 from retrodiff.numbers import whole
 from retrodiff.pictures.converting import to_bytes, to_float
-from retrodiff.pictures.decoding import UnreadableImage, read_image
+from retrodiff.pictures.decoding import UnreadableImage
 from retrodiff.progress import progress_bar
 
 
@@ -87,11 +87,3 @@ def squared(image: Tensor, size: int) -> Tensor:
             f"{w} x {h} pixels: one side is more than {NARROWEST} times the other"
         )
     return to_float(CenterCrop(size).apply(ResizeShort(size).apply(image[None])))[0]
-
-
-def read_square(file: str | Path, size: int) -> Tensor:
-    """A picture file as (3, size, size) in [-1, 1]."""
-    try:
-        return squared(read_image(file), size)
-    except UnreadableImage as error:
-        raise ValueError(f"{file}: {error}") from error
