@@ -24,7 +24,7 @@ from retrodiff.databases import (
     delete_rows,
     open_database,
 )
-from retrodiff.disk.locks import writing
+from retrodiff.disk.locks import write_lock
 from retrodiff.indexes import Annoy, Exact
 from retrodiff.interfaces import Database, Encoder, Fingerprint, Query
 from retrodiff.retrieval import NearestNeighbors, Uniform
@@ -519,7 +519,7 @@ def test_options_of_an_exact_index_are_kept(database):
 
 def test_an_index_is_not_written_where_others_write(database):
     recipe = Annoy(trees=5, components=8)
-    with writing(database.path):
+    with write_lock(database.path):
         with pytest.raises(BlockingIOError, match="being written by another process: wait") as one:
             database.build_index(recipe, progress=False)
         assert "\n" not in str(one.value)

@@ -339,7 +339,7 @@ for folder, out, point, nth in {jobs!r}:
             left[0] -= name == point
             if name == point and left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-        shards.reached = work.reached = files.reached = reached
+        shards.fault_point = work.fault_point = files.fault_point = reached
         import_embeddings(out, rdm_parts(folder), mark, shard_rows=4, progress=False)
         os._exit(3)
     _, status = os.waitpid(child, 0)

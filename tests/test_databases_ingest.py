@@ -418,7 +418,7 @@ def kill_at(point, nth):
         nth -= name == point
         if name == point and nth == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-    edit.reached = work.reached = shards.reached = files.reached = reached
+    edit.fault_point = work.fault_point = shards.fault_point = files.fault_point = reached
 
 for job, point, nth, out, folder, options in {jobs!r}:
     child = os.fork()
@@ -491,7 +491,7 @@ def recorded_append(path, source, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(edit, "reached", killed)
+        patch.setattr(edit, "fault_point", killed)
         with pytest.raises(KeyboardInterrupt):
             append_to_database(path, source, Pooled(), progress=False)
     assert (path / "append.partial" / "build.json").is_file()
@@ -523,7 +523,7 @@ def test_an_unfinished_append_is_not_taken_for_a_recorded_one(tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(edit, "reached", killed)
+        patch.setattr(edit, "fault_point", killed)
         with pytest.raises(KeyboardInterrupt):
             append_to_database(tmp_path / "d", Images(pictures(2)), Pooled(), progress=False)
     with pytest.raises(FileExistsError, match="unfinished append"):

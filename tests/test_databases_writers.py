@@ -391,7 +391,7 @@ def test_a_finished_build_that_was_damaged_before_the_move(photos, tmp_path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "reached", killed)
+        patch.setattr(work, "fault_point", killed)
         with pytest.raises(Killed):
             build_database(tmp_path / "d", ImageFolder(photos), Pooled(), **SHARDS, **QUIET)
     file = tmp_path / "d.partial/vectors-000001.safetensors"
@@ -447,7 +447,7 @@ def test_a_build_killed_when_it_had_changed_places(photos, tmp_path, monkeypatch
 
     options = {"overwrite": True, **QUIET}
     with monkeypatch.context() as patch:
-        patch.setattr(files, "reached", killed)
+        patch.setattr(files, "fault_point", killed)
         with pytest.raises(Killed):
             build_database(path, ImageFolder(photos), Pooled(), **options)
     assert len(open_database(path)) == 9
@@ -495,7 +495,9 @@ def test_an_append_killed_at_any_file_it_removes(photos, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(
-                edit, "reached", lambda p, r=recorded: r.append(p) if p == "append recorded" else 0
+                edit,
+                "fault_point",
+                lambda p, r=recorded: r.append(p) if p == "append recorded" else 0,
             )
             patch.setattr(os, "unlink", counted(unlink))
             patch.setattr(os, "rmdir", counted(rmdir))

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from retrodiff.disk import files, locks
-from retrodiff.disk.files import check_free, place, plain_json, replacing, write_folder
-from retrodiff.disk.locks import writing
+from retrodiff.disk.files import atomic_write, check_free, place, plain_json, write_folder
+from retrodiff.disk.locks import write_lock
 
 MARKER = "things.json"
 
@@ -344,10 +344,10 @@ def test_folders_change_places_in_one_step(tmp_path):
 
 
 def test_files_appear_whole(tmp_path):
-    with pytest.raises(AttributeError), replacing(tmp_path / "a/b.txt") as partial:
+    with pytest.raises(AttributeError), atomic_write(tmp_path / "a/b.txt") as partial:
         partial.write_text("half").fails()
     assert list((tmp_path / "a").iterdir()) == []
-    with replacing(tmp_path / "a/b.txt") as partial:
+    with atomic_write(tmp_path / "a/b.txt") as partial:
         partial.write_text("whole")
     assert tree(tmp_path) == {"a/b.txt": "whole"}
 
@@ -394,8 +394,8 @@ def test_files_and_renames_are_made_to_last(tmp_path, monkeypatch):
 
 def hold(path: Path, seconds: float = 0.0) -> subprocess.Popen:
     code = (
-        "import sys, time; from pathlib import Path; from retrodiff.disk.locks import writing\n"
-        f"with writing(Path({str(path)!r})):\n"
+        "import sys, time; from pathlib import Path; from retrodiff.disk.locks import write_lock\n"
+        f"with write_lock(Path({str(path)!r})):\n"
         "    print('held', flush=True); time.sleep(float(sys.argv[1])); sys.stdin.read()\n"
     )
     child = subprocess.Popen(
@@ -410,19 +410,19 @@ def hold(path: Path, seconds: float = 0.0) -> subprocess.Popen:
 
 def test_one_writer_at_a_time(tmp_path):
     with (
-        writing(tmp_path),
+        write_lock(tmp_path),
         pytest.raises(BlockingIOError, match="is being written by another process: wait"),
-        writing(tmp_path),
+        write_lock(tmp_path),
     ):
         pass
     child = hold(tmp_path)
-    with pytest.raises(BlockingIOError), writing(tmp_path):
+    with pytest.raises(BlockingIOError), write_lock(tmp_path):
         pass
     child.kill()  # a killed writer leaves no lock
     child.wait()
     child.stdin.close()
     child.stdout.close()
-    with writing(tmp_path):
+    with write_lock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -437,10 +437,10 @@ def test_file_systems_without_locks(code, tmp_path, monkeypatch):
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
-    with writing(folder):
+    with write_lock(folder):
         assert (tmp_path / ".d.lock").is_file()
         with pytest.raises(BlockingIOError, match="being written by another process"):
-            with writing(folder):
+            with write_lock(folder):
                 pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
     save(tmp_path / "out", "old")
@@ -448,7 +448,7 @@ def test_file_systems_without_locks(code, tmp_path, monkeypatch):
     assert tree(tmp_path / "out") == WHOLE
     # The marker of a process that was killed on this machine is in nobody's way.
     (tmp_path / ".d.lock").write_text(f"{2**22 + 1}\n{__import__('socket').gethostname()}\n")
-    with writing(folder, 10):
+    with write_lock(folder, 10):
         pass
 
 
@@ -461,7 +461,7 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refused)
     monkeypatch.setattr(filelock.SoftFileLock, "acquire", refused)
     with pytest.warns(UserWarning, match=r"cannot be locked here \(Read-only file system\)"):
-        with writing(tmp_path):
+        with write_lock(tmp_path):
             pass
 
 
@@ -473,12 +473,12 @@ def test_the_lock_is_of_what_is_at_the_path_now(tmp_path):
 
     def wait():
         held.set()
-        with writing(path, 10):
+        with write_lock(path, 10):
             inodes.append(path.stat().st_ino)
-            with pytest.raises(BlockingIOError), writing(path):
+            with pytest.raises(BlockingIOError), write_lock(path):
                 pass
 
-    with writing(path):
+    with write_lock(path):
         thread = threading.Thread(target=wait)
         thread.start()
         held.wait()

@@ -35,7 +35,7 @@ from retrodiff.databases.build.ingest import ENGINES
 from retrodiff.databases.sources.folders import Source
 from retrodiff.databases.sources.formats import FORMATS
 from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
-from retrodiff.disk.files import replacing
+from retrodiff.disk.files import atomic_write
 from retrodiff.encoders import encoder_from_string
 from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
@@ -387,7 +387,7 @@ def _search(options: argparse.Namespace) -> int:
         for i, line in zip(row, lines, strict=True):
             print(f"  row {i}: " + line.replace("\n", " "))
     pictures = [[database.image(i) for i in row] for row in found.indices.tolist()]
-    with replacing(out) as partial:
+    with atomic_write(out) as partial:
         contact_sheet(queries, pictures, captions).save(partial, format=types.picture_format(out))
     print(f"contact sheet: {out}")
     return 0

@@ -151,7 +151,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
     import torch
 
     from retrodiff.databases import captions_of, contact_sheet
-    from retrodiff.disk.files import replacing
+    from retrodiff.disk.files import atomic_write
 
     n = min(len(out), 32)
     words = next(iter(asked.values()))
@@ -164,7 +164,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
         kept = [(row, line) for row, line in zip(rows, lines, strict=True) if row >= 0][:12]
         pictures.append([out.images[i], *(_picture(model, row, blank) for row, _ in kept)])
         captions.append(["sample", *(line for _, line in kept)])
-    with replacing(file) as partial:
+    with atomic_write(file) as partial:
         contact_sheet(queries, pictures, captions).save(partial, format="PNG")
 
 

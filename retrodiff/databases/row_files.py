@@ -19,14 +19,10 @@ from torch import Tensor
 from retrodiff.databases.digests import rows_digest
 from retrodiff.databases.manifest import AGAIN, Shard
 from retrodiff.databases.records import table_of
-from retrodiff.disk.files import replacing
+from retrodiff.disk.files import atomic_write, fault_point
 from retrodiff.disk.hashed import about_file, check_file
 from retrodiff.disk.tensors import map_tensors, write_tensors
 from retrodiff.text import printable
-
-
-def reached(point: str) -> None:
-    """A named moment of a build; fault tests end the process here."""
 
 
 class ShardBuffer:
@@ -78,19 +74,19 @@ class ShardBuffer:
             tensors = {"embeddings": embeddings, "norms": self.norms[: self.count]}
             name = f"vectors-{number:06d}.safetensors"
             files[name] = write_tensors(folder / name, tensors)
-            reached("vectors written")
+            fault_point("vectors written")
             name = f"records-{number:06d}.parquet"
-            with replacing(folder / name) as partial, partial.open("wb") as file:
+            with atomic_write(folder / name) as partial, partial.open("wb") as file:
                 pq.write_table(table_of(self.records), file, compression="zstd")
             files[name] = about_file(folder / name)
-            reached("records written")
+            fault_point("records written")
             if self.thumbnails:
                 name = f"thumbnails-{number:06d}.safetensors"
                 sizes = torch.tensor([0, *map(len, self.thumbnails)], dtype=torch.int64)
                 data = np.frombuffer(bytearray(b"".join(self.thumbnails)), np.uint8)
                 packed = {"offsets": sizes.cumsum(0), "bytes": torch.from_numpy(data)}
                 files[name] = write_tensors(folder / name, packed)
-                reached("thumbnails written")
+                fault_point("thumbnails written")
             shard = Shard(self.count, digest.result(), files, next_at, source)
         self.records, self.thumbnails, self.count = [], [], 0
         return shard

@@ -21,7 +21,7 @@ from retrodiff.databases.row_files import Thumbnails, map_shard, read_deleted
 from retrodiff.databases.searchable import Searchable, show
 from retrodiff.disk.files import REPLACED, given
 from retrodiff.disk.hashed import check_file
-from retrodiff.disk.locks import writing
+from retrodiff.disk.locks import write_lock
 from retrodiff.indexes import (
     Exact,
     Recall,
@@ -203,7 +203,7 @@ class EmbeddingDatabase(Searchable):
         place = self._home() / "indexes"
         check_index_place(place / recipe.name)  # before the work
         try:
-            with writing(self._home()):
+            with write_lock(self._home()):
                 return self.build_index(recipe, k=k, progress=progress, save=False)._save_index()
         finally:
             with suppress(OSError):
@@ -218,7 +218,7 @@ class EmbeddingDatabase(Searchable):
         if self.recipe.name == "exact":
             return self
         check_index_place(self._home() / "indexes" / self.recipe.name)
-        with writing(self._home()):
+        with write_lock(self._home()):
             return self._save_index()
 
     def _save_index(self) -> EmbeddingDatabase:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retrodiff.disk.locks import writing
+from retrodiff.disk.locks import write_lock
 from retrodiff.disk.plain import plain_json as plain_json
 
 Own = Callable[[Path], set[str]]
@@ -39,11 +39,11 @@ LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with writing(partial, WAIT, Path.touch):
+    with write_lock(partial, WAIT, Path.touch):
         try:
             yield partial
             with partial.open("rb+") as file:
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON that is the same for the same value."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         partial.write_text(text + "\n", "utf-8")
 
@@ -66,7 +66,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[st
     """Tensors and a header of strings."""
     from safetensors.torch import save_file
 
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         mode = partial.stat().st_mode
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, header)
         partial.chmod(mode)  # the library's is readable by its owner only
@@ -249,10 +249,10 @@ def write_folder(
     path = place(path)
     check_free(path, marker, overwrite, None)
     partial = beside(path)
-    with writing(partial, WAIT, _make):
+    with write_lock(partial, WAIT, _make):
         repair(path, marker, own)
         try:
-            with writing(path, WAIT) if path.exists() else nullcontext():
+            with write_lock(path, WAIT) if path.exists() else nullcontext():
                 check_free(path, marker, overwrite, own)
                 _clear(partial, marker)
                 with room_for(partial, f"make room, then try again; {path} is as it was"):
@@ -284,7 +284,7 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
     """
     sync_tree(partial)
     (partial / UNFINISHED).unlink(missing_ok=True)
-    reached("ready to move")
+    fault_point("ready to move")
     kept = f"what was made is kept in {partial}"
     if not os.path.lexists(path):
         try:
@@ -310,10 +310,10 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
         except OSError as error:
             (path / REPLACED).unlink()
             raise type(error)(f"{path} cannot be moved ({error.strerror}): {kept}") from None
-        reached("old folder moved")
+        fault_point("old folder moved")
         os.rename(partial, path)
     sync_folder(path.parent)
-    reached("folders exchanged")
+    fault_point("folders exchanged")
     with suppress(OSError):
         discard(old, own(old), path)
 
@@ -363,7 +363,7 @@ def room_for(folder: Path, way_out: str) -> Iterator[None]:
         raise OSError(f"no room to write into {folder} ({reason}): {way_out}") from error
 
 
-def reached(point: str) -> None:
+def fault_point(point: str) -> None:
     """A named moment of a write; fault tests end the process here."""
 
 

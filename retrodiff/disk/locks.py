@@ -23,7 +23,7 @@ PAUSE = 0.02
 
 
 @contextmanager
-def writing(
+def write_lock(
     path: Path, wait: float = 0.0, make: Callable[[Path], object] | None = None
 ) -> Iterator[None]:
     """Holds the lock of a file or folder until the end of the block.

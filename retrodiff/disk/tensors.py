@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from retrodiff.disk.files import replacing
+from retrodiff.disk.files import atomic_write
 from retrodiff.disk.hashed import HASH, compared, was_compared
 
 HEADER = 64 * 1024**2
@@ -75,7 +75,7 @@ def write_tensors(
     Raises:
         ValueError: a tensor's type has no name in such files.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         digest = _write(file, tensors, metadata or {})
         return {"bytes": file.tell(), "sha256": digest}
 
@@ -84,7 +84,7 @@ def write_hashed_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a file that carries its SHA-256; arguments and errors are those of `write_tensors`."""
-    with replacing(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         digest = _write(file, tensors, {**(metadata or {}), HASH: BLANK})
         put_hash(file, digest)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.disk.tensors import map_tensors, write_tensors
-from retrodiff.indexes.axes import principal_axes, rank_again
+from retrodiff.indexes.axes import principal_axes, rerank
 from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
@@ -106,7 +106,7 @@ class AnnoyIndex(Index):
             )
             for point in points.tolist()
         ]
-        return rank_again(self.vectors, queries, found, k)
+        return rerank(self.vectors, queries, found, k)
 
 
 def check_annoy() -> None:

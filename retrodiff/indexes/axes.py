@@ -38,7 +38,7 @@ def leading_axes(moment: Tensor, components: int) -> Tensor:
     return vectors[:, -components:].flip(1).float().contiguous()
 
 
-def rank_again(
+def rerank(
     vectors: Vectors, queries: Tensor, found: Sequence[Tensor], k: int
 ) -> tuple[Tensor, Tensor]:
     """Candidates of each query -> similarity (b, k) and indices (b, k) by exact cosine."""

@@ -66,7 +66,7 @@ class Candidates:
         """(b,) a score to be handed in that is lower does not belong to one of the k nearest."""
         return self.least - self.margin
 
-    def reached(self, cosine: Tensor) -> None:
+    def raise_least(self, cosine: Tensor) -> None:
         """Takes note of a true cosine (b,) that k rows are known to reach for each query."""
         self.least = torch.maximum(self.least, cosine)
 
@@ -107,7 +107,7 @@ class Candidates:
         kth = order[place == self.k - 1]
         reached = torch.full_like(self.least, -torch.inf)
         cosine = (1 - less[kth] - self.margin).float()
-        self.reached(reached.scatter_(0, query[kth], cosine))
+        self.raise_least(reached.scatter_(0, query[kth], cosine))
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
         query, row, less = (torch.cat(part) for part in zip(*self._found, strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.axes import rerank
 from retrodiff.indexes.vectors import Vectors, check_numbers, check_search, unit64, unit_rows
 from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
@@ -85,7 +85,7 @@ class CuVSIndex(Index):
         _, ids = cagra.search(parameters, self.graph, points, n)
         rows = torch.from_numpy(ids.copy_to_host().astype(np.int64))
         found = [row[(row >= 0) & (row < len(self.vectors))] for row in rows]
-        return rank_again(self.vectors, queries, found, k)
+        return rerank(self.vectors, queries, found, k)
 
 
 def _import_cagra() -> Any:

@@ -168,7 +168,7 @@ class _Pass:
         self.planned, self.pause, self.pauses = 0, 0, 1
         if sampled is not None and best.k <= len(sampled[0]):
             cosine = queries @ sampled[0].T
-            best.reached(cosine.topk(best.k, dim=1).values[:, -1] - best.margin)
+            best.raise_least(cosine.topk(best.k, dim=1).values[:, -1] - best.margin)
 
     def block(self, start: int, rows: Tensor, scale: Tensor) -> None:
         """The next rows (n, d), and the scale (n,) that makes unit rows of them."""
@@ -197,7 +197,7 @@ class _Pass:
         maxima = tiles.amax(1)
         if len(maxima) >= best.k and not bool(best.least.isfinite().all()):
             # k tiles reach this value, so k rows do.
-            best.reached(maxima.topk(best.k, dim=0).values[-1] - best.margin)
+            best.raise_least(maxima.topk(best.k, dim=0).values[-1] - best.margin)
         tile, query = (maxima >= best.floor).nonzero(as_tuple=True)
         row, query, score = self._among(tiles, tile, query, best.floor)
         best.add(query, start + row, score)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.axes import rerank
 from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
@@ -99,7 +99,7 @@ class FaissIndex(Index):
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
         _, ids = self.index.search(unit64(queries.cpu()).float().numpy(), n)
         found = [row[row >= 0] for row in torch.from_numpy(ids)]
-        return rank_again(self.vectors, queries, found, k)
+        return rerank(self.vectors, queries, found, k)
 
 
 def _import_faiss() -> Any:

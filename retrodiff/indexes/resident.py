@@ -84,7 +84,7 @@ class ResidentIndex(Index):
         for start, values, scale in self._chunks(len(queries), hidden):
             maxima = tile_maxima(values, scale, narrow)
             if len(maxima) >= k:  # k tiles reach this value, so k rows do
-                best.reached(maxima.topk(k, dim=0).values[-1] - coarse)
+                best.raise_least(maxima.topk(k, dim=0).values[-1] - coarse)
             tile, query = (maxima >= best.least - coarse).nonzero(as_tuple=True)
             for at in torch.arange(len(tile), device=self.device).split(_PAIRS):
                 rows, score = _rescored(values, scale, tile[at], single, query[at])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.axes import rerank
 from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
@@ -113,7 +113,7 @@ class ScaNNIndex(Index):
             torch.from_numpy(row[np.isfinite(score)].astype(np.int64))
             for row, score in zip(np.asarray(ids), np.asarray(scores), strict=True)
         ]
-        return rank_again(self.vectors, queries, found, k)
+        return rerank(self.vectors, queries, found, k)
 
 
 def _check_inside(assets: Path) -> None:

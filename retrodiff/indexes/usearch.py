@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.indexes.axes import rank_again
+from retrodiff.indexes.axes import rerank
 from retrodiff.indexes.interruptible import heard
 from retrodiff.indexes.vectors import (
     Vectors,
@@ -102,4 +102,4 @@ class USearchIndex(Index):
         found = [
             torch.from_numpy(self.graph.search(point, n).keys.astype(np.int64)) for point in points
         ]
-        return rank_again(self.vectors, queries, found, k)
+        return rerank(self.vectors, queries, found, k)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retrodiff.disk.files import make_folder, room_for, sync_folder
 from retrodiff.disk.hashed import HASH
-from retrodiff.disk.locks import writing
+from retrodiff.disk.locks import write_lock
 from retrodiff.disk.tensors import BLANK, Tensors, header, map_file, put_hash, read_header
 from retrodiff.progress import progress_bar
 
@@ -110,7 +110,7 @@ def tabulated(
         )
     make_folder(path.parent)
     way_out = "make room, then continue (resume=True)"
-    with writing(begun.partial, make=Path.touch), room_for(path.parent, way_out):
+    with write_lock(begun.partial, make=Path.touch), room_for(path.parent, way_out):
         begun.finish(batches, resume)
     return map_table(path)[0]
 

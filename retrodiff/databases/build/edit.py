@@ -21,13 +21,20 @@ from retrodiff.databases.build.ingest import Build, Engine
 from retrodiff.databases.build.work import MAKE_ROOM, Work, clear, read_work
 from retrodiff.databases.manifest import BUILD, LOG, MANIFEST, Manifest
 from retrodiff.databases.records import TEXT
-from retrodiff.databases.row_files import reached
 from retrodiff.databases.searchable import row_numbers
 from retrodiff.databases.sources.folders import Source, check_ids, state_of
 from retrodiff.databases.sources.skipped import warn_of
 from retrodiff.databases.store import EmbeddingDatabase
-from retrodiff.disk.files import make_folder, place, plain_json, replacing, room_for, sync_folder
-from retrodiff.disk.locks import writing
+from retrodiff.disk.files import (
+    atomic_write,
+    fault_point,
+    make_folder,
+    place,
+    plain_json,
+    room_for,
+    sync_folder,
+)
+from retrodiff.disk.locks import write_lock
 from retrodiff.disk.tensors import write_tensors
 from retrodiff.interfaces import Encoder
 
@@ -59,7 +66,7 @@ def append_to_database(
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
         raise ValueError(f"encoder and {path} disagree: {what}: append with the encoder it has")
     partial = path / "append.partial"
-    with writing(path):
+    with write_lock(path):
         database = EmbeddingDatabase.at(path)
         manifest = database.manifest
         if (recorded := _recorded(partial, manifest)) is not None:
@@ -99,7 +106,7 @@ def append_to_database(
                     # Linked, not moved: a kill here leaves the append complete, to be resumed.
                     _link(partial / name, path / name)
             sync_folder(path)
-            reached("append linked")
+            fault_point("append linked")
             text = {name: added.settings[name] for name in (TEXT,) if name in added.settings}
             replace(
                 manifest,
@@ -109,7 +116,7 @@ def append_to_database(
                 sources=manifest.sources + added.sources,
                 trusted=manifest.roots | added.roots,
             ).write(path / MANIFEST)
-            reached("append recorded")
+            fault_point("append recorded")
         _remove(partial)
     warn_of(added.skipped)
     return EmbeddingDatabase.at(path)
@@ -123,7 +130,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         rows: row numbers, as they are now; for a condition, ``database.where(...).rows``.
     """
     path = _own_folder(path)
-    with writing(path):
+    with write_lock(path):
         database = EmbeddingDatabase.at(path)
         make_folder(path)  # says in one line if nothing can be written
         chosen = row_numbers(rows).unique()
@@ -137,7 +144,7 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
         name = f"deleted-{hashlib.sha256(hidden.numpy().tobytes()).hexdigest()[:12]}.safetensors"
         with room_for(path, "make room, then try again; nothing was deleted"):
             about = write_tensors(path / name, {"rows": hidden})
-            reached("deletion written")
+            fault_point("deletion written")
             deleted = {"file": name, "rows": len(hidden), **about}
             replace(database.manifest, deleted=deleted).write(path / MANIFEST)
     return EmbeddingDatabase.at(path)
@@ -172,7 +179,7 @@ def _remove(partial: Path) -> None:
     for file in partial.iterdir():
         if file.name not in (BUILD, LOG):
             file.unlink()
-    reached("append half removed")
+    fault_point("append half removed")
     clear(partial)
     partial.rmdir()
 
@@ -183,5 +190,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with replacing(target) as partial:
+        with atomic_write(target) as partial:
             shutil.copyfile(source, partial)

@@ -29,24 +29,24 @@ from retrodiff.databases.records import (
     one_schema,
     read_schema,
 )
-from retrodiff.databases.row_files import reached
 from retrodiff.databases.store import EmbeddingDatabase, unfinished
 from retrodiff.disk.files import (
     REPLACED,
+    atomic_write,
     beside,
     check_free,
+    fault_point,
     foreign,
     make_folder,
     place,
     plain_json,
     put,
     repair,
-    replacing,
     room_for,
     sync,
 )
 from retrodiff.disk.hashed import about_file
-from retrodiff.disk.locks import writing
+from retrodiff.disk.locks import write_lock
 from retrodiff.indexes.saved import own_index_files
 
 _FILES = re.compile(
@@ -124,13 +124,13 @@ class Work:
         self._log(shard, skipped[self._logged :])
         shards = (*self.manifest.shards, shard)
         self.manifest = replace(self.manifest, shards=shards, skipped=tuple(skipped))
-        reached("shard recorded")
+        fault_point("shard recorded")
 
     def _begin(self) -> None:
         """Writes down what the work depends on."""
         self.manifest.write(self.folder / BUILD)
         self._chain = _sha256((self.folder / BUILD).read_bytes().hex())
-        with replacing(self.folder / LOG) as partial:
+        with atomic_write(self.folder / LOG) as partial:
             partial.write_text(self._line({"state": self.state}))
 
     def _line(self, entry: Any) -> str:
@@ -234,8 +234,8 @@ def make_database(
             return found
     check_place(path, resume=resume, overwrite=overwrite)
     with (
-        writing(path) if path.exists() else nullcontext(),
-        writing(partial, make=make_folder),
+        write_lock(path) if path.exists() else nullcontext(),
+        write_lock(partial, make=make_folder),
         _no_empty_folder(partial),
     ):
         repair(path, MANIFEST, own_files)
@@ -246,7 +246,7 @@ def make_database(
             done = Work(partial, plan, state=state).run(resume, fill)
             if not (partial / MANIFEST).is_file():
                 done.write(partial / MANIFEST)
-            reached("manifest written")
+            fault_point("manifest written")
             for name in (BUILD, LOG):
                 (partial / name).unlink(missing_ok=True)
             put(partial, path, MANIFEST, own_files, overwrite)
