@@ -259,13 +259,13 @@ def use_proposal(folder: Path) -> Any:
 def train(folder: Path, steps: int) -> Any:
     """A run of the training loop, begun or continued."""
     from retrodiff.training.ema import NamedEMA
-    from retrodiff.training.optimize import optimize
+    from retrodiff.training.optimize import Part, optimize
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 1))
 
-    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        return module(torch.randn(4, 6, generator=generator)).square().mean()
+    def loss(trained: torch.nn.Module, part: Part) -> torch.Tensor:
+        return trained(torch.randn(4, 6, generator=part.generator)).square().mean()
 
     file = folder / "t.safetensors"
     optimize(module, loss, steps=steps, lr=1e-2, ema=NamedEMA(module, 0.9), checkpoint=file,

@@ -24,6 +24,8 @@ def full_precision() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+        if torch.compiler.is_compiling():
+            matmul = None  # it cannot be traced
         allowed = getattr(matmul, "fp32_precision", "none")
         if allowed not in ("none", "ieee"):
             matmul.fp32_precision = "ieee"

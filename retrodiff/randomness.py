@@ -94,7 +94,7 @@ class _Stream:
 def uniform(
     generator: torch.Generator | None, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Numbers in [0, 1) on the CPU.
+    """Numbers in [0, 1), on the CPU, or where a torch generator of another device is.
 
     Args:
         generator: a `Randomness` of b rows, any other torch generator, or None: torch's global one.
@@ -104,7 +104,8 @@ def uniform(
     if isinstance(generator, Randomness):
         kind: Any = np.float64 if dtype == torch.float64 else np.float32
         return generator.draw(shape, lambda rng: rng.random(tuple(shape[1:]), kind)).to(dtype)
-    return torch.rand(tuple(shape), generator=generator, dtype=dtype)
+    device = None if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
 def normal(

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from parts import HashingEncoder, small_network
+from parts import HashingEncoder, small_recipe
 
 from retrodiff.builder import Builder
-from retrodiff.diffusion import (
-    ClassifierFree,
-    DPMpp2M,
-    Dropped,
-    EDMDenoiser,
-    NeighborEmbeddings,
-)
 from retrodiff.interfaces import Database
 from retrodiff.model import Model
 from retrodiff.testing import small_database
@@ -52,16 +45,7 @@ def database() -> Database:
 
 @pytest.fixture
 def recipe(encoder: HashingEncoder, database: Database) -> Builder:
-    return (
-        Builder()
-        .encoder(encoder)
-        .database(database)
-        .conditioner(Dropped(NeighborEmbeddings("raw"), 0.1))
-        .denoiser(EDMDenoiser(small_network()))
-        .sampler(DPMpp2M())
-        .guidance(ClassifierFree(2.0))
-        .defaults(k=4, steps=3)
-    )
+    return small_recipe(encoder, database)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrodiff.interfaces import Fingerprint, TextEncoder
+from retrodiff.builder import Builder
+from retrodiff.diffusion import ClassifierFree, DPMpp2M, Dropped, EDMDenoiser, NeighborEmbeddings
+from retrodiff.interfaces import Database, Fingerprint, TextEncoder
 from retrodiff.networks.dit import DiT
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -50,3 +52,17 @@ def small_network(dim: int = 8, stream: str = "neighbors") -> DiT:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     return net
+
+
+def small_recipe(encoder: HashingEncoder, database: Database) -> Builder:
+    """A model of the smallest network, not built yet."""
+    return (
+        Builder()
+        .encoder(encoder)
+        .database(database)
+        .conditioner(Dropped(NeighborEmbeddings("raw"), 0.1))
+        .denoiser(EDMDenoiser(small_network()))
+        .sampler(DPMpp2M())
+        .guidance(ClassifierFree(2.0))
+        .defaults(k=4, steps=3)
+    )

@@ -115,7 +115,7 @@ def test_two_trainings_do_not_take_turns_in_one_file(recipe, data, path, tmp_pat
 def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(path):
     module, loss, options = linear(path)
 
-    def break_weights(done):
+    def break_weights(done, loss, lr):
         if done == 6:
             module.weight.data[0, 1] = torch.inf
 
@@ -128,8 +128,8 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(path):
 def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(path):
     module, loss, options = linear(path)
 
-    def broken(step, generator):
-        return loss(step, generator) * (torch.nan if step == 5 else 1)
+    def broken(module, part):
+        return loss(module, part) * (torch.nan if part.step == 5 else 1)
 
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5.*keeps .* 4 steps"):
         optimize(module, broken, **options)

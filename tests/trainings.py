@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from parts import HashingEncoder, small_network
+from parts import HashingEncoder, small_network, small_recipe
 from torch import nn
 
 from retrodiff.retrieval import NearestNeighbors
+from retrodiff.testing import small_database
 from retrodiff.training import TrainingSet, constant, fit
 
 
@@ -16,6 +17,12 @@ def small_data(database, encoder=None, n=20, k=4, seed=0):
     images = (torch.rand(n, 1, 1, 1, generator=generator) * 2 - 1).expand(-1, 1, 8, 8)
     encoder = encoder or HashingEncoder()
     return TrainingSet.of(images.clone(), encoder, database, NearestNeighbors(), k, progress=False)
+
+
+def made():
+    """Recipe and data, as the fixtures make them."""
+    database = small_database(rows=40, dim=8, seed=0)
+    return small_recipe(HashingEncoder(), database), small_data(database)
 
 
 def run(recipe, data, **options):
@@ -60,8 +67,8 @@ def linear(path, **options):
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
 
-    def loss(step, generator):
-        return (module(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+    def loss(module, part):
+        return (module(torch.randn(8, 3, generator=part.generator)) - 1).square().mean()
 
     settings = {"steps": 9, "lr": 1e-2, "progress": False, "checkpoint": path}
     return module, loss, {**settings, "checkpoint_every": 2, **options}

@@ -29,6 +29,7 @@ from retrodiff.diffusion.schedule import Karras, LinearFlow, ScaledLinear
 from retrodiff.interfaces import Context, Schedule
 from retrodiff.numbers import real
 from retrodiff.precision import full_precision
+from retrodiff.randomness import normal, uniform
 
 
 class Scalings(NamedTuple):
@@ -190,7 +191,8 @@ class EpsDenoiser(Preconditioned):
 
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Uniform over the integer timesteps."""
-        t = torch.randint(self._schedule.length, (n,), generator=generator)
+        length = self._schedule.length
+        t = (uniform(generator, (n,), torch.float64) * length).long().cpu()
         return self._schedule.table[t].float()
 
 
@@ -256,7 +258,7 @@ class EDMDenoiser(Preconditioned):
 
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Log-normal."""
-        return (self.mean + self.std * torch.randn(n, generator=generator)).exp()
+        return (self.mean + self.std * normal(generator, (n,))).exp()
 
 
 class FlowDenoiser(Preconditioned):
@@ -304,4 +306,4 @@ class FlowDenoiser(Preconditioned):
 
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """logit(t) normal, so that sigma = t / (1 - t) is log-normal."""
-        return (self.mean + self.std * torch.randn(n, generator=generator)).exp()
+        return (self.mean + self.std * normal(generator, (n,))).exp()

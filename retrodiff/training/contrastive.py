@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrodiff.encoders import CLIPEncoder, TimmEncoder
 from retrodiff.interfaces import unit
 from retrodiff.numbers import real, whole
 from retrodiff.training.images import as_images, pixels
-from retrodiff.training.optimize import optimize
+from retrodiff.training.optimize import Part, optimize
 from retrodiff.training.rates import LearningRate
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -67,7 +67,8 @@ def fit_clip(
     which = torch.tensor([number[text] for text in captions])
     tokens = encoder.tokenize(distinct)
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
+    def loss(_: nn.Module, part: Part) -> Tensor:
+        generator = part.generator
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         batch = pixels(shown, rows)
         batch = batch if augment is None else augment(batch, generator)
@@ -129,7 +130,8 @@ def fit_views(
     if len(images) < 2:
         raise ValueError("one image has no others to be compared with: give two or more")
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
+    def loss(_: nn.Module, part: Part) -> Tensor:
+        generator = part.generator
         rows = torch.randperm(len(images), generator=generator)[:batch_size]
         batch = pixels(shown, rows)
         views = torch.cat([augment(batch, generator), augment(batch, generator)])

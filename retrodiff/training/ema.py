@@ -22,11 +22,13 @@ class NamedEMA:
     Args:
         module: whose parameters are averaged, after it was moved and wrapped.
         decay: per update, 0 to 1; the first updates use (1 + n) / (10 + n) where that is smaller.
+        name: what it is called in checkpoints; each average of a training has its own.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, name: str = "ema") -> None:
         from torch_ema import ExponentialMovingAverage
 
+        self.name = name
         self.decay = real("ema", decay, 0, 1)
         self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._average: Any = ExponentialMovingAverage([p for _, p in self._named], self.decay)

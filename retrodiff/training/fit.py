@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,21 @@ from retrodiff.checkpoints.native import describe
 from retrodiff.disk.files import plain_json
 from retrodiff.encoders.fingerprint import weights_hash
 from retrodiff.model import Model
-from retrodiff.numbers import whole
+from retrodiff.numbers import is_real, whole
 from retrodiff.training.checkpoint import disagreement, read_state
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.objective import Objective
-from retrodiff.training.optimize import optimize
+from retrodiff.training.optimize import Part, Precision, optimize
+from retrodiff.training.optimizers import OptimizerName, Optimizers
 from retrodiff.training.parts import TRAINED, copied, trainable_modules
+from retrodiff.training.processes import Processes
 from retrodiff.training.rates import LearningRate
+from retrodiff.training.resuming import Kept
+from retrodiff.training.watching import Moment, Watcher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,13 @@ class FitResult:
         model: with the averaged weights.
         losses: of every step (steps,).
         snapshots: the model with the averaged weights of earlier steps, by step.
+        averages: the model with each of the averages, by decay.
     """
 
     model: Model
     losses: Tensor
     snapshots: dict[int, Model]
+    averages: dict[float, Model]
 
 
 def fit(
@@ -48,14 +58,21 @@ def fit(
     steps: int,
     batch_size: int,
     lr: LearningRate | float,
-    ema: float = 0.9999,
+    optimizer: OptimizerName | Optimizers = "adamw",
     weight_decay: float = 0.0,
+    clip: float = 1.0,
+    precision: Precision = "float32",
+    accumulate: int = 1,
+    compile: bool = False,
+    ema: float | Sequence[float] = 0.9999,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
     overwrite: bool = False,
     snapshots: Sequence[int] = (),
+    watch: Sequence[Watcher] = (),
+    accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains denoiser and conditioner; the model that is given stays as it was.
@@ -73,16 +90,29 @@ def fit(
         model: what is trained.
         data: images and neighbors.
         steps: steps in all.
-        batch_size: images per step.
+        batch_size: images per step, of all processes and backward passes together.
         lr: learning rate: a number, or by step such as ``constant(1e-4, warmup=100)``, the paper's.
-        ema: decay of the average; the paper's 0.9999 is for hundreds of thousands of steps.
-        weight_decay: of AdamW.
+        optimizer: ``"adamw"``, the paper's; ``"muon"``: Muon for matrices and kernels, AdamW for
+            the rest; or a function, see `optimize`.
+        weight_decay: of AdamW and Muon.
+        clip: largest gradient norm.
+        precision: of products and convolutions: ``"float32"``, ``"bfloat16"`` (autocast; weights
+            stay float32), or ``"auto"``: bfloat16 where the processor multiplies it faster.
+        accumulate: backward passes of each process per step, each with a part of the batch: less
+            memory, the same result up to rounding.
+        compile: run the network through ``torch.compile`` while it is trained.
+        ema: decay of the average, or of several averages; the paper's 0.9999 is for hundreds of
+            thousands of steps. With several, ``model`` has the first; see ``averages``.
         seed: of everything random. The same seed gives the same weights.
         checkpoint: file that keeps the state, to resume from after an interruption.
         checkpoint_every: steps between checkpoints.
         resume: continue from the checkpoint; where there is none, start.
         overwrite: replace the checkpoint of another training.
-        snapshots: steps at which the averaged model is kept as well.
+        snapshots: steps at which the (first) averaged model is kept as well.
+        watch: told of every step, such as `HeldOut` and `Grids`; they change nothing.
+        accelerator: of Hugging Face accelerate, where several processes train together; None: one
+            is made where ``accelerate launch`` or ``torchrun`` started several. The model must be
+            on this process's device.
         progress: show a bar.
 
     Raises:
@@ -98,36 +128,73 @@ def fit(
     if wanted and max(wanted) > steps:
         raise ValueError(f"snapshots={max(wanted)} comes after the last step, steps={steps}")
     _check(model, data)
+    processes = Processes(accelerator)
+    _check_parts(batch_size, processes.count, whole("accumulate", accumulate))
     objective = Objective(copied(model))
-    average = NamedEMA(objective, ema)
-    earlier = Snapshots(average, wanted)
+    device = _device(objective, processes)
+    averages = _averages(objective, ema)
+    earlier = Snapshots(averages[0], wanted)
+    started = time.monotonic()
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = data.rows_at(step, batch_size, seed)
+    def loss(module: nn.Module, part: Part) -> Tensor:
+        rows = data.rows_at(part.step, batch_size, seed)[part.rows(batch_size)]
         images, query, neighbors = data.batch(rows, model.k)
-        return objective(images, query, neighbors, generator).mean()
+        return module(images, query, neighbors, part.randomness(batch_size, device)).mean()
 
+    def after(done: int, value: float, rate: float) -> None:
+        earlier.take(done)
+        if not processes.main:
+            return
+        for watcher in watch:
+            watcher.look(
+                Moment(
+                    done=done,
+                    steps=steps,
+                    loss=value,
+                    lr=rate,
+                    images=done * batch_size,
+                    seconds=time.monotonic() - started,
+                    averaged=lambda: _with(objective.model, averages[0].state()),
+                )
+            )
+
+    def begin(done: int) -> None:
+        for watcher in watch if processes.main else ():
+            watcher.begin(done)
+
+    kept: dict[str, Kept] = {"snapshots": earlier} if wanted else {}
+    kept |= {f"watch{i}": watcher for i, watcher in enumerate(watch)}
+    if compile:
+        objective.model.compile()
     losses = optimize(
         objective,
         loss,
         steps=steps,
         lr=lr,
+        optimizer=optimizer,
         weight_decay=weight_decay,
+        clip=clip,
+        precision=precision,
+        accumulate=accumulate,
         seed=seed,
-        ema=average,
+        ema=averages,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
         run={} if checkpoint is None else _run(model, data, batch_size, wanted),
-        kept={"snapshots": earlier} if wanted else None,
-        after=earlier.take,
+        kept=kept,
+        begin=begin,
+        after=after,
+        processes=processes,
         progress=progress,
     )
+    by_decay = {each.decay: _with(objective.model, each.state()) for each in averages}
     return FitResult(
-        _with(objective.model, average.state()),
+        by_decay[averages[0].decay],
         losses,
         {step: _with(objective.model, state) for step, state in sorted(earlier.taken.items())},
+        by_decay,
     )
 
 
@@ -214,6 +281,35 @@ def _with(model: Model, average: dict[str, Tensor], path: Path | None = None) ->
     if hasattr(twin.denoiser, "untrained"):
         twin.denoiser.untrained = False  # type: ignore[attr-defined]
     return twin
+
+
+def _averages(objective: Objective, decays: float | Sequence[float]) -> list[NamedEMA]:
+    """One average for each decay; the first is called ``ema`` in checkpoints."""
+    given = [decays] if is_real(decays) else list(cast("Sequence[float]", decays))
+    if not given or len(set(given)) < len(given):
+        raise ValueError(f"ema={decays!r}: give one decay, or several that differ")
+    return [NamedEMA(objective, d, f"ema{i}" if i else "ema") for i, d in enumerate(given)]
+
+
+def _check_parts(batch_size: int, processes: int, accumulate: int) -> None:
+    """Refuses a batch that cannot be shared out equally."""
+    if batch_size % (processes * accumulate):
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared out equally over {processes} processes with "
+            f"accumulate={accumulate}: give a multiple of {processes * accumulate}"
+        )
+
+
+def _device(objective: Objective, processes: Processes) -> torch.device:
+    """Where the weights are; refused where that is not this process's device."""
+    device = next(objective.parameters()).device
+    mine = processes.device
+    if mine is not None and (mine.type, mine.index or 0) != (device.type, device.index or 0):
+        raise ValueError(
+            f"the model is on {device}, but process {processes.index} trains on {mine}: move it "
+            "there first, model.to(accelerator.device)"
+        )
+    return device
 
 
 def _check(model: Model, data: TrainingSet) -> None:

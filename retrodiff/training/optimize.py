@@ -1,4 +1,4 @@
-"""The training loop that all share: AdamW, an average, checkpoints that resume exactly.
+"""The training loop that all share: parts of a batch, autocast, an average, exact checkpoints.
 
 Step s of seed a always sees the same randomness, whatever happened before it, so a run that was
 killed and resumed ends with the same weights as one that was not.
@@ -8,62 +8,105 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from retrodiff.disk.files import plain_json
-from retrodiff.interrupts import postponed
+from retrodiff.interrupts import Interruption, Postponed, postponed
 from retrodiff.numbers import real, whole
 from retrodiff.progress import progress_bar
-from retrodiff.training.checkpoint import ANEW, Checkpoint, State, disagreement
+from retrodiff.randomness import Randomness
+from retrodiff.training.checkpoint import Checkpoint, State
 from retrodiff.training.ema import NamedEMA
-from retrodiff.training.rates import (
-    LARGEST,
-    LearningRate,
-    described,
-    learning_rate,
-    rate_disagreement,
+from retrodiff.training.optimizers import (
+    OptimizerName,
+    Optimizers,
+    get_optimizers,
+    multiplies_bfloat16,
 )
+from retrodiff.training.processes import Processes
+from retrodiff.training.rates import LARGEST, LearningRate, described, learning_rate
+from retrodiff.training.resuming import Kept, check_same, restore, tensors_of
 from retrodiff.training.seeds import derived
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter."""
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
-class Kept(Protocol):
-    """Something that grows during a training and belongs into its checkpoints."""
+@dataclass(frozen=True)
+class Part:
+    """What one backward pass works on: all of a step's batch, or one of equal parts of it.
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors by name."""
-        ...
+    Args:
+        step: number of the step.
+        seed: of the training.
+        index: of ``count`` parts, which gradient accumulation and processes share out.
+        count: 1 where a step is one backward pass in one process.
+    """
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` returned."""
-        ...
+    step: int
+    seed: int
+    index: int = 0
+    count: int = 1
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The step's randomness; all parts of a step draw the same."""
+        return derived(self.seed, "step", self.step)
+
+    def rows(self, batch_size: int) -> slice:
+        """Which rows of the step's batch belong to this part."""
+        each = batch_size // self.count
+        return slice(self.index * each, (self.index + 1) * each)
+
+    def randomness(self, batch_size: int, device: torch.device | None = None) -> torch.Generator:
+        """Randomness of this part's rows.
+
+        On a CPU it belongs to the rows: however a batch is shared out, a row draws the same. On
+        another device the part has one generator there.
+        """
+        if device is not None and device.type != "cpu":
+            number = self.step * self.count + self.index
+            generator = torch.Generator(device)
+            return generator.manual_seed(derived(self.seed, "part", number).initial_seed())
+        rows = self.rows(batch_size)
+        first = self.step * batch_size
+        return Randomness.of(self.seed, range(first + rows.start, first + rows.stop), "training")
+
+
+Loss = Callable[[nn.Module, Part], Tensor]
+"""The module (averaging gradients over processes when it is called) and a part -> its loss."""
 
 
 def optimize(
     module: nn.Module,
-    loss: Callable[[int, torch.Generator], Tensor],
+    loss: Loss,
     *,
     steps: int,
     lr: LearningRate | float,
+    optimizer: OptimizerName | Optimizers = "adamw",
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    precision: Precision = "float32",
+    accumulate: int = 1,
     seed: int = 0,
-    ema: NamedEMA | None = None,
+    ema: NamedEMA | Iterable[NamedEMA] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
     kept: Mapping[str, Kept] | None = None,
-    after: Callable[[int], None] | None = None,
+    begin: Callable[[int], None] | None = None,
+    after: Callable[[int, float, float], None] | None = None,
+    processes: Processes | None = None,
     progress: bool = True,
     what: str = "training",
 ) -> Tensor:
@@ -75,13 +118,17 @@ def optimize(
 
     Args:
         module: whose parameters are trained.
-        loss: step number and its randomness -> scalar.
+        loss: (module, `Part`) -> scalar, the mean over that part of the batch.
         steps: steps in all; a training that is continued may have more than before.
         lr: learning rate: a number, `constant`, `cosine`, or a function of the step.
-        weight_decay: of AdamW.
+        optimizer: ``"adamw"``, ``"muon"``, or parameters by name -> optimizers.
+        weight_decay: of the optimizers by name.
         clip: largest gradient norm.
+        precision: of products and convolutions: ``"float32"``, ``"bfloat16"`` (autocast; weights
+            stay float32), or ``"auto"``: bfloat16 where the processor multiplies it faster.
+        accumulate: backward passes of each process per step, each with a part of the batch.
         seed: of the steps' randomness.
-        ema: updated after every step.
+        ema: averages, updated after every step.
         checkpoint: file that receives the state every ``checkpoint_every`` steps, at the end, and
             when the loop is interrupted; written whole or not at all.
         checkpoint_every: steps between checkpoints.
@@ -89,7 +136,9 @@ def optimize(
         overwrite: replace the checkpoint of another training.
         run: what else must be the same when the training is continued, as JSON-able values.
         kept: what else belongs into a checkpoint, by name.
-        after: told the number of steps done.
+        begin: told the number of steps done before the first one.
+        after: told the number of steps done, the loss of the last one, and its learning rate.
+        processes: those that train together; None: what the launcher started.
         progress: show a bar with the loss.
         what: name of the bar.
 
@@ -102,36 +151,49 @@ def optimize(
         KeyboardInterrupt: by a signal; the message says how to continue.
     """
     steps, seed = whole("steps", steps), whole("seed", seed, 0)
-    checkpoint_every = whole("checkpoint_every", checkpoint_every)
+    checkpoint_every, accumulate = (
+        whole("checkpoint_every", checkpoint_every),
+        whole("accumulate", accumulate),
+    )
     weight_decay, clip = real("weight_decay", weight_decay, 0), real("clip", clip, above=0)
     lr = learning_rate(lr)
-    file = None
-    if checkpoint is not None:
-        file = Checkpoint(checkpoint, resume=resume, overwrite=overwrite)
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(f"{what}: no parameter requires a gradient, so there is nothing to train")
-    optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=weight_decay)
-    kept = dict(kept or {}) | ({} if ema is None else {"ema": ema})
-    settings = {"seed": seed, "weight_decay": weight_decay, "clip": clip}
-    settings |= {"ema": None if ema is None else ema.decay, **(run or {})}
+    device = next(iter(named.values())).device
+    precision = get_precision(precision, device)
+    processes = processes or Processes()
+    file = None
+    if checkpoint is not None:
+        file = Checkpoint(checkpoint, resume=resume, overwrite=overwrite)
+    optimizers = list(get_optimizers(optimizer, weight_decay)(named))
+    averages = [ema] if isinstance(ema, NamedEMA) else list(ema)
+    kept = dict(kept or {}) | {average.name: average for average in averages}
+    settings = {"seed": seed, "weight_decay": weight_decay, "clip": clip, "precision": precision}
+    settings |= {"optimizer": optimizer if isinstance(optimizer, str) else _name(optimizer)}
+    decays = [average.decay for average in averages]
+    settings |= {"ema": decays[0] if len(decays) == 1 else decays or None, **(run or {})}
     about = json.loads(json.dumps(plain_json(settings)))
     losses = torch.full((steps,), math.nan)
     rates = torch.zeros(steps, dtype=torch.float64)
     done = 0
     if file is not None and (state := file.load()) is not None:
-        _check_same(file.path, state, about, steps, lr)
-        _restore(file.path, state, module, named, optimizer, kept)
+        check_same(file.path, state, about, steps, lr)
+        restore(file.path, state, module, named, optimizers, kept)
         done = state.done
         losses[:done], rates[:done] = state.tensors["losses"], state.tensors["rates"]
+    processes.wait()  # all have read the checkpoint before one of them writes it
+    wrapped = processes.wrap(module)
 
     def save() -> None:
         """Keeps the state of the steps done, once; a failure is a warning."""
         if file is None or file.done == done:
             return
         _check_weights(named, done, file)
+        if not processes.main:
+            return
         tensors = {"losses": losses[:done].clone(), "rates": rates[:done].clone()}
-        tensors |= _tensors(module, named, optimizer, kept)
+        tensors |= tensors_of(module, named, optimizers, kept)
         try:
             file.save(State(done, {**about, "steps": steps, "lr": described(lr)}, tensors))
         except OSError as error:
@@ -141,33 +203,52 @@ def optimize(
                 stacklevel=3,
             )
 
+    def backward(step: int) -> Tensor:
+        """Gradients of all parts of this process; the mean of their losses."""
+        total = torch.zeros((), device=device)
+        for i in range(accumulate):
+            index, count = processes.index * accumulate + i, processes.count * accumulate
+            with nullcontext() if i == accumulate - 1 else processes.adding_up(wrapped):
+                with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"):
+                    value = loss(wrapped, Part(step, seed, index, count))
+                if value.ndim:
+                    raise ValueError(
+                        f"the loss has shape {tuple(value.shape)}: give its mean, a scalar"
+                    )
+                (value / accumulate).backward()
+            total += value.detach() / accumulate
+        return total
+
     complete, buffers = True, _versions(module)  # weights, optimizer, average: all of one step?
     module.train()
     try:
         with (
-            progress_bar(steps, what, progress, initial=done) as bar,
+            progress_bar(steps, what, progress and processes.main, initial=done) as bar,
             postponed() as signals,
         ):
             try:
+                if begin is not None:
+                    begin(done)
                 for step in range(done, steps):
                     buffers = _versions(module)
-                    signals.check()
+                    _stop_together(signals, processes, device)
                     rates[step] = rate = real(f"lr at step {step}", lr(step), 0, LARGEST)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    optimizer.zero_grad(set_to_none=True)
-                    value = loss(step, derived(seed, "step", step))
+                    for one in optimizers:
+                        for group in one.param_groups:
+                            group["lr"] = rate
+                        one.zero_grad(set_to_none=True)
+                    value = processes.mean(backward(step))
                     _check_finite("loss", value, step, file)
-                    value.backward()
                     norm = torch.nn.utils.clip_grad_norm_(named.values(), clip)
                     _check_finite("gradient", norm, step, file)
                     complete = False
-                    optimizer.step()
-                    if ema is not None:
-                        ema.update()
-                    losses[step] = float(value.detach())
+                    for one in optimizers:
+                        one.step()
+                    for average in averages:
+                        average.update()
+                    losses[step] = float(value)
                     if after is not None:
-                        after(step + 1)
+                        after(step + 1, float(losses[step]), rate)
                     done, complete = step + 1, True
                     if done % checkpoint_every == 0 and done < steps:
                         save()
@@ -190,14 +271,35 @@ def optimize(
     return losses
 
 
+def get_precision(name: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The precision that a name stands for on a device."""
+    if name == "auto":
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"precision={name!r} is unknown: give 'float32', 'bfloat16' or 'auto'")
+    return name
+
+
+def _stop_together(signals: Postponed, processes: Processes, device: torch.device) -> None:
+    """Ends all processes after the same step if one of them has got a signal."""
+    if processes.count == 1:
+        signals.check()
+        return
+    number = torch.tensor(float(signals.number or 0), device=device)
+    if float(processes.mean(number)) > 0:
+        raise Interruption(signals.number or signal.SIGTERM)
+
+
+def _name(optimizer: Any) -> str:
+    return str(getattr(optimizer, "__qualname__", type(optimizer).__qualname__))
+
+
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
     """Changes whenever a buffer does, such as the statistics of a BatchNorm in a forward pass."""
     return [(id(buffer), buffer._version) for buffer in module.buffers()]
 
 
 def _check_finite(what: str, value: Tensor, step: int, file: Checkpoint | None) -> None:
-    if value.ndim:
-        raise ValueError(f"the {what} has shape {tuple(value.shape)}: give its mean, a scalar")
     if torch.isfinite(value):
         return
     kept = _kept(file)
@@ -229,78 +331,3 @@ def _how_to_continue(what: str, done: int, steps: int, file: Checkpoint | None) 
     if file is None or file.done is None:
         return f"{line}; nothing is kept: give a checkpoint next time"
     return f"{line}; {file.path} keeps the first {file.done}: continue with resume=True"
-
-
-def _check_same(
-    path: Path, state: State, about: Mapping[str, Any], steps: int, lr: LearningRate
-) -> None:
-    """Refuses to continue a training with other settings."""
-    run = dict(state.run)
-    before, description = run.pop("steps", None), run.pop("lr", None)
-    differs = disagreement(run, about)
-    if differs is None and steps < state.done:
-        differs = f"{state.done} steps done already, but this one has steps={steps}"
-    if differs is None:
-        differs = rate_disagreement(lr, state.tensors["rates"], description, before == steps)
-    if differs is not None:
-        raise ValueError(f"{path} belongs to a training with {differs}: give the same, {ANEW}")
-
-
-def _tensors(
-    module: nn.Module,
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    kept: Mapping[str, Kept],
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        tensors[f"parameter.{name}"] = parameter
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    tensors |= {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
-    for part, keeper in kept.items():
-        tensors |= {f"{part}.{key}": value for key, value in keeper.state().items()}
-    return tensors
-
-
-def _restore(
-    path: Path,
-    state: State,
-    module: nn.Module,
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    kept: Mapping[str, Kept],
-) -> None:
-    """Copies a state into what is trained, after all of it has been compared."""
-    weights, buffers = state.part("parameter"), state.part("buffer")
-    for mine, theirs in ((named, weights), (dict(module.named_buffers()), buffers)):
-        for name in {**mine, **theirs}:
-            one, other = (_kind(side.get(name)) for side in (theirs, mine))
-            if one != other:
-                raise ValueError(
-                    f"{path} was written for another network: {name} is {one} there, and {other} "
-                    f"in this one: build the same network, {ANEW}"
-                )
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(weights[name])
-            moments = {
-                key: state.tensors[f"optimizer.{key}.{name}"]
-                for key in MOMENTS
-                if f"optimizer.{key}.{name}" in state.tensors
-            }
-            if moments:
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in moments.items()
-                }
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-    for part, keeper in kept.items():
-        keeper.load(state.part(part))
-
-
-def _kind(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "missing"
-    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,33 @@
+"""What may look at a training while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from retrodiff.model import Model
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is known after a step."""
+
+    done: int
+    steps: int
+    loss: float
+    lr: float
+    images: int
+    seconds: float
+    averaged: Callable[[], Model]
+
+
+class Watcher(Protocol):
+    """Looks at a training and changes nothing."""
+
+    def begin(self, done: int) -> None: ...
+    def look(self, moment: Moment) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor]) -> None: ...
