@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,10 @@ from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.table import tabulated
 from retrodiff.training.images import Images, as_images, digest, embedded, pixels
+from retrodiff.training.occasion import Order
 from retrodiff.training.pairing import Pairing
-from retrodiff.training.seeds import derived
+from retrodiff.training.prefetch import read_ahead
+from retrodiff.training.reading import Reading
 
 SAME = 1e-6
 """1 - cosine up to which a database row and an image are the same picture: float16 rounds by less,
@@ -184,26 +185,71 @@ class TrainingSet:
 
     def batch(self, rows: Tensor, k: int | None = None) -> tuple[Tensor, Query, Neighbors]:
         """Images, queries and the first k neighbors of some rows (of some pairs)."""
-        drawn = asking = rows
-        if self.pairing is not None:
-            drawn, asking = self.pairing.target[rows], self.pairing.condition[rows]
+        return pixels(self.images, self._targets(rows)), *self._conditions(rows, k)
+
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        *,
+        batch_size: int,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
+        k: int | None = None,
+        workers: int = 0,
+    ) -> Iterator[tuple[Tensor, Query, Neighbors]]:
+        """Images, queries and neighbors of the steps from ``start`` up to ``stop``, in order.
+
+        What a step gets depends on seed and step alone: a training that is continued sees what it
+        would have seen, and any number of workers gives the same bits. Close the iterator to end
+        its workers early; at its end, or where it raises, they are ended.
+
+        Args:
+            start: the first step.
+            stop: the step after the last one.
+            batch_size: images of a step, of all processes together.
+            seed: of the training.
+            part: number of this process, and how many there are; each gets an equal part, in
+                order, and reads no more than that.
+            k: neighbors of each image; None: all that are kept.
+            workers: processes that read images ahead; 0: they are read when they are asked for.
+
+        Raises:
+            ValueError: a number is out of range, or an image cannot be read.
+            ChildProcessError: a worker was killed; the message says what it was reading.
+        """
+        start, stop = whole("start", start, 0), whole("stop", stop, 0)
+        workers = whole("workers", workers, 0)
+        order = Order(len(self), batch_size, seed, part)
+        steps = range(start, stop)
+        targets = None if self.pairing is None else self.pairing.target
+        images = read_ahead(Reading(self.images, targets, order), steps, workers)
+        return self._joined(images, order, steps, k)
+
+    def _joined(
+        self, images: Iterator[Tensor], order: Order, steps: range, k: int | None
+    ) -> Iterator[tuple[Tensor, Query, Neighbors]]:
+        try:
+            for step in steps:
+                rows = order.mine(self.rows_at(step, order.batch_size, order.seed))
+                yield next(images), *self._conditions(rows, k)
+        finally:
+            images.close()  # type: ignore[attr-defined]
+
+    def _targets(self, rows: Tensor) -> Tensor:
+        return rows if self.pairing is None else self.pairing.target[rows]
+
+    def _conditions(self, rows: Tensor, k: int | None) -> tuple[Query, Neighbors]:
+        asking = rows if self.pairing is None else self.pairing.condition[rows]
         indices = self.table[asking][..., :k].long()
         query = Query(self.embeddings[asking])
         found = self.database.embeddings(indices)
         similarity = torch.cosine_similarity(query.embedding.unsqueeze(-2), found, dim=-1)
-        return pixels(self.images, drawn), query, Neighbors(indices, similarity, found)
+        return query, Neighbors(indices, similarity, found)
 
     def rows_at(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The rows (b,) of a training step: epochs of a shuffle, a function of the step alone."""
-        n = len(self)
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = positions // n
-        rows = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
-            shuffled = _shuffled(n, seed, epoch)
-            here = epochs == epoch
-            rows[here] = shuffled[positions[here] % n]
-        return rows
+        return Order(len(self), batch_size, seed).rows(step)
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a training is continued, as JSON-able values.
@@ -277,8 +323,3 @@ def _hash(values: Tensor) -> str:
     for part in values.detach().split(4096):
         found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
-
-
-@lru_cache(2)  # a step looks at one epoch, or at two: nothing is shuffled twice
-def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=derived(seed, "epoch", epoch))

@@ -20,9 +20,10 @@ LOOKED_AT = 64
 class Images(Protocol):
     """Training images: any sequence that gives several at once.
 
-    Two more methods are used where a class has them: ``embed(encoder, rows)`` -> (b, d), for images
-    whose embeddings come from more than the pixels that are trained on; and ``digest()`` -> str,
-    a hash of all of them.
+    Three more methods are used where a class has them: ``embed(encoder, rows)`` -> (b, d), for
+    images whose embeddings come from more than the pixels that are trained on; ``digest()`` -> str,
+    a hash of all of them; and ``name(row)`` -> str, where each is read from a file of its own when
+    it is asked for.
     """
 
     def __len__(self) -> int: ...

@@ -1,0 +1,49 @@
+"""Reads the images of a training step: in this process, or sent to others that read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrodiff.training.images import Images, pixels
+from retrodiff.training.occasion import Order
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Images of a step, as float32 in [-1, 1].
+
+    Args:
+        images: all of them.
+        targets: which image each row draws; None: row i draws image i.
+        order: which rows a step has.
+    """
+
+    images: Images
+    targets: Tensor | None
+    order: Order
+
+    def __call__(self, step: int, begun: Callable[[int], None]) -> Tensor:
+        """The images (b, c, h, w) of a step.
+
+        Images that are a file each are read one by one, so that one which ends its process is
+        known by name.
+        """
+        rows = self.order.mine(self.order.rows(step))
+        numbers = rows if self.targets is None else self.targets[rows]
+        if not hasattr(self.images, "name"):
+            begun(int(numbers[0]))
+            return pixels(self.images, numbers)
+        found: list[Tensor] = []
+        for number in numbers.split(1):
+            begun(int(number))
+            found.append(pixels(self.images, number))
+        return torch.cat(found)
+
+    def name(self, number: int) -> str:
+        """What an image is called."""
+        own = getattr(self.images, "name", None)
+        return f"training image {number}" if own is None else str(own(number))
