@@ -30,12 +30,13 @@ from safetensors.torch import save_file
 out, slow, options = sys.argv[2], float(sys.argv[3]), eval(sys.argv[4])
 recipe, data = trainings.made()
 if slow:
-    batch = type(data).batch
-    def slowly(self, *given):
-        print("step", flush=True)
-        time.sleep(slow)
-        return batch(self, *given)
-    type(data).batch = slowly
+    batches = type(data).batches
+    def slowly(self, *given, **options):
+        for batch in batches(self, *given, **options):
+            print("step", flush=True)
+            time.sleep(slow)
+            yield batch
+    type(data).batches = slowly
 fitted = trainings.run(recipe, data, **options)
 from retrodiff.training.processes import Processes
 if Processes().main:

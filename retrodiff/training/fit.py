@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from retrodiff.disk.files import plain_json
 from retrodiff.encoders.fingerprint import weights_hash
 from retrodiff.model import Model
 from retrodiff.numbers import is_real, whole
+from retrodiff.training.batches import Batches
 from retrodiff.training.checkpoint import disagreement, read_state
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
@@ -28,6 +30,7 @@ from retrodiff.training.parts import TRAINED, copied, trainable_modules
 from retrodiff.training.processes import Processes
 from retrodiff.training.rates import LearningRate
 from retrodiff.training.resuming import Kept
+from retrodiff.training.snapshots import Snapshots
 from retrodiff.training.watching import Moment, Watcher
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ def fit(
     precision: Precision = "float32",
     accumulate: int = 1,
     compile: bool = False,
+    workers: int = 0,
     ema: float | Sequence[float] = 0.9999,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -101,6 +105,7 @@ def fit(
         accumulate: backward passes of each process per step, each with a part of the batch: less
             memory, the same result up to rounding.
         compile: run the network through ``torch.compile`` while it is trained.
+        workers: processes that read images ahead; 0: they are read when they are needed.
         ema: decay of the average, or of several averages; the paper's 0.9999 is for hundreds of
             thousands of steps. With several, ``model`` has the first; see ``averages``.
         seed: of everything random. The same seed gives the same weights.
@@ -136,9 +141,10 @@ def fit(
     earlier = Snapshots(averages[0], wanted)
     started = time.monotonic()
 
+    batches = Batches(data, model.k, steps, batch_size, seed, workers, processes)
+
     def loss(module: nn.Module, part: Part) -> Tensor:
-        rows = data.rows_at(part.step, batch_size, seed)[part.rows(batch_size)]
-        images, query, neighbors = data.batch(rows, model.k)
+        images, query, neighbors = batches.part(part)
         return module(images, query, neighbors, part.randomness(batch_size, device)).mean()
 
     def after(done: int, value: float, rate: float) -> None:
@@ -159,6 +165,7 @@ def fit(
             )
 
     def begin(done: int) -> None:
+        batches.begin(done)
         for watcher in watch if processes.main else ():
             watcher.begin(done)
 
@@ -166,29 +173,30 @@ def fit(
     kept |= {f"watch{i}": watcher for i, watcher in enumerate(watch)}
     if compile:
         objective.model.compile()
-    losses = optimize(
-        objective,
-        loss,
-        steps=steps,
-        lr=lr,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        clip=clip,
-        precision=precision,
-        accumulate=accumulate,
-        seed=seed,
-        ema=averages,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        overwrite=overwrite,
-        run={} if checkpoint is None else _run(model, data, batch_size, wanted),
-        kept=kept,
-        begin=begin,
-        after=after,
-        processes=processes,
-        progress=progress,
-    )
+    with closing(batches):
+        losses = optimize(
+            objective,
+            loss,
+            steps=steps,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            clip=clip,
+            precision=precision,
+            accumulate=accumulate,
+            seed=seed,
+            ema=averages,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            overwrite=overwrite,
+            run={} if checkpoint is None else _run(model, data, batch_size, wanted),
+            kept=kept,
+            begin=begin,
+            after=after,
+            processes=processes,
+            progress=progress,
+        )
     by_decay = {each.decay: _with(objective.model, each.state()) for each in averages}
     return FitResult(
         by_decay[averages[0].decay],
@@ -223,39 +231,6 @@ def from_checkpoint(model: Model, checkpoint: str | Path) -> Model:
     return trained
 
 
-class Snapshots:
-    """Averaged weights of earlier steps, kept through interruptions.
-
-    Args:
-        average: what is kept of.
-        steps: when.
-    """
-
-    def __init__(self, average: NamedEMA, steps: set[int]) -> None:
-        self.average, self.steps = average, steps
-        self.taken: dict[int, dict[str, Tensor]] = {}
-
-    def take(self, done: int) -> None:
-        """Keeps the average, if this is one of the steps."""
-        if done in self.steps:
-            state = self.average.state()
-            self.taken[done] = {name: tensor.clone() for name, tensor in state.items()}
-
-    def state(self) -> dict[str, Tensor]:
-        """All that was kept, by step and name."""
-        return {
-            f"{step}.{name}": tensor
-            for step, state in self.taken.items()
-            for name, tensor in state.items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` returned."""
-        for name, tensor in state.items():
-            step, _, rest = name.partition(".")
-            self.taken.setdefault(int(step), {})[rest] = tensor
-
-
 def _with(model: Model, average: dict[str, Tensor], path: Path | None = None) -> Model:
     """A copy of a model with averaged weights, in evaluation mode."""
     twin = copied(model)
@@ -285,7 +260,7 @@ def _with(model: Model, average: dict[str, Tensor], path: Path | None = None) ->
 
 def _averages(objective: Objective, decays: float | Sequence[float]) -> list[NamedEMA]:
     """One average for each decay; the first is called ``ema`` in checkpoints."""
-    given = [decays] if is_real(decays) else list(cast("Sequence[float]", decays))
+    given = [cast("float", decays)] if is_real(decays) else list(cast("Sequence[float]", decays))
     if not given or len(set(given)) < len(given):
         raise ValueError(f"ema={decays!r}: give one decay, or several that differ")
     return [NamedEMA(objective, d, f"ema{i}" if i else "ema") for i, d in enumerate(given)]

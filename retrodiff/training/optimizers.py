@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         self.iterations, self.dtype = iterations, dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every matrix that has a gradient."""
         del closure
         for group in self.param_groups:
