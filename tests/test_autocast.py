@@ -26,6 +26,7 @@ from retrodiff.diffusion import (
     QueryAndNeighbors,
     QueryOnly,
     VDenoiser,
+    X0Denoiser,
 )
 from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.encoders import CLIPEncoder, TimmEncoder
@@ -210,7 +211,7 @@ def test_fitting_components_is_exact() -> None:
 
 # --- denoisers ---------------------------------------------------------------------------------
 
-DENOISERS = [EpsDenoiser, VDenoiser, EDMDenoiser, FlowDenoiser]
+DENOISERS = [EpsDenoiser, VDenoiser, X0Denoiser, EDMDenoiser, FlowDenoiser]
 
 
 @pytest.mark.parametrize("kind", DENOISERS)

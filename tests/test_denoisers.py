@@ -5,7 +5,14 @@ import torch
 from parts import small_network
 from torch import nn
 
-from retrodiff.diffusion import EDMDenoiser, EpsDenoiser, FlowDenoiser, ScaledLinear, VDenoiser
+from retrodiff.diffusion import (
+    EDMDenoiser,
+    EpsDenoiser,
+    FlowDenoiser,
+    ScaledLinear,
+    VDenoiser,
+    X0Denoiser,
+)
 from retrodiff.interfaces import Context
 from retrodiff.testing import check_denoiser
 
@@ -46,6 +53,10 @@ def best_v(x, t):
     return a * noise - s * x0
 
 
+def best_x0(x, t):
+    return variance_preserving(x, t)[2]
+
+
 def best_flow(x, t):
     t = t / 1000
     total = (1 - t) ** 2 * STD**2 + t**2
@@ -66,6 +77,7 @@ def best_edm(x, c_noise):
 DENOISERS = [
     EpsDenoiser(Closed(best_eps)),
     VDenoiser(Closed(best_v)),
+    X0Denoiser(Closed(best_x0)),
     EDMDenoiser(Closed(best_edm)),
     FlowDenoiser(Closed(best_flow)),
 ]
@@ -94,9 +106,29 @@ def test_loss_of_the_best_network_is_the_posterior_variance(denoiser):
     torch.testing.assert_close(loss, expected[0], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("kind", [EpsDenoiser, VDenoiser, EDMDenoiser, FlowDenoiser])
+@pytest.mark.parametrize("kind", [EpsDenoiser, VDenoiser, X0Denoiser, EDMDenoiser, FlowDenoiser])
 def test_contract(kind):
     check_denoiser(kind(small_network()))
+
+
+@pytest.mark.parametrize("kind", [EpsDenoiser, VDenoiser, X0Denoiser])
+def test_min_snr_weights_are_those_of_the_paper(kind):
+    """Hang et al. 2023, section 3.4: of noise, velocity and image prediction."""
+    network, gamma = small_network(), 5.0
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(4, *network.shape, generator=generator) for _ in range(2))
+    sigma = SCHEDULE.table[[10, 300, 600, 999]].float()
+    context = Context.of(torch.randn(4, 4, 8, generator=generator))
+    snr = sigma.double() ** -2
+    least = snr.clamp(max=gamma)
+    weight = {EpsDenoiser: least / snr, VDenoiser: least / (snr + 1), X0Denoiser: least}[kind]
+    plain = kind(network).loss(x0, sigma, noise, context)
+    weighted = kind(network, min_snr=gamma).loss(x0, sigma, noise, context)
+    torch.testing.assert_close(weighted.double(), weight * plain.double(), rtol=1e-5, atol=0)
+    assert kind(network, min_snr=gamma).config()["min_snr"] == gamma
+    assert "min_snr" not in kind(network).config()
+    with pytest.raises(ValueError, match="min_snr=0"):
+        kind(network, min_snr=0)
 
 
 @pytest.mark.parametrize("kind", [EDMDenoiser, FlowDenoiser])

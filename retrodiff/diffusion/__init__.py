@@ -16,6 +16,7 @@ from retrodiff.diffusion.denoiser import (
     FlowDenoiser,
     Preconditioned,
     VDenoiser,
+    X0Denoiser,
 )
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
@@ -67,6 +68,7 @@ __all__ = [
     "Unconditional",
     "Unguided",
     "VDenoiser",
+    "X0Denoiser",
     "Wrapper",
     "get_sampler",
 ]

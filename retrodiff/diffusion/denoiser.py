@@ -1,9 +1,10 @@
-"""Four ways to turn a network into ``(x, sigma) -> denoised``, all in one form.
+"""Five ways to turn a network into ``(x, sigma) -> denoised``, all in one form.
 
 Every parametrization is ``denoised = c_skip x + c_out F(c_in x, c_noise)`` (Karras et al. 2022,
 eq. 7) with its own four scalings; the training target follows from them: F should equal
 ``(x0 - c_skip x) / c_out``. The squared error is taken there, which gives each parametrization its
-published loss: noise, velocity, EDM's unit-weight target, flow velocity.
+published loss: noise, velocity, the image itself, EDM's unit-weight target, flow velocity.
+``min_snr`` weights it by noise level instead.
 
 A network is called as ``network(x, timesteps, context)``, with timesteps on the scale of 0 to 1000
 whatever the parametrization, and says its latent ``shape`` and the ``widths`` of its context
@@ -46,13 +47,20 @@ class Preconditioned(nn.Module):
 
     Args:
         network: ``network(x, timesteps, context)`` with ``shape`` and ``widths``.
+        min_snr: the gamma of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556; 5 there): the
+            error of the denoised image counts min(SNR, gamma), SNR = (data / sigma)². None: the
+            parametrization's own weighting.
     """
 
     takes_float64 = True
+    sigma_data: float = 1.0
+    """Standard deviation of the data, as the parametrization takes it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, min_snr: float | None = None) -> None:
         super().__init__()
-        self.network = network
+        if min_snr is not None:
+            min_snr = real("min_snr", min_snr, above=0)
+        self.network, self.min_snr = network, min_snr
         self.untrained = False
         """Fresh weights that are meant to be replaced: sampling from them warns."""
 
@@ -82,6 +90,10 @@ class Preconditioned(nn.Module):
         """Of the weights; None: there are none."""
         weight = self._weight()
         return None if weight is None else weight.dtype
+
+    def _weighting(self) -> dict[str, Any]:
+        """What `min_snr` adds to the constructor arguments."""
+        return {} if self.min_snr is None else {"min_snr": self.min_snr}
 
     def _weight(self) -> Tensor | None:
         tensors = chain(self.network.parameters(), self.network.buffers())
@@ -155,7 +167,11 @@ class Preconditioned(nn.Module):
         skip, out, output = self._output(x, sigma, context)
         with full_precision():
             target = (x0 - skip * x) / out
-            return (output - target).square().flatten(1).mean(1)
+            error = (output - target).square().flatten(1).mean(1)
+            if self.min_snr is None:
+                return error
+            snr = (self.sigma_data / sigma.to(error)).square()
+            return snr.clamp(max=self.min_snr) * out.flatten().square() * error
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -169,10 +185,17 @@ class EpsDenoiser(Preconditioned):
     Args:
         network: as for all denoisers.
         schedule: the discrete schedule that gives sigma its timestep; the paper's by default.
+        min_snr: as for all denoisers.
     """
 
-    def __init__(self, network: nn.Module, schedule: ScaledLinear | None = None) -> None:
-        super().__init__(network)
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: ScaledLinear | None = None,
+        *,
+        min_snr: float | None = None,
+    ) -> None:
+        super().__init__(network, min_snr=min_snr)
         self._schedule = schedule or ScaledLinear()
 
     @property
@@ -182,7 +205,7 @@ class EpsDenoiser(Preconditioned):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments."""
-        return {"network": self.network, "schedule": self._schedule}
+        return {"network": self.network, "schedule": self._schedule, **self._weighting()}
 
     def scalings(self, sigma: Tensor) -> Scalings:
         """c_skip = 1, c_out = -sigma, c_in = 1 / sqrt(1 + sigma²)."""
@@ -205,6 +228,16 @@ class VDenoiser(EpsDenoiser):
         return Scalings(alpha**2, -sigma * alpha, alpha, self._schedule.timestep(sigma))
 
 
+class X0Denoiser(EpsDenoiser):
+    """The network predicts x0 of a variance-preserving process (Salimans & Ho 2022)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip = 0, c_out = 1, c_in = 1 / sqrt(1 + sigma²)."""
+        t = self._schedule.timestep(sigma)
+        zero = torch.zeros_like(sigma)
+        return Scalings(zero, zero + 1, (1 + sigma**2).rsqrt(), t)
+
+
 class EDMDenoiser(Preconditioned):
     """Unit-variance input and target at every noise level (Karras et al. 2022, table 1).
 
@@ -215,6 +248,7 @@ class EDMDenoiser(Preconditioned):
         std: standard deviation of ln sigma in training.
         sigma_min: last sampling level before zero.
         sigma_max: first sampling level.
+        min_snr: as for all denoisers.
     """
 
     def __init__(
@@ -226,8 +260,9 @@ class EDMDenoiser(Preconditioned):
         std: float = 1.2,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        min_snr: float | None = None,
     ) -> None:
-        super().__init__(network)
+        super().__init__(network, min_snr=min_snr)
         real("sigma_data", sigma_data, above=0, most=1e6)
         real("mean", mean)
         real("std", std, above=0)
@@ -243,7 +278,7 @@ class EDMDenoiser(Preconditioned):
     def config(self) -> dict[str, Any]:
         """Constructor arguments."""
         names = ("network", "sigma_data", "mean", "std", "sigma_min", "sigma_max")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | self._weighting()
 
     def scalings(self, sigma: Tensor) -> Scalings:
         """Karras et al. 2022, table 1; c_noise = ln(sigma) / 4, times 1000 for the embedding."""
@@ -272,6 +307,7 @@ class FlowDenoiser(Preconditioned):
         std: its standard deviation, 1 there.
         t_max: the time sampling starts from.
         shift: of the sampling times, see `LinearFlow`.
+        min_snr: as for all denoisers.
     """
 
     def __init__(
@@ -282,8 +318,9 @@ class FlowDenoiser(Preconditioned):
         std: float = 1.0,
         t_max: float = 0.995,
         shift: float = 1.0,
+        min_snr: float | None = None,
     ) -> None:
-        super().__init__(network)
+        super().__init__(network, min_snr=min_snr)
         real("mean", mean)
         real("std", std, above=0)
         LinearFlow(t_max, shift)  # which says what is wrong with them
@@ -297,7 +334,7 @@ class FlowDenoiser(Preconditioned):
     def config(self) -> dict[str, Any]:
         """Constructor arguments."""
         names = ("network", "mean", "std", "t_max", "shift")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | self._weighting()
 
     def scalings(self, sigma: Tensor) -> Scalings:
         """c_skip = c_in = 1 - t, c_out = -t, c_noise = 1000 t."""
