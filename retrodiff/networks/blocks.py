@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from retrodiff.networks.normalization import GroupNorm
+
 GROUPS = 32
 """Groups of every GroupNorm in the published models."""
 
@@ -41,10 +43,10 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, channels, eps)
+        self.norm1 = GroupNorm(GROUPS, channels, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time = None if time_width is None else nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps)
+        self.norm2 = GroupNorm(GROUPS, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None

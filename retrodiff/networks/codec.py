@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample, check_channels
+from retrodiff.networks.normalization import GroupNorm
 from retrodiff.networks.placed import check_floating
 
 EPS = 1e-6
@@ -29,7 +30,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels, EPS)
+        self.norm = GroupNorm(GROUPS, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
             shrink = None if level == last else Downsample(width, one_sided=True)
             self.levels.append(Resolution(widths, 2**level in attention_factors, shrink))
         self.middle = middle(width)
-        self.norm_out = nn.GroupNorm(GROUPS, width, EPS)
+        self.norm_out = GroupNorm(GROUPS, width, EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
             width = widths[-1]
             grow = Upsample(width) if level else None
             self.levels.append(Resolution(widths, 2**level in attention_factors, grow))
-        self.norm_out = nn.GroupNorm(GROUPS, width, EPS)
+        self.norm_out = GroupNorm(GROUPS, width, EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

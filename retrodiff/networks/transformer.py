@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from retrodiff.attention import NeighborAttention
 from retrodiff.networks.blocks import GROUPS, zeroed
+from retrodiff.networks.normalization import GroupNorm
 
 
 class SelfAttention(nn.Module):
@@ -127,7 +128,7 @@ class SpatialTransformer(nn.Module):
                 "level's channels"
             )
         heads = channels // channels_per_head if heads is None else heads
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
+        self.norm = GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
             [TransformerBlock(channels, context_width, heads) for _ in range(depth)]

@@ -26,6 +26,7 @@ from retrodiff.networks.blocks import (
     timestep_embedding,
     zeroed,
 )
+from retrodiff.networks.normalization import GroupNorm
 from retrodiff.networks.placed import Placed, check_floating, check_rows
 from retrodiff.networks.streams import join_streams
 from retrodiff.networks.transformer import SpatialTransformer, repeated
@@ -150,7 +151,7 @@ class UNet(Placed):
                 width = new
             self.up.append(Level(stages, Upsample(width) if level else None))
 
-        self.norm_out = nn.GroupNorm(GROUPS, width)
+        self.norm_out = GroupNorm(GROUPS, width)
         self.conv_out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
