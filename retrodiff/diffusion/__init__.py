@@ -4,6 +4,7 @@ from retrodiff.diffusion.autoencoder import Identity, PixelUnshuffle
 from retrodiff.diffusion.conditioner import (
     Dropped,
     NeighborEmbeddings,
+    PromptAndNeighbors,
     QueryAndNeighbors,
     QueryOnly,
     QueryVector,
@@ -59,6 +60,7 @@ __all__ = [
     "PixelUnshuffle",
     "Preconditioned",
     "Projected",
+    "PromptAndNeighbors",
     "QueryAndNeighbors",
     "QueryOnly",
     "QueryVector",

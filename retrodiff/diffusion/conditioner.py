@@ -67,7 +67,8 @@ class NeighborEmbeddings(Conditioner):
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
         """One token per neighbor; the query takes part only where it is one of them."""
         del query
-        return Context({"neighbors": Tokens(_scaled(neighbors.embeddings, self.scale))})
+        values = _scaled(neighbors.embeddings, self.scale)
+        return Context({"neighbors": Tokens(values, neighbors.mask)})
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,51 @@ class QueryAndNeighbors(Conditioner):
         streams = QueryOnly(self.scale).condition(query, neighbors).streams
         more = NeighborEmbeddings(self.scale).condition(query, neighbors).streams
         return Context({**streams, **more})
+
+
+@dataclass(frozen=True)
+class PromptAndNeighbors(Conditioner):
+    """The prompt and the rows of the database as two streams, each masked where it is not there.
+
+    `QueryAndNeighbors` shows the query to the network in every mode. Here the stream ``query`` is
+    the prompt in the modes that make a token of it, ``text`` and ``text+neighbors``, and masked in
+    the others; the stream ``neighbors`` holds rows only and is masked in ``text``. A network that
+    is trained on these cases, `TrainingSet.captioned`, serves all six modes.
+
+    Args:
+        scale: as for `NeighborEmbeddings`, of both streams.
+
+    Example:
+        >>> from retrodiff.diffusion import PromptAndNeighbors
+        >>> PromptAndNeighbors("unit").widths(512)
+        {'query': 512, 'neighbors': 512}
+    """
+
+    scale: Scale
+
+    def refuses(self, stored: Scale) -> str | None:
+        """Why a database stored at this scale does not fit; see `NeighborEmbeddings`."""
+        return NeighborEmbeddings(self.scale).refuses(stored)
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """Two streams of the same width."""
+        return {"query": dim, "neighbors": dim}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """One query token and k neighbor tokens; row -1 marks the query among the neighbors."""
+        del query
+        rows = neighbors.indices >= 0
+        itself = ~rows
+        if neighbors.mask is not None:
+            rows, itself = rows & neighbors.mask, itself & neighbors.mask
+        values = _scaled(neighbors.embeddings, self.scale)
+        prompt = (values * itself.unsqueeze(-1)).sum(-2, keepdim=True)
+        return Context(
+            {
+                "query": Tokens(prompt, itself.any(-1, keepdim=True)),
+                "neighbors": Tokens(values * rows.unsqueeze(-1), rows),
+            }
+        )
 
 
 class Wrapper(Conditioner):
@@ -209,12 +255,15 @@ class QueryVector(Wrapper):
 class Dropped(Wrapper):
     """A conditioner that training hides at random, so that the null condition is learned.
 
-    Ho & Salimans 2022. Sampling is not affected. Wrap twice to drop streams independently.
+    Ho & Salimans 2022. Sampling is not affected. Wrapped several times, each draws on its own:
+    ``Dropped(Dropped(Dropped(c, 0.1, "query"), 0.1, "neighbors"), 0.1)`` hides the query, the
+    neighbors, and both together, each in a tenth of the samples.
 
     Args:
         conditioner: what is hidden.
         probability: of hiding a sample's condition.
-        stream: the stream to hide; None hides all of them together.
+        stream: the stream to hide, or ``vector`` for ``Context.vector``; None hides all of them
+            together.
     """
 
     conditioner: Conditioner
@@ -225,8 +274,18 @@ class Dropped(Wrapper):
         real("probability", self.probability, 0, 1)
 
     def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
-        """The null's values in place of the hidden samples' (their length is kept)."""
+        """The null's values in place of the hidden samples' (their length is kept).
+
+        Raises:
+            ValueError: there is no such stream.
+        """
         context = self.conditioner.drop(context, generator)
+        parts = [*context.streams, *([] if context.vector is None else ["vector"])]
+        if self.stream is not None and self.stream not in parts:
+            raise ValueError(
+                f"Dropped(stream={self.stream!r}) hides nothing: the context has "
+                f"{', '.join(parts) or 'no streams'}"
+            )
         null = self.conditioner.null(context)
         kept = uniform(generator, (len(context),)) >= self.probability
         streams = dict(context.streams)
@@ -235,9 +294,11 @@ class Dropped(Wrapper):
                 where = kept.to(tokens.values.device)
                 where = where.view(-1, *[1] * (tokens.values.ndim - 1))
                 values = torch.where(where, tokens.values, null.streams[name].values)
-                streams[name] = replace(tokens, values=values)
+                # The null condition has no mask: what is hidden is one of as many tokens.
+                mask = None if tokens.mask is None else tokens.mask | ~where.squeeze(-1)
+                streams[name] = replace(tokens, values=values, mask=mask)
         vector = context.vector
-        if vector is not None and null.vector is not None and self.stream is None:
+        if vector is not None and null.vector is not None and self.stream in (None, "vector"):
             vector = torch.where(kept.to(vector.device).view(-1, 1), vector, null.vector)
         return Context(streams, vector)
 

@@ -7,9 +7,10 @@ set of any size takes no memory for them.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ import torch
 from torch import Tensor
 
 from retrodiff.components import inside
-from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever
+from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever, TextEncoder
 from retrodiff.model.checks import encoder_disagreement
-from retrodiff.numbers import whole
+from retrodiff.numbers import real, whole
 from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.table import tabulated
+from retrodiff.training.augment import Augmentation, augmented
+from retrodiff.training.captions import Captions, SearchedBy, checked_modes, listed
+from retrodiff.training.conditions import Conditions, Search, Tables
+from retrodiff.training.group_neighbors import Groups, groups_of
 from retrodiff.training.images import Images, as_images, digest, embedded, pixels
-from retrodiff.training.occasion import Order
+from retrodiff.training.occasion import Occasion, Order
 from retrodiff.training.pairing import Pairing
 from retrodiff.training.prefetch import read_ahead
 from retrodiff.training.reading import Reading
@@ -45,6 +50,13 @@ class TrainingSet:
         table: row numbers of their neighbors (n, k), or (n, r, k).
         database: D.
         pairing: which image is drawn from whose condition; None: each from its own.
+        search: how neighbors are found; `of` knows it, and what looks for more needs it.
+        per_step: neighbors are asked for at each step, by ``search``, and the table is empty.
+        captions: text in place of images' own embeddings; see `captioned`.
+        groups: neighbors from an image's own group; see `grouped`.
+        tables: the neighbors of captions and groups.
+        jitter: whether the number of neighbors varies; see `jittered`.
+        augment: changes images; see `augmented`.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -55,6 +67,13 @@ class TrainingSet:
     table: Tensor
     database: Database
     pairing: Pairing | None = None
+    search: Search | None = field(default=None, kw_only=True, repr=False)
+    per_step: bool = field(default=False, kw_only=True)
+    captions: Captions | None = field(default=None, kw_only=True, repr=False)
+    groups: Groups | None = field(default=None, kw_only=True, repr=False)
+    tables: Tables = field(default=Tables(), kw_only=True, repr=False)
+    jitter: bool = field(default=False, kw_only=True)
+    augment: tuple[Augmentation, ...] = field(default=(), kw_only=True)
     made_from: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     """What `of` computed embeddings and table from; None where they were given."""
 
@@ -80,6 +99,8 @@ class TrainingSet:
                 f"the embeddings are {shapes[0][-1]} wide, but the database's dim={width}: use the "
                 "encoder it was built with"
             )
+        if self.per_step and self.search is None:
+            raise ValueError("per_step=True needs a retriever: make the set with TrainingSet.of")
         if self.pairing is not None:
             self.pairing.check(len(self.images))
 
@@ -88,7 +109,9 @@ class TrainingSet:
 
     @property
     def k(self) -> int:
-        """Neighbors kept for each image."""
+        """Neighbors of each image."""
+        if self.per_step and self.search is not None:
+            return self.search.k
         return self.table.shape[-1]
 
     @classmethod
@@ -100,6 +123,7 @@ class TrainingSet:
         retriever: Retriever,
         k: int,
         *,
+        per_step: bool = False,
         ids: Tensor | None = None,
         cache: str | Path | None = None,
         batch_size: int = 256,
@@ -117,6 +141,9 @@ class TrainingSet:
             database: D.
             retriever: which neighbors; wrap it in `ExcludeSelf` where images are rows of D.
             k: neighbors per image.
+            per_step: ask the retriever again at each step, in place of once before training: one
+                that draws, such as `RandomOfTop`, then gives other rows each time, and a step
+                costs a search. What is drawn depends on seed and step alone.
             ids: (n,) rows of D that the images are, -1 where they are none. None: where the
                 retriever needs them, the rows whose embedding is the image's own.
             cache: folder that keeps embeddings and row numbers as files, which are then mapped.
@@ -155,17 +182,26 @@ class TrainingSet:
                     "none of them was found in the database: nothing is left out",
                     stacklevel=2,
                 )
-        table = neighbor_table(
-            Query(embeddings, ids=ids),
-            database,
-            k,
-            retriever,
-            path=None if folder is None else folder / "neighbors.safetensors",
-            resume=True,
-            seed=seed,
-            progress=progress,
-        )
-        made = cls(images, embeddings, table, database)
+        if ids is not None and len(ids) != len(images):
+            raise ValueError(
+                f"{len(images)} training images, but {len(ids)} ids: give the row of the database "
+                "that each is, -1 for none"
+            )
+        search = Search(retriever, k, None if ids is None else ids.long().cpu(), seed)
+        if per_step:
+            table = torch.empty((*embeddings.shape[:-1], 0), dtype=torch.int32)
+        else:
+            table = neighbor_table(
+                Query(embeddings, ids=ids),
+                database,
+                k,
+                retriever,
+                path=None if folder is None else folder / "neighbors.safetensors",
+                resume=True,
+                seed=seed,
+                progress=progress,
+            )
+        made = cls(images, embeddings, table, database, search=search, per_step=per_step)
         about = {
             "encoder": dict(vars(encoder.identity)),
             "retriever": re.sub(r" at 0x[0-9a-f]+", "", repr(retriever)),
@@ -179,13 +215,151 @@ class TrainingSet:
 
     def paired(self, pairing: Pairing | None) -> TrainingSet:
         """The same images, drawn from the conditions that a pairing gives them."""
-        made = replace(self, pairing=pairing)
-        object.__setattr__(made, "made_from", self.made_from)
-        return made
+        return self._with(pairing=pairing)
 
-    def batch(self, rows: Tensor, k: int | None = None) -> tuple[Tensor, Query, Neighbors]:
-        """Images, queries and the first k neighbors of some rows (of some pairs)."""
-        return pixels(self.images, self._targets(rows)), *self._conditions(rows, k)
+    def captioned(
+        self,
+        captions: Sequence[str | Sequence[str] | None],
+        encoder: TextEncoder,
+        *,
+        modes: Mapping[Any, float],
+        searched_by: SearchedBy = "image",
+        cache: str | Path | None = None,
+        batch_size: int = 256,
+        progress: bool = True,
+    ) -> TrainingSet:
+        """The same images, trained with their captions in the modes in which text is sampled.
+
+        At each step an image is in one mode, as a sample is: ``neighbors`` (its k rows),
+        ``text+neighbors`` (one of its captions, and k - 1 rows) or ``text`` (the caption alone).
+        With `NeighborEmbeddings` the caption is one token of the set, as in Blattmann et al. 2022,
+        section 3.3; with `PromptAndNeighbors` it is a stream of its own, as in Sheynin et al. 2022.
+
+        Args:
+            captions: of each image: text, several texts, or None. Images without a caption are
+                trained with neighbors alone, and counted in a warning.
+            encoder: the one the database was built with.
+            modes: the share of each mode, such as ``{"neighbors": 0.5, "text+neighbors": 0.4,
+                "text": 0.1}``; their sum is 1.
+            searched_by: ``image``: rows are the image's own neighbors; ``caption``: where a
+                caption is used, they are the caption's, as they will be when sampling.
+            cache: folder that keeps the captions' embeddings; see `of`.
+            batch_size: texts per call of the encoder.
+            progress: show a bar.
+
+        Raises:
+            ValueError: the encoder takes no text or is not the database's, captions are not as
+                many as images, none is there, or a share is wrong.
+        """
+        modes = checked_modes(modes)
+        texts = listed(captions, len(self.images))
+        if self.embeddings.ndim != 2:
+            raise ValueError(
+                f"the training images have {self.embeddings.shape[1]} regions each, but a caption "
+                "is of a whole image: train regions without captions"
+            )
+        if not hasattr(encoder, "encode_text"):
+            raise ValueError(
+                f"captions need an encoder of text, but {type(encoder).__name__} has no text tower "
+                "(no encode_text): use the CLIPEncoder that the database was built with"
+            )
+        if (line := encoder_disagreement(encoder, self.database)) is not None:
+            raise ValueError(line)
+        if silent := sum(not own for own in texts):
+            warnings.warn(
+                f"{silent} of {len(texts)} training images have no caption: they are trained with "
+                "neighbors alone",
+                stacklevel=2,
+            )
+        flat = [text for own in texts for text in own]
+        about: dict[str, Any] = {"texts": _hash_of_texts(texts)}
+        about |= {f"encoder.{k}": v for k, v in vars(encoder.fingerprint).items()}
+        embeddings = tabulated(
+            lambda start, stop: _embedded_texts(encoder, flat[start:stop]),
+            (len(flat), encoder.dim),
+            torch.float32,
+            batch_size=whole("batch_size", batch_size),
+            what="caption",
+            progress=progress,
+            path=None if cache is None else Path(cache).expanduser() / "captions.safetensors",
+            about=about,
+            resume=True,
+        )
+        made = Captions(
+            embeddings,
+            torch.tensor([len(own) for own in texts]),
+            modes,
+            searched_by,
+            {"texts": about["texts"], "encoder": dict(vars(encoder.identity))},
+        )
+        return self._with(captions=made)._completed(progress)
+
+    def grouped(
+        self,
+        by: str,
+        share: float,
+        *,
+        groups: Sequence[Any] | None = None,
+        progress: bool = True,
+    ) -> TrainingSet:
+        """The same images, some of them with neighbors from their own group only, such as a style.
+
+        A network that is shown pictures of one style, and draws that style, learns to take the
+        style from the database. Retriever, k and the images' own rows are those of `of`.
+
+        Args:
+            by: column of the database, such as ``style``.
+            share: of the images of a step whose neighbors come from their own group; the others
+                have neighbors from the whole database.
+            groups: group of each image, None: of none. Left out: the images are rows of the
+                database, and have their rows' groups.
+            progress: show a bar.
+
+        Raises:
+            ValueError: the groups of the images are not known, or one has too few rows.
+        """
+        search = self._searching("grouped")
+        share = real("share", share, 0, 1)
+        ids = search.ids
+        if groups is None and ids is None and self.embeddings.ndim == 2:
+            ids = own_rows(self.embeddings, self.database)
+        own = groups_of(self.database, by, ids, groups, len(self.images))
+        made = Groups.of(self.database, by, own, share, search.k)
+        return self._with(groups=made)._completed(progress)
+
+    def jittered(self) -> TrainingSet:
+        """The same images, each with a number of its neighbors that is drawn from 1 to k.
+
+        The others are masked, so that a network that is sampled with fewer neighbors than it was
+        trained with has seen such sets. A caption counts as the first of them.
+        """
+        return self._with(jitter=True)
+
+    def augmented(self, *augment: Augmentation) -> TrainingSet:
+        """The same images, changed each time by what does not leak into samples.
+
+        Embeddings and neighbors stay those of the picture as it is. See `Mirrored` and `Moved`.
+
+        Args:
+            augment: one after the other.
+        """
+        return self._with(augment=tuple(augment))
+
+    def batch(
+        self, rows: Tensor, k: int | None = None, occasion: Occasion | None = None
+    ) -> tuple[Tensor, Query, Neighbors]:
+        """Images, queries and the first k neighbors of some rows (of some pairs).
+
+        Args:
+            rows: (b,) of images, or of pairs.
+            k: neighbors of each; None: all.
+            occasion: when they are used, which decides on captions, groups, the number of neighbors
+                and augmentation. None: none of these, as for a validation.
+        """
+        images = pixels(self.images, self._targets(rows))
+        if self.augment and occasion is not None:
+            images = augmented(self.augment, images, occasion.randomness("augment"))
+        return images, *self._conditions(rows, k, occasion)
 
     def batches(
         self,
@@ -223,7 +397,8 @@ class TrainingSet:
         order = Order(len(self), batch_size, seed, part)
         steps = range(start, stop)
         targets = None if self.pairing is None else self.pairing.target
-        images = read_ahead(Reading(self.images, targets, order), steps, workers)
+        reading = Reading(self.images, targets, order, self.augment)
+        images = read_ahead(reading, steps, workers)
         return self._joined(images, order, steps, k)
 
     def _joined(
@@ -232,20 +407,71 @@ class TrainingSet:
         try:
             for step in steps:
                 rows = order.mine(self.rows_at(step, order.batch_size, order.seed))
-                yield next(images), *self._conditions(rows, k)
+                yield next(images), *self._conditions(rows, k, order.occasion(step))
         finally:
             images.close()  # type: ignore[attr-defined]
 
     def _targets(self, rows: Tensor) -> Tensor:
         return rows if self.pairing is None else self.pairing.target[rows]
 
-    def _conditions(self, rows: Tensor, k: int | None) -> tuple[Query, Neighbors]:
+    def _conditions(
+        self, rows: Tensor, k: int | None, occasion: Occasion | None
+    ) -> tuple[Query, Neighbors]:
         asking = rows if self.pairing is None else self.pairing.condition[rows]
-        indices = self.table[asking][..., :k].long()
-        query = Query(self.embeddings[asking])
-        found = self.database.embeddings(indices)
-        similarity = torch.cosine_similarity(query.embedding.unsqueeze(-2), found, dim=-1)
-        return query, Neighbors(indices, similarity, found)
+        conditions = Conditions(
+            self.embeddings,
+            self.table,
+            self.database,
+            self.search if self.per_step else None,
+            self.tables,
+            self.captions,
+            self.groups,
+            self.jitter,
+        )
+        return conditions.of(asking, k, occasion)
+
+    def _with(self, **changed: Any) -> TrainingSet:
+        made = replace(self, **changed)
+        object.__setattr__(made, "made_from", self.made_from)
+        return made
+
+    def _searching(self, method: str) -> Search:
+        if self.search is None:
+            raise ValueError(
+                f"{method} looks for neighbors, but this training set knows no retriever: make it "
+                "with TrainingSet.of"
+            )
+        return self.search
+
+    def _completed(self, progress: bool) -> TrainingSet:
+        """With the tables of neighbors that captions and groups need and that are missing."""
+        if self.per_step:
+            return self
+        captions, groups, tables = self.captions, self.groups, self.tables
+        asking = None
+        if captions is not None and captions.searched_by == "caption":
+            search = self._searching("captioned(searched_by='caption')")
+            asking = Query(captions.embeddings, ids=search.ids_of(captions.images))
+            if tables.captions is None:
+                found = neighbor_table(
+                    asking,
+                    self.database,
+                    search.k,
+                    search.retriever,
+                    seed=search.seed,
+                    progress=progress,
+                )
+                tables = replace(tables, captions=found)
+        if groups is not None:
+            search = self._searching("grouped")
+            how = (search.k, search.retriever, search.seed, progress)
+            if tables.own is None:
+                images = Query(self.embeddings, ids=search.ids)
+                tables = replace(tables, own=groups.table(images, groups.own, *how))
+            if captions is not None and asking is not None and tables.captions_own is None:
+                own = groups.own[captions.images]
+                tables = replace(tables, captions_own=groups.table(asking, own, *how))
+        return self._with(tables=tables)
 
     def rows_at(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The rows (b,) of a training step: epochs of a shuffle, a function of the step alone."""
@@ -265,6 +491,11 @@ class TrainingSet:
             "count": len(self.images),
             "database": dict(vars(self.database.fingerprint)),
             "pairing": None if self.pairing is None else self.pairing.digest(),
+            "per_step": self.per_step or None,
+            "captions": None if self.captions is None else self.captions.describe(),
+            "groups": None if self.groups is None else self.groups.describe(),
+            "jitter": self.jitter or None,
+            "augment": [re.sub(r" at 0x[0-9a-f]+", "", repr(one)) for one in self.augment] or None,
             **made,
         }
 
@@ -279,7 +510,7 @@ class TrainingSet:
             return
         n = len(self.images)
         rows = torch.linspace(0, n - 1, min(looked_at, n)).long()
-        nearest = self.database.embeddings(self.table[rows][:, 0].long())
+        nearest = self._conditions(rows, 1, None)[1].embeddings[:, 0]
         same = int(_same(self.embeddings[rows], nearest).sum())
         if same:
             warnings.warn(
@@ -323,3 +554,25 @@ def _hash(values: Tensor) -> str:
     for part in values.detach().split(4096):
         found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
+
+
+def _hash_of_texts(texts: Sequence[Sequence[str]]) -> str:
+    found = hashlib.sha256()
+    for own in texts:
+        found.update(json.dumps(own).encode())
+    return found.hexdigest()[:32]
+
+
+def _embedded_texts(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Embeddings (b, d) of texts, all finite; equal ones are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    number = {text: i for i, text in enumerate(distinct)}
+    with torch.no_grad():
+        found = encoder.encode_text(distinct).detach().float().cpu()
+    finite = found.isfinite().all(-1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"the caption {distinct[int((~finite).nonzero()[0])]!r:.80} has an embedding that is "
+            "not finite: look at the encoder's weights"
+        )
+    return found[[number[text] for text in texts]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retrodiff.training.augment import Augmentation, augmented
 from retrodiff.training.images import Images, pixels
 from retrodiff.training.occasion import Order
 
@@ -20,11 +21,13 @@ class Reading:
         images: all of them.
         targets: which image each row draws; None: row i draws image i.
         order: which rows a step has.
+        augment: changes the images.
     """
 
     images: Images
     targets: Tensor | None
     order: Order
+    augment: tuple[Augmentation, ...] = ()
 
     def __call__(self, step: int, begun: Callable[[int], None]) -> Tensor:
         """The images (b, c, h, w) of a step.
@@ -34,14 +37,15 @@ class Reading:
         """
         rows = self.order.mine(self.order.rows(step))
         numbers = rows if self.targets is None else self.targets[rows]
-        if not hasattr(self.images, "name"):
-            begun(int(numbers[0]))
-            return pixels(self.images, numbers)
         found: list[Tensor] = []
-        for number in numbers.split(1):
-            begun(int(number))
-            found.append(pixels(self.images, number))
-        return torch.cat(found)
+        for some in numbers.split(1 if hasattr(self.images, "name") else len(numbers)):
+            begun(int(some[0]))
+            found.append(pixels(self.images, some))
+        images = torch.cat(found)
+        if not self.augment:
+            return images
+        occasion = self.order.occasion(step)
+        return augmented(self.augment, images, occasion.randomness("augment"))
 
     def name(self, number: int) -> str:
         """What an image is called."""

@@ -1,0 +1,123 @@
+"""Augmentation that cannot leak into samples: pictures that could have been in the data.
+
+A shifted or smaller picture on a plain background of the same color, and the mirror image of a
+picture without letters, are as good as the original, so a network that draws them is not wrong.
+What changes the distribution (rotations, cut-outs, colors) would have to be told to the network
+(Karras et al. 2022, appendix F.2) and is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from retrodiff.numbers import real, whole
+from retrodiff.pictures.converting import CHANNELS
+from retrodiff.randomness import uniform
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """Changes training images, each by randomness of its own."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] -> changed ones of the same shape.
+
+        Args:
+            images: of a step.
+            generator: draw with ``retrodiff.randomness.uniform(generator, (b, ...))``, so that an
+                image does not depend on the others of its batch.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Mirror images, left to right: for pictures without letters and handedness.
+
+    Args:
+        probability: of each image being mirrored.
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        real("probability", self.probability, 0, 1)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Images (b, c, h, w) -> some of them mirrored."""
+        there = uniform(generator, (len(images), 1))[:, 0] < self.probability
+        return torch.where(there.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Pictures shifted and made smaller on a background of one color.
+
+    Shifts are whole pixels; scales use bilinear interpolation. Pictures whose border is of another
+    color get a visible frame: leave those as they are.
+
+    Args:
+        shift: most pixels in each direction.
+        smallest: least size in relation to the original, above 0 and up to 1.
+        background: value of the color around the picture, -1 to 1; 1 is white.
+    """
+
+    shift: int
+    smallest: float = 1.0
+    background: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole("shift", self.shift, 0)
+        real("smallest", self.smallest, above=0, most=1)
+        real("background", self.background, -1, 1)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Images (b, c, h, w) -> moved ones."""
+        b, _, h, w = images.shape
+        drawn = uniform(generator, (b, 3), torch.float64)
+        shift = ((2 * self.shift + 1) * drawn[:, :2]).floor() - self.shift
+        scale = self.smallest + (1 - self.smallest) * drawn[:, 2]
+        down = _source(h, shift[:, 0], scale).to(images)
+        right = _source(w, shift[:, 1], scale).to(images)
+        grid = torch.stack(
+            [right.unsqueeze(1).expand(b, h, w), down.unsqueeze(2).expand(b, h, w)], -1
+        )
+        mode = "nearest" if self.smallest == 1 else "bilinear"
+        moved = torch.nn.functional.grid_sample(
+            images - self.background, grid, mode, "zeros", align_corners=False
+        )
+        return moved + self.background
+
+
+def augmented(
+    augment: tuple[Augmentation, ...], images: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Images of a step, changed by one augmentation after the other.
+
+    Raises:
+        ValueError: they are latents, or one changes the shape.
+    """
+    if images.shape[1] not in CHANNELS or images.shape[1] == 4:
+        raise ValueError(
+            f"augment= changes pictures, but the training images are latents of {images.shape[1]} "
+            "channels: augment before they are encoded, or leave it out"
+        )
+    for one in augment:
+        changed = one(images, generator)
+        if changed.shape != images.shape:
+            raise ValueError(
+                f"{type(one).__name__} made images {tuple(changed.shape)} of "
+                f"{tuple(images.shape)}: keep the shape"
+            )
+        images = changed
+    return images
+
+
+def _source(size: int, shift: Tensor, scale: Tensor) -> Tensor:
+    """Where (b, size) each row or column of the result comes from, from -1 to 1."""
+    at = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
+    return (at - 2 * shift.unsqueeze(1) / size) / scale.unsqueeze(1)

@@ -1,0 +1,132 @@
+"""Captions of training images: text that takes the place of an image's own embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrodiff.interfaces import Mode
+from retrodiff.numbers import real
+
+WITH_TEXT = ("text", "text+neighbors")
+TRAINED_MODES: tuple[Mode, ...] = ("neighbors", *WITH_TEXT)
+"""What a training image can be conditioned on; every mode of sampling is one of these."""
+
+SearchedBy = Literal["image", "caption"]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Embeddings of captions, none, one or several for an image, and how often they are used.
+
+    Args:
+        embeddings: (m, d) of all captions, image after image, raw scale.
+        counts: (n,) captions of each image.
+        modes: share of the images of a step in each mode: ``neighbors`` (k rows),
+            ``text+neighbors`` (the caption and k - 1 rows), ``text`` (the caption alone). Images
+            without a caption are always in ``neighbors``.
+        searched_by: whether an image's neighbors are its own or, where a caption is used, the
+            caption's, as they will be when sampling.
+        made_from: the texts and who embedded them, to be compared when a training is continued.
+    """
+
+    embeddings: Tensor
+    counts: Tensor
+    modes: Mapping[Mode, float]
+    searched_by: SearchedBy = "image"
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modes", checked_modes(self.modes))
+        if self.searched_by not in ("image", "caption"):
+            raise ValueError(f"searched_by={self.searched_by!r}: give 'image' or 'caption'")
+
+    @property
+    def images(self) -> Tensor:
+        """(m,) the image that each caption is of."""
+        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
+
+    def describe(self) -> dict[str, Any]:
+        """What must be the same when a training is continued."""
+        return {**self.made_from, "modes": dict(self.modes), "searched_by": self.searched_by}
+
+    @property
+    def first(self) -> Tensor:
+        """(n,) number of each image's first caption."""
+        return self.counts.cumsum(0) - self.counts
+
+    def chosen(self, rows: Tensor, which: Tensor, mode: Tensor) -> tuple[Tensor, list[str]]:
+        """Which caption some images get, and the mode of each.
+
+        Args:
+            rows: (b,) numbers of images.
+            which: (b,) numbers in [0, 1) that decide which of an image's captions it is.
+            mode: (b,) numbers in [0, 1) that decide the mode.
+
+        Returns:
+            Numbers of captions (b,), -1 where none is used; and modes.
+        """
+        names = list(self.modes)
+        bounds = torch.tensor([self.modes[name] for name in names], dtype=torch.float64).cumsum(0)
+        bounds[-1] = 1.0  # whatever the shares' rounding
+        found = [names[i] for i in torch.searchsorted(bounds, mode.double(), right=True).tolist()]
+        counts = self.counts[rows]
+        one = (which.double() * counts).long().clamp_max(counts - 1)
+        caption = torch.where(counts > 0, self.first[rows] + one, -1)
+        modes = [
+            name if name not in WITH_TEXT or number >= 0 else "neighbors"
+            for name, number in zip(found, caption.tolist(), strict=True)
+        ]
+        used = torch.tensor([name in WITH_TEXT for name in modes], dtype=torch.bool)
+        return torch.where(used, caption, -1), modes
+
+
+def checked_modes(modes: Mapping[Any, float]) -> dict[Mode, float]:
+    """Shares of modes that sum to one.
+
+    Raises:
+        ValueError: a mode is unknown, a share out of range, or their sum is not 1.
+    """
+    for name, share in modes.items():
+        if name not in TRAINED_MODES:
+            raise ValueError(
+                f"modes has {name!r}, but images are trained with {', '.join(TRAINED_MODES)}: the "
+                "other modes of sampling condition on neighbors"
+            )
+        real(f"modes[{name!r}]", share, 0, 1)
+    total = sum(modes.values())
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"the shares in modes sum to {total:.6g}: make their sum 1")
+    return {name: float(share) for name, share in modes.items() if share > 0}
+
+
+def listed(captions: Sequence[str | Sequence[str] | None], n: int) -> list[list[str]]:
+    """Captions in any usual form -> those of each image, without empty ones.
+
+    Raises:
+        ValueError: there are not as many as images, one is no text, or there is none at all.
+    """
+    if isinstance(captions, str) or len(captions) != n:
+        given = "one text" if isinstance(captions, str) else f"captions of {len(captions)} images"
+        raise ValueError(f"{n} training images, but {given}: give one, several or None for each")
+    found: list[list[str]] = []
+    for i, own in enumerate(captions):
+        if own is None or (isinstance(own, float) and own != own):  # as tables mark what is missing
+            own = []
+        texts = list(own) if isinstance(own, (list, tuple, np.ndarray)) else [own]
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(
+                f"the caption of training image {i} is {odd[0]!r:.80}: give text, or None where "
+                "there is none"
+            )
+        found.append([text for text in texts if text.strip()])
+    if not any(found):
+        raise ValueError(
+            f"none of the {n} training images has a caption: give some, or train without captions"
+        )
+    return found
