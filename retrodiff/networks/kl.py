@@ -57,7 +57,6 @@ class KLAutoencoder(Placed, Autoencoder):
             "feature_channels": features,
             "attention_factors": list(attention_factors),
             "image_channels": image_channels,
-            "scale_factor": scale_factor,
         }
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.scale_factor = scale_factor
@@ -74,7 +73,7 @@ class KLAutoencoder(Placed, Autoencoder):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``KLAutoencoder(**config)`` is the same architecture."""
-        return dict(self._config)
+        return {**self._config, "scale_factor": self.scale_factor}
 
     @property
     def factor(self) -> int:

@@ -64,7 +64,10 @@ class _ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gradient = grad_outputs[0]
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, h, w = x.shape
         each = c // ctx.groups

@@ -66,7 +66,6 @@ class VQAutoencoder(Placed, Autoencoder):
             "feature_channels": features,
             "attention_factors": list(attention_factors),
             "image_channels": image_channels,
-            "scale_factor": scale_factor,
         }
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.scale_factor = scale_factor
@@ -85,7 +84,7 @@ class VQAutoencoder(Placed, Autoencoder):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``VQAutoencoder(**config)`` is the same architecture."""
-        return dict(self._config)
+        return {**self._config, "scale_factor": self.scale_factor}
 
     @property
     def factor(self) -> int:
@@ -108,8 +107,11 @@ class VQAutoencoder(Placed, Autoencoder):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Numbers of codes (b, h, w) -> images (b, c, f*h, f*w)."""
-        quantized = rearrange(self.codebook(codes), "b h w c -> b c h w")
-        return at_least_float32(self.decoder(self.from_latent(quantized))).contiguous()
+        return self.decode_vectors(rearrange(self.codebook(codes), "b h w c -> b c h w"))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Codes themselves (b, latent, h, w), without the scale -> images (b, c, f*h, f*w)."""
+        return at_least_float32(self.decoder(self.from_latent(vectors.to(self.dtype)))).contiguous()
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents (b, latent, h, w) -> numbers of the nearest codes (b, h, w)."""

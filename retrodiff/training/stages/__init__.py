@@ -1,0 +1,1 @@
+"""First stages: autoencoders trained on images, and latents that are kept on disk."""
