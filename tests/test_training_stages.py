@@ -57,7 +57,7 @@ class Killed(BaseException):
 
 
 def killed_at(step: int) -> Any:
-    def after(done: int) -> None:
+    def after(done: int, *_: float) -> None:
         if done == step:
             raise Killed
 

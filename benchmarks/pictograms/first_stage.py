@@ -74,7 +74,7 @@ def main() -> None:
         return
     started, seen = time.perf_counter(), 0
 
-    def after(done: int) -> None:
+    def after(done: int, *_: float) -> None:
         nonlocal seen
         seen += options.batch_size
         if done % 200 == 0:

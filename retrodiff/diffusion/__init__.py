@@ -70,7 +70,7 @@ __all__ = [
     "Unconditional",
     "Unguided",
     "VDenoiser",
-    "X0Denoiser",
     "Wrapper",
+    "X0Denoiser",
     "get_sampler",
 ]

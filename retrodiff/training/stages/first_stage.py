@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrodiff.components import where
 from retrodiff.networks import KLAutoencoder, VQAutoencoder
 from retrodiff.numbers import real, whole
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.images import Images, as_images, digest, pixels
-from retrodiff.training.optimize import optimize
+from retrodiff.training.optimize import Part, Precision, optimize
 from retrodiff.training.order import epoch_rows
 from retrodiff.training.rates import LearningRate
 from retrodiff.training.stages.adversarial import Adversarial
@@ -73,13 +72,13 @@ def fit_autoencoder(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ema: float = 0.999,
     weight_decay: float = 0.0,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
     overwrite: bool = False,
-    after: Callable[[int], None] | None = None,
+    after: Callable[[int, float, float], None] | None = None,
     progress: bool = True,
 ) -> StageResult:
     """Trains an autoencoder on images; the one that is given stays as it was.
@@ -108,13 +107,13 @@ def fit_autoencoder(
         augment: changes the images of a batch before they are seen.
         ema: decay of the weights' average.
         weight_decay: of AdamW.
-        precision: ``bfloat16`` computes under autocast; weights stay float32.
+        precision: as for `optimize`.
         seed: of everything random. The same seed gives the same weights.
         checkpoint: file that keeps the state, to resume from after an interruption.
         checkpoint_every: steps between checkpoints.
         resume: continue from the checkpoint; where there is none, start.
         overwrite: replace the checkpoint of another training.
-        after: told the number of steps done.
+        after: told the number of steps done, the loss of the last one, and its learning rate.
         progress: show a bar.
 
     Raises:
@@ -133,8 +132,6 @@ def fit_autoencoder(
         perceptual=real("perceptual_weight", perceptual_weight, 0),
         restart_after=whole("restart_after", restart_after, 0),
     )
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision={precision!r}: give 'float32' or 'bfloat16'")
     shown = as_images(images)
     check_fit(autoencoder, shown, batch_size)
     objective = StageObjective(
@@ -144,19 +141,17 @@ def fit_autoencoder(
     device, _ = where(trained) or (torch.device("cpu"), None)
     average = NamedEMA(trained, ema)
     parts = LossParts(steps)
-    narrow = precision == "bfloat16"
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
+    def loss(module: nn.Module, part: Part) -> Tensor:
+        step, generator = part.step, part.generator
         batch = pixels(shown, epoch_rows(len(shown), step, batch_size, seed))
         batch = batch if augment is None else augment(batch, generator)
-        with torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext():
-            value, numbers = objective(batch.to(device), step, generator)
+        value, numbers = module(batch.to(device), step, generator)
         parts.record(step, **numbers)
         return value
 
     run = {
         "batch_size": batch_size,
-        "precision": precision,
         "images": digest(shown),
         "autoencoder": {"kind": type(autoencoder).__name__, **autoencoder.config()},
         "weights": asdict(weights),
@@ -172,6 +167,7 @@ def fit_autoencoder(
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,
+        precision=precision,
         seed=seed,
         ema=average,
         checkpoint=checkpoint,
