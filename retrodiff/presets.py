@@ -19,17 +19,22 @@ from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture, Pub
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,
+    DPMpp2M,
     Dropped,
+    EDMDenoiser,
     EpsDenoiser,
     FlowDenoiser,
     Heun,
+    Identity,
     NeighborEmbeddings,
     PixelUnshuffle,
+    PromptAndNeighbors,
     ScaledLinear,
     Unconditional,
 )
 from retrodiff.encoders import CLIPEncoder
 from retrodiff.interfaces import (
+    Autoencoder,
     Conditioner,
     Database,
     Encoder,
@@ -44,7 +49,7 @@ from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 from retrodiff.retrieval import NearestNeighbors
 
-__all__ = ["ldm_imagenet", "rdm_768", "rdm_ffhq", "rdm_imagenet", "rdm_small"]
+__all__ = ["ldm_imagenet", "rdm_768", "rdm_ffhq", "rdm_imagenet", "rdm_pictograms", "rdm_small"]
 
 Checkpoint = str | Path | PublishedModel
 
@@ -187,6 +192,60 @@ def rdm_small(
         .defaults(k=k, steps=12)
     )
     return recipe if database is None else recipe.database(database)
+
+
+@preset
+def rdm_pictograms(
+    *,
+    encoder: Encoder | None = None,
+    first_stage: Autoencoder | None = None,
+    database: Database | None = None,
+    proposal: ProposalDistribution | None = None,
+    channels: int = 64,
+    k: int = 4,
+) -> Builder:
+    """Pictograms of 64x64 pixels: what to draw and in which style is what the database says.
+
+    A UNet of 4.9 million weights on latents of 4 x 16 x 16, EDM preconditioning, prompt and
+    neighbors as two streams; fresh weights.
+
+    Args:
+        encoder: a small CLIP; None: to be set before prompts or images are asked.
+        first_stage: 64x64 pictures to latents (4, 16, 16) of unit variance; None: images are
+            latents already, as in training on latents that were encoded before.
+        database: D; None: only text-only sampling works.
+        proposal: distribution of the queries of unconditional sampling.
+        channels: of the UNet's first level, a multiple of 32.
+        k: neighbors of a picture; in the text modes the prompt is one of them.
+    """
+    width = 256 if encoder is None else encoder.dim
+
+    def denoiser() -> EDMDenoiser:
+        network = UNet(
+            in_channels=4,
+            out_channels=4,
+            size=16,
+            channels=channels,
+            multipliers=(1, 1, 2),
+            blocks_per_level=1,
+            attention_factors=(2, 4),
+            context_width=width,
+            streams=("query", "neighbors"),
+        )
+        return EDMDenoiser(network, sigma_data=1.0, mean=-0.4, sigma_min=0.01, sigma_max=40.0)
+
+    recipe = (
+        Builder()
+        .retriever(NearestNeighbors())
+        .conditioner(Dropped(PromptAndNeighbors("unit"), 0.1))
+        .autoencoder(first_stage or Identity())
+        .denoiser(denoiser)
+        .sampler(DPMpp2M())
+        .guidance(ClassifierFree(2.0))
+        .defaults(k=k, steps=24, prompt_template="{}")
+    )
+    given = {"encoder": encoder, "database": database, "proposal": proposal}
+    return recipe.set(**{slot: part for slot, part in given.items() if part is not None})
 
 
 def from_published(
