@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from retrodiff.training.ema import NamedEMA
 from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import optimize
 from retrodiff.training.parts import TRAINED, copied, trainable_modules
-from retrodiff.training.rates import LearningRate
+from retrodiff.training.rates import LearningRate, learning_rate
+from retrodiff.training.watching import Moment, Watcher
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     snapshots: Sequence[int] = (),
+    watch: Sequence[Watcher] = (),
     progress: bool = True,
 ) -> FitResult:
     """Trains denoiser and conditioner; the model that is given stays as it was.
@@ -83,6 +86,7 @@ def fit(
         resume: continue from the checkpoint; where there is none, start.
         overwrite: replace the checkpoint of another training.
         snapshots: steps at which the averaged model is kept as well.
+        watch: told of every step; they change nothing, and their state goes into checkpoints.
         progress: show a bar.
 
     Raises:
@@ -101,11 +105,37 @@ def fit(
     objective = Objective(copied(model))
     average = NamedEMA(objective, ema)
     earlier = Snapshots(average, wanted)
+    rate = learning_rate(lr)
+    started: list[float] = []
+    latest: list[Tensor] = []
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
+        if not started:
+            started.append(time.perf_counter())
+            for watcher in watch:
+                watcher.begin(step)
         rows = data.rows_at(step, batch_size, seed)
         images, query, neighbors = data.batch(rows, model.k)
-        return objective(images, query, neighbors, generator).mean()
+        value = objective(images, query, neighbors, generator).mean()
+        latest[:] = [value.detach()]
+        return value
+
+    def after(done: int) -> None:
+        earlier.take(done)
+        moment = Moment(
+            done=done,
+            steps=steps,
+            loss=float(latest[0]),
+            lr=float(rate(done - 1)),
+            images=done * batch_size,
+            seconds=time.perf_counter() - started[0],
+            averaged=lambda: _with(objective.model, average.state()),
+        )
+        for watcher in watch:
+            watcher.look(moment)
+
+    kept: dict[str, Any] = {"snapshots": earlier} if wanted else {}
+    kept |= {f"watch{i}": watcher for i, watcher in enumerate(watch)}
 
     losses = optimize(
         objective,
@@ -120,8 +150,8 @@ def fit(
         resume=resume,
         overwrite=overwrite,
         run={} if checkpoint is None else _run(model, data, batch_size, wanted),
-        kept={"snapshots": earlier} if wanted else None,
-        after=earlier.take,
+        kept=kept,
+        after=after,
         progress=progress,
     )
     return FitResult(

@@ -66,5 +66,5 @@ class Watcher(Protocol):
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` returned."""
+        """Takes what `state` returned; nothing, where an earlier sitting had no such watcher."""
         ...
