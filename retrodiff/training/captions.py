@@ -118,7 +118,7 @@ def listed(captions: Sequence[str | Sequence[str] | None], n: int) -> list[list[
     for i, own in enumerate(captions):
         if own is None or (isinstance(own, float) and own != own):  # as tables mark what is missing
             own = []
-        texts = list(own) if isinstance(own, (list, tuple, np.ndarray)) else [own]
+        texts: list[Any] = list(own) if isinstance(own, (list, tuple, np.ndarray)) else [own]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(
                 f"the caption of training image {i} is {odd[0]!r:.80}: give text, or None where "
