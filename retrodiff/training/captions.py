@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ class Captions:
         """What must be the same when a training is continued."""
         return {**self.made_from, "modes": dict(self.modes), "searched_by": self.searched_by}
 
-    @property
+    @cached_property
     def first(self) -> Tensor:
         """(n,) number of each image's first caption."""
         return self.counts.cumsum(0) - self.counts
@@ -74,7 +75,8 @@ class Captions:
         names = list(self.modes)
         bounds = torch.tensor([self.modes[name] for name in names], dtype=torch.float64).cumsum(0)
         bounds[-1] = 1.0  # whatever the shares' rounding
-        found = [names[i] for i in torch.searchsorted(bounds, mode.double(), right=True).tolist()]
+        drawn = torch.searchsorted(bounds, mode.double().contiguous(), right=True)
+        found = [names[i] for i in drawn.tolist()]
         counts = self.counts[rows]
         one = (which.double() * counts).long().clamp_max(counts - 1)
         caption = torch.where(counts > 0, self.first[rows] + one, -1)
@@ -118,7 +120,7 @@ def listed(captions: Sequence[str | Sequence[str] | None], n: int) -> list[list[
     for i, own in enumerate(captions):
         if own is None or (isinstance(own, float) and own != own):  # as tables mark what is missing
             own = []
-        texts = list(own) if isinstance(own, (list, tuple, np.ndarray)) else [own]
+        texts: list[Any] = list(own) if isinstance(own, (list, tuple, np.ndarray)) else [own]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(
                 f"the caption of training image {i} is {odd[0]!r:.80}: give text, or None where "

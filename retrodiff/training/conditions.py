@@ -89,16 +89,21 @@ class Conditions:
                 its neighbors.
         """
         embedding, modes = self.embeddings[rows], None
-        caption = torch.full((len(rows),), -1)
+        caption = own = torch.full((len(rows),), -1)
+        jitter = self.jitter and occasion is not None
+        drawn = torch.empty(0, 4)
+        if occasion is not None and (self.captions or self.groups or jitter):
+            # All are drawn whatever is used, so that one setting does not change another's draws.
+            drawn = uniform(occasion.randomness("conditions"), (len(rows), 4), torch.float64)
+        if self.groups is not None and occasion is not None:
+            own = torch.where(drawn[:, 2] < self.groups.share, self.groups.own[rows], -1)
         if self.captions is not None and occasion is not None:
-            which = uniform(occasion.randomness("caption"), (len(rows),))
-            mode = uniform(occasion.randomness("mode"), (len(rows),))
-            caption, modes = self.captions.chosen(rows, which, mode)
+            caption, modes = self.captions.chosen(rows, drawn[:, 0], drawn[:, 1])
             text = caption >= 0
             embedding = embedding.clone()
             embedding[text] = self.captions.embeddings[caption[text]].to(embedding)
         query = Query(embedding)
-        indices = self._indices(rows, caption, self._own(rows, occasion), occasion)[..., :k]
+        indices = self._indices(rows, caption, own, occasion)[..., :k]
         found = self.database.embeddings(indices)
         similarity = torch.cosine_similarity(embedding.unsqueeze(-2), found, dim=-1)
         neighbors = Neighbors(indices, similarity, found)
@@ -108,19 +113,11 @@ class Conditions:
             if "text" in self.captions.modes:
                 alone = torch.tensor([mode == "text" for mode in modes])
                 mask = (torch.arange(neighbors.k) == 0) | ~alone.unsqueeze(-1)
-        if self.jitter and occasion is not None and neighbors.k:
-            drawn = uniform(occasion.randomness("jitter"), (len(rows),), torch.float64)
-            most = 1 + (drawn * neighbors.k).long()
+        if jitter and neighbors.k:
+            most = 1 + (drawn[:, 3] * neighbors.k).long()
             seen = torch.arange(neighbors.k) < most.unsqueeze(-1)
             mask = seen if mask is None else mask & seen
         return query, neighbors if mask is None else _masked(neighbors, mask)
-
-    def _own(self, rows: Tensor, occasion: Occasion | None) -> Tensor:
-        """(b,) the group that each image's neighbors are from, -1: any."""
-        if self.groups is None or occasion is None:
-            return torch.full((len(rows),), -1)
-        drawn = uniform(occasion.randomness("group"), (len(rows),), torch.float64)
-        return torch.where(drawn < self.groups.share, self.groups.own[rows], -1)
 
     def _indices(
         self, rows: Tensor, caption: Tensor, own: Tensor, occasion: Occasion | None

@@ -150,7 +150,7 @@ def encode_here(
     def batch(at: tuple[int, int]) -> Batch:
         return Batch(*encode_rows(encoder, rows), at, skipped)
 
-    for i, read in _pictures(reader, range(start[0], len(source)), workers):
+    for i, read in pictures_of(reader, range(start[0], len(source)), workers):
         if isinstance(read, str):
             skipped.append((reader.name(i), read))
             continue
@@ -189,7 +189,7 @@ def encode_pictures(
     reader = Reader(source, encoder)
     chosen = range(len(source)) if numbers is None else [int(i) for i in numbers]
     done, rows = [torch.empty(0, encoder.dim)], []
-    for i, read in _pictures(reader, chosen, workers):
+    for i, read in pictures_of(reader, chosen, workers):
         if isinstance(read, str):
             raise UnreadableImage(f"{reader.name(i)}: {read}")
         for row in read:
@@ -256,9 +256,16 @@ def _two_steps(encoder: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tens
     return prepare, member(encoder, Encoder, "encode_prepared")
 
 
-def _pictures(
+def pictures_of(
     reader: Reader, numbers: Sequence[int], workers: int
 ) -> Iterator[tuple[int, list[Row] | str]]:
+    """Numbers of pictures, in the order given, each with its rows or why it cannot be read.
+
+    Args:
+        reader: of the source.
+        numbers: which pictures.
+        workers: processes that decode ahead.
+    """
     if not workers:
         for i in numbers:
             yield i, reader(i)
