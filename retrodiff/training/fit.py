@@ -139,7 +139,7 @@ def fit(
     device = _device(objective, processes)
     averages = _averages(objective, ema)
     earlier = Snapshots(averages[0], wanted)
-    started = time.monotonic()
+    started = [time.monotonic()]
 
     batches = Batches(data, model.k, steps, batch_size, seed, workers, processes)
 
@@ -159,12 +159,13 @@ def fit(
                     loss=value,
                     lr=rate,
                     images=done * batch_size,
-                    seconds=time.monotonic() - started,
+                    seconds=time.monotonic() - started[0],
                     averaged=lambda: _with(objective.model, averages[0].state()),
                 )
             )
 
     def begin(done: int) -> None:
+        started[0] = time.monotonic()
         batches.begin(done)
         for watcher in watch if processes.main else ():
             watcher.begin(done)
