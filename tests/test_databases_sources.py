@@ -129,6 +129,8 @@ def test_parquet_column(tmp_path, struct):
     items = [source.read(i)[0] for i in (4, 0, 1, 2, 3)]
     assert [item.record for item in items] == [{"label": c} for c in "eabcd"]
     assert torch.equal(items[0].image, images[4])
+    for one in (tmp_path / "a.parquet", str(tmp_path / "a.parquet")):
+        assert len(ParquetImages(one)) == 5
     database = build_database(tmp_path / "d", source, Pooled(), workers=1, progress=False)
     assert database.labels.tolist() == list("abcde")
     with pytest.raises(ValueError, match="no column 'picture'; columns: image, label, boxes"):

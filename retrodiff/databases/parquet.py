@@ -21,7 +21,7 @@ from retrodiff.databases.sources.groups import plain_value
 from retrodiff.databases.sources.limits import BATCH, RATIO, one_line, open_parquet
 from retrodiff.databases.sources.walk import files_below
 from retrodiff.databases.storable import storable
-from retrodiff.disk.files import given
+from retrodiff.disk.files import given, listed
 from retrodiff.indexes import Vectors
 from retrodiff.interfaces import Fingerprint, Record
 
@@ -37,7 +37,7 @@ class ParquetDatabase(Searchable):
     have the same fingerprint here and in a folder that `build_database` made.
 
     Args:
-        files: in the order that their rows shall have.
+        files: one, or several in the order that their rows shall have.
         vector: the column of embeddings, a list or fixed-size list of floats.
         fingerprint: of the encoder that made them; None: the one that the first file has under
             ``retrodiff`` in the metadata of its schema, as JSON.
@@ -50,12 +50,13 @@ class ParquetDatabase(Searchable):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: str | Path | Sequence[str | Path],
         *,
         vector: str = "embedding",
         fingerprint: Fingerprint | None = None,
         root: str | Path | None = None,
     ):
+        files = listed(files)
         if not files:
             raise ValueError("no parquet files: give at least one")
         self.root = root

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,13 @@ def _one_line(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise type(error)(f"cannot write into {folder} ({reason}): choose another folder") from None
+
+
+def listed(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One file, or several, as paths; ``~`` is the home folder."""
+    if isinstance(files, (str, Path)):
+        files = [files]
+    return [Path(file).expanduser() for file in files]
 
 
 def given(path: str | Path) -> Path:

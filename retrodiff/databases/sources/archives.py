@@ -13,6 +13,7 @@ import numpy as np
 
 from retrodiff.databases.sources.folders import Source
 from retrodiff.databases.sources.skipped import Skipped, warn_of_unused
+from retrodiff.disk.files import listed
 from retrodiff.text import escaped
 
 
@@ -23,7 +24,7 @@ class Archives(Source):
     it finds by `_place`.
 
     Args:
-        files: in the order they shall have.
+        files: one, or several in the order they shall have.
         columns: the same for every row.
 
     Raises:
@@ -32,8 +33,12 @@ class Archives(Source):
 
     noun = "archives"
 
-    def __init__(self, files: Sequence[str | Path], columns: Mapping[str, Any] | None = None):
-        self.files = [Path(file).expanduser() for file in files]
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path],
+        columns: Mapping[str, Any] | None = None,
+    ):
+        self.files = listed(files)
         self.columns = dict(columns or {})
         self.names = _names(self.files)
         self._marks = [file.stat().st_mtime_ns for file in self.files]
@@ -51,7 +56,7 @@ class Archives(Source):
         self._starts = np.cumsum(counts)
         self._digest = digest.hexdigest()[:32]
         if not len(self):
-            raise ValueError(f"no pictures in {', '.join(map(str, files)) or f'no {self.noun}'}")
+            raise ValueError(f"no pictures in {', '.join(map(str, self.files)) or f'no {self.noun}'}")
         warn_of_unused(self.noun, unused)
 
     @abstractmethod

@@ -18,6 +18,7 @@ from torch import Tensor
 from retrodiff.databases.sources.folders import Item, Source
 from retrodiff.databases.sources.groups import RowGroups, arrow_batches, checked_batch, plain_value
 from retrodiff.databases.sources.limits import one_line, open_parquet
+from retrodiff.disk.files import listed
 from retrodiff.disk.untrusted import read_json
 from retrodiff.pictures.converting import to_image, warn_of_range
 from retrodiff.pictures.decoding import UnreadableImage, read_image
@@ -117,7 +118,7 @@ class ParquetImages(_Tables):
     folder of the first file or below it.
 
     Args:
-        files: in the order they shall have.
+        files: one, or several in the order they shall have.
         column: of bytes, of structs with ``bytes`` or ``path`` as Hugging Face writes them, or of
             paths.
         columns: the same for every row.
@@ -125,11 +126,11 @@ class ParquetImages(_Tables):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: str | Path | Sequence[str | Path],
         column: str = "image",
         columns: Mapping[str, Any] | None = None,
     ):
-        self.files = [Path(file).expanduser() for file in files]
+        self.files = listed(files)
         if not self.files:
             raise ValueError("no parquet files: give at least one")
         self.groups: list[tuple[int, int]] = []
