@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +145,81 @@ def test_closing_ends_the_workers(data):
     for child in children:
         child.join(5)
     assert not any(child.is_alive() for child in children)
+
+
+SLOW = """
+import sys, time, torch
+from retrodiff.databases import ArrayDatabase
+from retrodiff.interfaces import Fingerprint
+from retrodiff.training import TrainingSet
+
+class Slow:
+    def __len__(self): return 40
+    def __getitem__(self, rows):
+        time.sleep(0.02)
+        return torch.zeros(len(rows), 1, 4, 4)
+
+if __name__ == "__main__":
+    about = Fingerprint(encoder="e", weights="", preprocessing="", dim=3)
+    database = ArrayDatabase(torch.randn(9, 3), about)
+    data = TrainingSet(Slow(), torch.randn(40, 3), torch.zeros(40, 2).long(), database)
+    if len(sys.argv) > 1:
+        torch.multiprocessing.set_start_method(sys.argv[1])
+    number = 0
+    try:
+        for images, query, neighbors in data.batches(0, 10**6, batch_size=8, seed=0, workers=2):
+            number += 1
+            if number == 3:
+                pids = [child.pid for child in torch.multiprocessing.active_children()]
+                print("running", *pids, flush=True)
+    except KeyboardInterrupt:
+        print("stopped", len(torch.multiprocessing.active_children()), flush=True)
+"""
+
+
+def started(tmp_path, *arguments):
+    """A program that reads batches with two workers, and the numbers of those."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    program = subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    first = program.stdout.readline().split()
+    assert first[0] == "running", program.stderr.read()
+    return program, [int(number) for number in first[1:]]
+
+
+def gone(pids, seconds=20.0):
+    """Whether processes end soon."""
+    end = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_ctrl_c_reaches_the_training_alone(tmp_path, method):
+    program, pids = started(tmp_path, method)
+    os.killpg(program.pid, signal.SIGINT)  # as a terminal does, to all of them
+    out, errors = program.communicate(timeout=60)
+    assert program.returncode == 0
+    assert out.split() == ["stopped", "0"]
+    assert errors == ""
+    assert gone(pids)
+
+
+@needs_proc
+def test_workers_of_a_killed_training_end(tmp_path):
+    program, pids = started(tmp_path)
+    program.kill()
+    program.wait()
+    assert gone(pids)
+    program.communicate()

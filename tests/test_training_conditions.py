@@ -553,3 +553,11 @@ def test_any_number_of_workers_and_any_start_give_the_same(data, encoder):
     order = Order(N, 8, 3)
     rows = made.rows_at(5, 8, 3)
     assert made.batch(rows, occasion=order.occasion(5))[2] == whole[5][2]
+
+
+def test_images_of_no_known_group_are_counted(images, encoder, database):
+    others = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(7)) * 2 - 1
+    data = data_of(torch.cat([images[3:], others]), encoder, database)
+    with pytest.warns(UserWarning, match="3 of 40 training images are no rows of the database"):
+        grouped = data.grouped("style", 1.0, **QUIET)
+    assert grouped.groups.own[-3:].tolist() == [-1] * 3

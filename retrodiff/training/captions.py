@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrodiff.interfaces import Mode
+from retrodiff.interfaces import Database, Mode, TextEncoder
+from retrodiff.model.checks import encoder_disagreement
 from retrodiff.numbers import real
+from retrodiff.retrieval.table import tabulated
 
 WITH_TEXT = ("text", "text+neighbors")
 TRAINED_MODES: tuple[Mode, ...] = ("neighbors", *WITH_TEXT)
@@ -46,6 +51,60 @@ class Captions:
         object.__setattr__(self, "modes", checked_modes(self.modes))
         if self.searched_by not in ("image", "caption"):
             raise ValueError(f"searched_by={self.searched_by!r}: give 'image' or 'caption'")
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[Sequence[str]],
+        encoder: TextEncoder,
+        database: Database,
+        modes: Mapping[Mode, float],
+        searched_by: SearchedBy,
+        *,
+        path: Path | None,
+        batch_size: int,
+        progress: bool,
+    ) -> Captions:
+        """Embeds captions.
+
+        Args:
+            texts: of each image, as `listed` gives them.
+            encoder: the one the database was built with.
+            database: D.
+            modes: share of each mode.
+            searched_by: whose neighbors an image gets.
+            path: file that keeps the embeddings; None: in memory.
+            batch_size: texts per call of the encoder.
+            progress: show a bar.
+
+        Raises:
+            ValueError: the encoder takes no text or is not the database's, a share is wrong, or
+                the file is of other captions.
+        """
+        modes = checked_modes(modes)
+        if not hasattr(encoder, "encode_text"):
+            raise ValueError(
+                f"captions need an encoder of text, but {type(encoder).__name__} has no text tower "
+                "(no encode_text): use the CLIPEncoder that the database was built with"
+            )
+        if (line := encoder_disagreement(encoder, database)) is not None:
+            raise ValueError(line)
+        flat, known = [text for own in texts for text in own], _hash(texts)
+        about = {f"encoder.{k}": v for k, v in vars(encoder.fingerprint).items()}
+        embeddings = tabulated(
+            lambda start, stop: _embedded(encoder, flat[start:stop]),
+            (len(flat), encoder.dim),
+            torch.float32,
+            batch_size=batch_size,
+            what="caption",
+            progress=progress,
+            path=path,
+            about={"texts": known, **about},
+            resume=True,
+        )
+        counts = torch.tensor([len(own) for own in texts])
+        made_from = {"texts": known, "encoder": dict(vars(encoder.identity))}
+        return cls(embeddings, counts, modes, searched_by, made_from)
 
     @property
     def images(self) -> Tensor:
@@ -132,3 +191,25 @@ def listed(captions: Sequence[str | Sequence[str] | None], n: int) -> list[list[
             f"none of the {n} training images has a caption: give some, or train without captions"
         )
     return found
+
+
+def _hash(texts: Sequence[Sequence[str]]) -> str:
+    found = hashlib.sha256()
+    for own in texts:
+        found.update(json.dumps(list(own)).encode())
+    return found.hexdigest()[:32]
+
+
+def _embedded(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Embeddings (b, d) of texts, all finite; equal ones are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    number = {text: i for i, text in enumerate(distinct)}
+    with torch.no_grad():
+        found = encoder.encode_text(distinct).detach().float().cpu()
+    finite = found.isfinite().all(-1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"the caption {distinct[int((~finite).nonzero()[0])]!r:.80} has an embedding that is "
+            "not finite: look at the encoder's weights"
+        )
+    return found[[number[text] for text in texts]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retrodiff.interfaces import Database, Neighbors, Query, Randomness, Retriever
 from retrodiff.randomness import uniform
+from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.training.captions import WITH_TEXT, Captions
 from retrodiff.training.group_neighbors import Groups
 from retrodiff.training.occasion import Occasion
@@ -53,6 +54,42 @@ class Tables:
     captions: Tensor | None = None
     own: Tensor | None = None
     captions_own: Tensor | None = None
+
+    def completed(
+        self,
+        search: Search,
+        embeddings: Tensor,
+        database: Database,
+        captions: Captions | None,
+        groups: Groups | None,
+        progress: bool,
+    ) -> Tables:
+        """With the tables that captions and groups need and that are missing.
+
+        Args:
+            search: how neighbors are found.
+            embeddings: (n, d) of the images, or (n, r, d).
+            database: D.
+            captions: of the images.
+            groups: of the images.
+            progress: show bars.
+        """
+        k, retriever, seed = search.k, search.retriever, search.seed
+        made, texts = self, None
+        if captions is not None and captions.searched_by == "caption":
+            texts = Query(captions.embeddings, ids=search.ids_of(captions.images))
+            if made.captions is None:
+                found = neighbor_table(texts, database, k, retriever, seed=seed, progress=progress)
+                made = replace(made, captions=found)
+        if groups is not None and made.own is None:
+            images = Query(embeddings, ids=search.ids)
+            own = groups.table(images, groups.own, k, retriever, seed, progress)
+            made = replace(made, own=own)
+        if groups is not None and captions is not None and texts is not None:
+            of_images = groups.own[captions.images]
+            own = groups.table(texts, of_images, k, retriever, seed, progress)
+            made = replace(made, captions_own=own)
+        return made
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ set of any size takes no memory for them.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,26 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.components import inside
 from retrodiff.interfaces import Database, Encoder, Neighbors, Query, Retriever, TextEncoder
 from retrodiff.model.checks import encoder_disagreement
 from retrodiff.numbers import real, whole
-from retrodiff.retrieval import ExcludeGroup, ExcludeSelf
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.table import tabulated
 from retrodiff.training.augment import Augmentation, augmented
-from retrodiff.training.captions import Captions, SearchedBy, checked_modes, listed
+from retrodiff.training.captions import Captions, SearchedBy, listed
 from retrodiff.training.conditions import Conditions, Search, Tables
 from retrodiff.training.group_neighbors import Groups, groups_of
 from retrodiff.training.images import Images, as_images, digest, embedded, pixels
 from retrodiff.training.occasion import Occasion, Order
+from retrodiff.training.overlap import needs_ids, own_rows, warn_of_copies
 from retrodiff.training.pairing import Pairing
 from retrodiff.training.prefetch import read_ahead
 from retrodiff.training.reading import Reading
-
-SAME = 1e-6
-"""1 - cosine up to which a database row and an image are the same picture: float16 rounds by less,
-two photographs are further apart."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class TrainingSet:
             about=None if folder is None else {**about, "images": digest(images)},
             resume=True,
         )
-        if ids is None and _needs_ids(retriever):
+        if ids is None and needs_ids(retriever):
             ids = own_rows(embeddings, database)
             if not bool((ids >= 0).any()):
                 warnings.warn(
@@ -251,47 +245,28 @@ class TrainingSet:
             ValueError: the encoder takes no text or is not the database's, captions are not as
                 many as images, none is there, or a share is wrong.
         """
-        modes = checked_modes(modes)
-        texts = listed(captions, len(self.images))
         if self.embeddings.ndim != 2:
             raise ValueError(
                 f"the training images have {self.embeddings.shape[1]} regions each, but a caption "
                 "is of a whole image: train regions without captions"
             )
-        if not hasattr(encoder, "encode_text"):
-            raise ValueError(
-                f"captions need an encoder of text, but {type(encoder).__name__} has no text tower "
-                "(no encode_text): use the CLIPEncoder that the database was built with"
-            )
-        if (line := encoder_disagreement(encoder, self.database)) is not None:
-            raise ValueError(line)
+        texts = listed(captions, len(self.images))
+        made = Captions.of(
+            texts,
+            encoder,
+            self.database,
+            modes,
+            searched_by,
+            path=None if cache is None else Path(cache).expanduser() / "captions.safetensors",
+            batch_size=whole("batch_size", batch_size),
+            progress=progress,
+        )
         if silent := sum(not own for own in texts):
             warnings.warn(
                 f"{silent} of {len(texts)} training images have no caption: they are trained with "
                 "neighbors alone",
                 stacklevel=2,
             )
-        flat = [text for own in texts for text in own]
-        about: dict[str, Any] = {"texts": _hash_of_texts(texts)}
-        about |= {f"encoder.{k}": v for k, v in vars(encoder.fingerprint).items()}
-        embeddings = tabulated(
-            lambda start, stop: _embedded_texts(encoder, flat[start:stop]),
-            (len(flat), encoder.dim),
-            torch.float32,
-            batch_size=whole("batch_size", batch_size),
-            what="caption",
-            progress=progress,
-            path=None if cache is None else Path(cache).expanduser() / "captions.safetensors",
-            about=about,
-            resume=True,
-        )
-        made = Captions(
-            embeddings,
-            torch.tensor([len(own) for own in texts]),
-            modes,
-            searched_by,
-            {"texts": about["texts"], "encoder": dict(vars(encoder.identity))},
-        )
         return self._with(captions=made)._completed(progress)
 
     def grouped(
@@ -324,6 +299,12 @@ class TrainingSet:
         if groups is None and ids is None and self.embeddings.ndim == 2:
             ids = own_rows(self.embeddings, self.database)
         own = groups_of(self.database, by, ids, groups, len(self.images))
+        if groups is None and (unknown := sum(value is None for value in own)):
+            warnings.warn(
+                f"{unknown} of {len(own)} training images are no rows of the database, so their "
+                f"{by} is not known: their neighbors come from the whole database",
+                stacklevel=2,
+            )
         made = Groups.of(self.database, by, own, share, search.k)
         return self._with(groups=made)._completed(progress)
 
@@ -445,32 +426,13 @@ class TrainingSet:
 
     def _completed(self, progress: bool) -> TrainingSet:
         """With the tables of neighbors that captions and groups need and that are missing."""
-        if self.per_step:
+        by_caption = self.captions is not None and self.captions.searched_by == "caption"
+        if self.per_step or (self.groups is None and not by_caption):
             return self
-        captions, groups, tables = self.captions, self.groups, self.tables
-        asking = None
-        if captions is not None and captions.searched_by == "caption":
-            search = self._searching("captioned(searched_by='caption')")
-            asking = Query(captions.embeddings, ids=search.ids_of(captions.images))
-            if tables.captions is None:
-                found = neighbor_table(
-                    asking,
-                    self.database,
-                    search.k,
-                    search.retriever,
-                    seed=search.seed,
-                    progress=progress,
-                )
-                tables = replace(tables, captions=found)
-        if groups is not None:
-            search = self._searching("grouped")
-            how = (search.k, search.retriever, search.seed, progress)
-            if tables.own is None:
-                images = Query(self.embeddings, ids=search.ids)
-                tables = replace(tables, own=groups.table(images, groups.own, *how))
-            if captions is not None and asking is not None and tables.captions_own is None:
-                own = groups.own[captions.images]
-                tables = replace(tables, captions_own=groups.table(asking, own, *how))
+        search = self._searching("captioned(searched_by='caption')")
+        tables = self.tables.completed(
+            search, self.embeddings, self.database, self.captions, self.groups, progress
+        )
         return self._with(tables=tables)
 
     def rows_at(self, step: int, batch_size: int, seed: int) -> Tensor:
@@ -511,42 +473,7 @@ class TrainingSet:
         n = len(self.images)
         rows = torch.linspace(0, n - 1, min(looked_at, n)).long()
         nearest = self._conditions(rows, 1, None)[1].embeddings[:, 0]
-        same = int(_same(self.embeddings[rows], nearest).sum())
-        if same:
-            warnings.warn(
-                f"{same} of {len(rows)} training images are rows of the database themselves, each "
-                "its own nearest neighbor, so the network learns to copy: leave them out, wrap the "
-                "retriever in ExcludeSelf (--exclude-self), where the database holds copies of "
-                "them in ExcludeDuplicates, or use a database of other images",
-                stacklevel=stacklevel,
-            )
-
-
-def own_rows(embeddings: Tensor, database: Database, batch_size: int = 1024) -> Tensor:
-    """Rows of the database (n,) that images are themselves, -1 where they are none.
-
-    A row is an image's own if it is nearest to it and has the same embedding, up to rounding.
-
-    Args:
-        embeddings: (n, d), made with the database's encoder.
-        database: D.
-        batch_size: images per search.
-    """
-    found: list[Tensor] = []
-    for part in embeddings.split(batch_size):
-        nearest = database.search(Query(part), 1)
-        own = nearest.indices[:, 0].cpu()
-        found.append(torch.where(_same(part, nearest.embeddings[:, 0]), own, -1))
-    return torch.cat(found)
-
-
-def _same(one: Tensor, other: Tensor) -> Tensor:
-    one, other = one.double().cpu(), other.double().cpu()
-    return 1 - torch.cosine_similarity(one, other, dim=-1) <= SAME
-
-
-def _needs_ids(retriever: Retriever) -> bool:
-    return any(isinstance(part, (ExcludeSelf, ExcludeGroup)) for part in inside(retriever))
+        warn_of_copies(self.embeddings[rows], nearest, stacklevel + 1)
 
 
 def _hash(values: Tensor) -> str:
@@ -554,25 +481,3 @@ def _hash(values: Tensor) -> str:
     for part in values.detach().split(4096):
         found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
-
-
-def _hash_of_texts(texts: Sequence[Sequence[str]]) -> str:
-    found = hashlib.sha256()
-    for own in texts:
-        found.update(json.dumps(own).encode())
-    return found.hexdigest()[:32]
-
-
-def _embedded_texts(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
-    """Embeddings (b, d) of texts, all finite; equal ones are encoded once."""
-    distinct = list(dict.fromkeys(texts))
-    number = {text: i for i, text in enumerate(distinct)}
-    with torch.no_grad():
-        found = encoder.encode_text(distinct).detach().float().cpu()
-    finite = found.isfinite().all(-1)
-    if not bool(finite.all()):
-        raise ValueError(
-            f"the caption {distinct[int((~finite).nonzero()[0])]!r:.80} has an embedding that is "
-            "not finite: look at the encoder's weights"
-        )
-    return found[[number[text] for text in texts]]

@@ -75,7 +75,11 @@ def read_ahead(read: Read, steps: range, workers: int) -> Iterator[Tensor]:
                 raise found.error()
             yield found
     finally:
-        running = None  # ends the processes
+        # Its processes end when it is deleted, which the traceback of an error would delay.
+        end = getattr(running, "_shutdown_workers", None)
+        if end is not None:
+            end()
+        running = None
 
 
 @dataclass(frozen=True)
