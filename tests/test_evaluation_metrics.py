@@ -148,7 +148,7 @@ def test_class_accuracy_by_the_nearest_mean():
     noise = torch.randn(80, 12, generator=generator)
     # Left out of its own mean, a random image is right by chance: with it, far more often.
     assert float(class_accuracy(noise, names, noise, names).note.split("%")[0]) < 45
-    with pytest.raises(ValueError, match="'?class 9'? has fewer than two"):
+    with pytest.raises(ValueError, match="class 9 has fewer than two"):
         class_accuracy(made, ["class 9"] * 40, real, names)
     with pytest.raises(ValueError, match="one class only"):
         class_accuracy(made, ["a"] * 40, real, ["a"] * 80)

@@ -1,16 +1,17 @@
 """Finds images that copy others: nearer to them than held-out real images ever come.
 
 How near is too near depends on the data and the features: two photographs of one place are alike
-without a copy. So an image's similarity to a source is compared with its similarity to real images
-that the model never saw: the *margin* is the cosine to the nearest source image less the cosine to
-the nearest held-out one. A plain picture that resembles many has no margin; a copy has. Held-out
-images set the threshold (the null), each compared with the others. Somepalli et al. 2023 compare
-with the same distance among real images; the margin adds that it is taken for each image.
+without a copy. So an image's distance to a source is compared with its distance to real images
+that the model never saw: the *margin* says how many times nearer the nearest source image is than
+the nearest held-out one, as a logarithm. A plain picture that resembles many has no margin; a copy
+has. Held-out images set the threshold (the null), each compared with the others. Somepalli et al.
+2023 compare with the same distance among real images; here that is done for each image.
 Use features of another network than the one that conditions the model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from torch import Tensor
 from retrodiff.interfaces import unit
 
 BLOCK = 2048
+
+FLOOR = 1e-3
+"""Share of a usual distance below which distances count as alike: an exact copy has none."""
 
 FOUND = 0.95
 """Share of planted copies that a copying report should find."""
@@ -33,7 +37,8 @@ class Copying:
         source: name of what may have been copied, such as ``training`` or ``database``.
         similarity: (n,) cosine of each generated image to its nearest image of the source.
         row: (n,) which image of the source that is.
-        margin: (n,) that cosine less the one to the nearest held-out image.
+        margin: (n,) log of how many times nearer that image is than the nearest held-out one; the
+            distance is 1 - cosine.
         null: (h,) margins of held-out real images.
         null_similarity: (h,) their cosines to the nearest image of the source.
         threshold: margin above which an image counts as a near-duplicate.
@@ -68,9 +73,15 @@ class Copying:
 
     @property
     def excess_similarity(self) -> tuple[float, float]:
-        """Mean margin of generated images less that of held-out ones, and its standard error."""
-        error = sum(float(x.var() / len(x)) for x in (self.margin, self.null) if len(x) > 1)
-        return float(self.margin.mean() - self.null.mean()), error**0.5
+        """Mean cosine of generated images less that of held-out ones, and its standard error."""
+        both = self.similarity, self.null_similarity
+        error = sum(float(x.var() / len(x)) for x in both if len(x) > 1)
+        return float(both[0].mean() - both[1].mean()), error**0.5
+
+    @property
+    def times(self) -> float:
+        """How many times nearer to the source than to held-out images a near-duplicate is."""
+        return math.exp(self.threshold)
 
     @property
     def sensitivity(self) -> float | None:
@@ -116,8 +127,9 @@ class Copying:
         excess, error = self.excess_similarity
         return (
             f"near-duplicates of {self.source}: {self.rate:.1%} of {len(self.margin):,} generated "
-            f"against {self.null_rate:.1%} of {len(self.null):,} held-out images (margin above "
-            f"{self.threshold:.3f}{planted}); excess similarity {excess:+.4f} ± {error:.2g}"
+            f"against {self.null_rate:.1%} of {len(self.null):,} held-out images (over "
+            f"{self.times:.2f} times nearer{planted}); "
+            f"excess similarity {excess:+.4f} ± {error:.2g}"
         )
 
 
@@ -152,20 +164,21 @@ def copying(
     queries, nulls = _both(generated, mirrored, 0), _both(held_out, mirrored, 1)
     real = _nearest_real(queries, held_out)
     null_real = _nearest_real(nulls, held_out, own=True)
+    margin = _Margin(null_real)
     found = {}
     for name, features in sources.items():
         similarity, row = nearest(queries, features)
         null, _ = nearest(nulls, features)
         margins = {
-            kind: nearest(copies, features)[0] - _nearest_real(copies, held_out)
+            kind: margin(nearest(copies, features)[0], _nearest_real(copies, held_out))
             for kind, copies in (planted or {}).get(name, {}).items()
         }
-        null_margin = null - null_real
+        null_margin = margin(null, null_real)
         found[name] = Copying(
             name,
             similarity,
             row,
-            similarity - real,
+            margin(similarity, real),
             null_margin,
             null,
             threshold_of(null_margin, false_alarms),
@@ -208,8 +221,10 @@ def neighbor_echo(
     queries, nulls = _both(generated, mirrored, 0), _both(held_out, mirrored, 1)
     similarity, row = _own(queries, rows, database)
     null, _ = _own(nulls, held_out_rows, database)
-    margin = similarity - _nearest_real(queries, held_out)
-    null_margin = null - _nearest_real(nulls, held_out, own=True)
+    null_real = _nearest_real(nulls, held_out, own=True)
+    measured = _Margin(null_real)
+    margin = measured(similarity, _nearest_real(queries, held_out))
+    null_margin = measured(null, null_real)
     used = similarity > -2
     if not bool(used.any()):
         raise ValueError("no generated image has neighbors in the database: nothing can be echoed")
@@ -261,6 +276,21 @@ def nearest(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         values.append(best.values)
         indices.append(best.indices)
     return torch.cat(values), torch.cat(indices)
+
+
+class _Margin:
+    """Log of how many times nearer a source is than held-out images.
+
+    Args:
+        null: cosine of each held-out image to the nearest other one.
+    """
+
+    def __init__(self, null: Tensor):
+        self.floor = max(FLOOR * float((1 - null).median()), 1e-12)
+
+    def __call__(self, source: Tensor, held_out: Tensor) -> Tensor:
+        distance, usual = ((1 - x).clamp_min(0) + self.floor for x in (source, held_out))
+        return (usual / distance).log()
 
 
 def _cosines(queries: Tensor, keys: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class FidelityExtractor(Encoder):
         with torch.no_grad():
             probe = self._run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         self._dim = probe[0].shape[1]
-        self._weights = weights_hash(self.network.state_dict())
+        own = getattr(self.network, "hash_of_weights", None)
+        self._weights = own or weights_hash(self.network.state_dict())
 
     @property
     def dim(self) -> int:
@@ -72,7 +73,12 @@ class FidelityExtractor(Encoder):
     @property
     def fingerprint(self) -> Fingerprint:
         """Name and layer, hash of the weights, width."""
-        return Fingerprint(f"{PREFIX}{self.name}:{self.layer}", self._weights, "own", self.dim)
+        return Fingerprint(
+            encoder=f"{PREFIX}{self.name}:{self.layer}",
+            weights=self._weights,
+            preprocessing="own",
+            dim=self.dim,
+        )
 
     @property
     def has_logits(self) -> bool:
@@ -149,7 +155,11 @@ def register_extractor(
     encode = getattr(encoder, "encode_image", encoder)
     layers = ("features",) if head is None else ("features", "logits")
 
+    known_hash = encoder.fingerprint.weights if isinstance(encoder, Encoder) else ""
+
     class Registered(FeatureExtractorBase):
+        hash_of_weights = known_hash
+
         def __init__(self, name: str, features_list: list[str], **_: Any):
             super().__init__(name, features_list)
 

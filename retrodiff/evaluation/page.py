@@ -177,8 +177,8 @@ def _copies(report: Report) -> str:
         "<th>at the looser threshold"
     )
     parts = [
-        "<h2>Copies</h2><p>An image is called a near-duplicate if it is nearer to an image of the "
-        "source than to any held-out image by more than all but 1 % of the held-out images "
+        "<h2>Copies</h2><p>An image is called a near-duplicate if it is so many times nearer to an "
+        "image of the source than to any held-out image as only 1 % of the held-out images "
         f"are.</p><div class=wide><table>{head}{rows}</table></div>"
         f"<p class=soft>Compared by {_text(report.features)}, {_text(report.details)}, cosine. "
         "Looser threshold: the one that finds 95 % of the planted copies; generated against "
@@ -210,7 +210,8 @@ def _copying_row(name: str, found: Copying) -> str:
     return (
         f"<tr><td>{_text(whose)}<td class=number>{found.rate:.1%}<small>of "
         f"{len(found.margin):,}</small><td class=number>{found.null_rate:.1%}<small>of "
-        f"{len(found.null):,}</small><td class=number>{excess:+.4f} ± {error:.2g}"
+        f"{len(found.null):,}, {found.times:.2f} times nearer</small>"
+        f"<td class=number>{excess:+.4f} ± {error:.2g}"
         f"<td>{planted}<small>{_text(kinds)}</small><td class=number>{loose}"
     )
 

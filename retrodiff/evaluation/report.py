@@ -169,6 +169,7 @@ class Report:
             "excess_similarity": excess,
             "excess_similarity_error": error,
             "threshold": found.threshold,
+            "times_nearer": found.times,
             "planted_copies_found": found.sensitivity,
             "planted_by_kind": found.found(),
             "where_95_percent_of_planted_are_found": looser
