@@ -5,9 +5,9 @@
     python benchmarks/evaluation.py generators
     python benchmarks/evaluation.py speed
 
-CIFAR-10 is read from a parquet file (``--cifar``, with a column ``image``), the pictograms from what
-``benchmarks/pictograms/data.py`` wrote (``--pictograms``; left out if not there). Features are those of
-EfficientNet-Lite0 with its published weights (``benchmarks/lite0.py``), which condition no model.
+CIFAR-10 is read from a parquet file (``--cifar``, with a column ``image``), the pictograms from
+what ``benchmarks/pictograms/data.py`` wrote (``--pictograms``; left out if not there). Features are
+those of EfficientNet-Lite0 with its published weights (``benchmarks/lite0.py``).
 Results go to ``benchmarks/results/evaluation_*.json``; the reports of ``generators`` to ``--out``.
 """
 

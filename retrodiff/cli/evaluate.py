@@ -106,9 +106,10 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None:
         _check_there(options.reference)
         images = f"{options.out}-samples" if images is None else images
-        model, _ = sampled(options, images)
+        model, _ = sampled(options, str(images))
         conditioning = model.encoder if model.database is not None else None
         database = model.database if database is None else database
+    assert images is not None
     report = evaluate(
         images,
         options.reference,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,16 @@ from retrodiff.evaluation.metrics import (
     vendi,
 )
 from retrodiff.evaluation.report import Report
+from retrodiff.evaluation.retrieved import Retrieved, read_retrieved
 from retrodiff.evaluation.sampled import Sampled, read_sampled
 from retrodiff.evaluation.sets import (
     ImageSet,
     planted_copies,
-    read_database,
     read_images,
     read_source,
 )
 from retrodiff.evaluation.views import Views
-from retrodiff.interfaces import Encoder, Query
+from retrodiff.interfaces import Encoder
 from retrodiff.model.generated import Generation
 from retrodiff.pictures.converting import to_bytes
 
@@ -47,9 +47,6 @@ LEAST = 8
 
 HELD_OUT = 100
 """Held-out images below which there is no copying report."""
-
-LARGEST = 50_000
-"""Rows of a database up to which all are compared; of a larger one, those that were used."""
 
 ENOUGH = 0.8
 """Below this share of planted copies found, the copying report warns."""
@@ -107,10 +104,10 @@ def evaluate(
     sources: dict[str, ImageSet] = {}
     if training is not None:
         sources["training"] = read_images(training, plain, size=size, progress=progress)
-    known: _Known | None = None
+    known: Retrieved | None = None
     if opened is not None:
         try:
-            known = _known_rows(opened, real, sampled, plain, conditioning, size, progress)
+            known = read_retrieved(opened, real, sampled, plain, conditioning, size, progress)
         except ValueError as error:
             if isinstance(database, (str, Path)):
                 raise
@@ -144,29 +141,6 @@ def evaluate(
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Rows of a database that were read.
-
-    Args:
-        images: their pictures.
-        rows: their numbers.
-        used: of each generated image, the neighbors that conditioned it, as positions in ``rows``.
-        held_out: of each held-out image, likewise; None: to be taken by features.
-        whole: whether these are all rows of the database.
-    """
-
-    images: ImageSet
-    rows: list[int]
-    used: list[list[int]]
-    held_out: list[list[int]] | None
-    whole: bool
-
-    def by_row(self) -> dict[int, int]:
-        """Position of each row."""
-        return {row: i for i, row in enumerate(self.rows)}
 
 
 def _opened(database: Any, images: Any) -> Any:
@@ -207,53 +181,6 @@ def _generated(
         tuple(files[i] for i in images.not_finite()),
     )
     return found, sampled
-
-
-def _known_rows(
-    database: Any,
-    real: ImageSet,
-    sampled: Sampled,
-    views: Views,
-    conditioning: Encoder | None,
-    size: tuple[int, int] | None,
-    progress: bool,
-) -> _Known:
-    """The pictures of a database: all of them, or of a large one those that were used."""
-    same = sampled.database_rows in (None, database.fingerprint.rows)
-    used = [list(rows) for rows in sampled.rows] if same else []
-    k = max((len(rows) for rows in used), default=0)
-    held_out = None
-    if used and conditioning is not None and real.image is not None:
-        if problem := conditioning.fingerprint.disagreement(database.fingerprint):
-            raise ValueError(f"conditioning and database disagree: {problem}")
-        held_out = []
-        for start in range(0, len(real), 64):
-            some = [real.image(i) for i in range(start, min(start + 64, len(real)))]
-            found = database.search(Query(encode_images(conditioning, some)), k)
-            held_out += found.indices.tolist()
-    whole = len(database) <= LARGEST
-    rows = sorted({row for many in (used, held_out or []) for mine in many for row in mine})
-    if whole:
-        rows = list(range(len(database)))
-    elif not rows:
-        raise ValueError(
-            f"the database has {len(database):,} rows, too many to compare all (at most "
-            f"{LARGEST:,}), and the images do not say which neighbors they used: give a smaller one"
-        )
-    if any(row >= len(database) for mine in used for row in mine):
-        raise ValueError(
-            f"generation.json names rows that the database of {len(database):,} rows does not "
-            "have: give the database that was sampled with"
-        )
-    images = read_database(
-        database, views, rows=None if whole else rows, size=size, progress=progress
-    )
-    at = {row: i for i, row in enumerate(rows)}
-
-    def places(many: list[list[int]]) -> list[list[int]]:
-        return [[at[row] for row in mine] for mine in many]
-
-    return _Known(images, rows, places(used), None if held_out is None else places(held_out), whole)
 
 
 def _check_number(n: int, what: str) -> None:
@@ -455,7 +382,7 @@ def _copies(
     generated: ImageSet,
     real: ImageSet,
     sources: dict[str, ImageSet],
-    known: _Known | None,
+    known: Retrieved | None,
     views: Views,
     notes: list[str],
 ) -> dict[str, Copying]:

@@ -152,7 +152,7 @@ def register_extractor(
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import register_feature_extractor
 
-    encode = getattr(encoder, "encode_image", encoder)
+    encode: Any = getattr(encoder, "encode_image", encoder)
     layers = ("features",) if head is None else ("features", "logits")
 
     known_hash = encoder.fingerprint.weights if isinstance(encoder, Encoder) else ""
@@ -179,8 +179,8 @@ def register_extractor(
         def can_be_compiled() -> bool:
             return False
 
-        def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-            found = {"features": encode(pixels.float() / 127.5 - 1)}
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            found = {"features": encode(input.float() / 127.5 - 1)}
             if "logits" in self.features_list:
                 assert head is not None
                 found["logits"] = head(found["features"])

@@ -70,16 +70,17 @@ def timm_judge(
     network: Any = timm.create_model(encoder.name, pretrained=pretrained)
     if not network.num_classes:
         raise ValueError(f"{name} is no classifier: take one that is, such as resnet50.a1_in1k")
+    names = tuple(classes or ())
     if classes is None:
         if network.num_classes != 1000:
             raise ValueError(
                 f"{name} has {network.num_classes} classes: give their names, classes="
             )
-        classes = ImageNetInfo().label_descriptions()
-    if len(classes) != network.num_classes:
-        raise ValueError(f"{len(classes)} names for {network.num_classes} classes of {name}")
+        names = tuple(map(str, ImageNetInfo().label_descriptions()))
+    if len(names) != network.num_classes:
+        raise ValueError(f"{len(names)} names for {network.num_classes} classes of {name}")
     head = network.get_classifier().eval().requires_grad_(False)
-    return Judge(f"timm:{name}", encoder, head, tuple(classes))
+    return Judge(f"timm:{name}", encoder, head, names)
 
 
 def class_accuracy(

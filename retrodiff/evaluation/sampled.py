@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,13 @@ class Sampled:
         def some(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[i] for i in chosen)
 
-        parts = (self.files, self.sources, self.rows, self.records)
-        return Sampled(self.settings, *map(some, parts), self.broken)
+        return replace(
+            self,
+            files=some(self.files),
+            sources=some(self.sources),
+            rows=some(self.rows),
+            records=some(self.records),
+        )
 
     @property
     def encoder(self) -> str | None:

@@ -169,8 +169,10 @@ def read_database(
     Raises:
         ValueError: a row has no picture at hand, neither thumbnail nor file.
     """
-    name = "the model's database" if not isinstance(database, (str, Path)) else str(database)
-    opened: Any = open_database(database, "exact") if name == str(database) else database
+    opened: Any = database
+    name = "the model's database"
+    if isinstance(database, (str, Path)):
+        name, opened = str(database), open_database(database, "exact")
     if not isinstance(opened, Searchable) and not hasattr(opened, "image"):
         raise ValueError(f"{name} shows no pictures, so that copies of its rows cannot be found")
     try:
