@@ -36,6 +36,26 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--n", type=types.count, default=1, help="images per prompt, class or image"
     )
+    add_settings(parser)
+    parser.add_argument("--database", type=types.path, help="another database than the model's own")
+    parser.add_argument(
+        "--encoder",
+        help="for a model that was saved without one: open_clip:NAME:TAG, timm:NAME or a folder",
+    )
+    parser.add_argument(
+        "--device", type=types.device, default="cpu", help="of the network: cpu, cuda, cuda:1, mps"
+    )
+    parser.add_argument(
+        "--from-checkpoint",
+        action="store_true",
+        help="sample what an unfinished training of the model has learned so far",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
+    parser.set_defaults(run=run)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds how images are sampled, to a command that samples."""
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -55,11 +75,6 @@ def add_parser(commands: Any) -> None:
         "--steps", type=types.integer(1, 100_000), help="of the sampler; else the model's"
     )
     parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
-    parser.add_argument("--database", type=types.path, help="another database than the model's own")
-    parser.add_argument(
-        "--encoder",
-        help="for a model that was saved without one: open_clip:NAME:TAG, timm:NAME or a folder",
-    )
     parser.add_argument(
         "--trust-database",
         action="store_true",
@@ -68,27 +83,24 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch-size", type=types.count, default=64, help="images per network call"
     )
-    parser.add_argument(
-        "--device", type=types.device, default="cpu", help="of the network: cpu, cuda, cuda:1, mps"
-    )
-    parser.add_argument(
-        "--from-checkpoint",
-        action="store_true",
-        help="sample what an unfinished training of the model has learned so far",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
+    _, out = sampled(options, options.out)
+    print(f"{len(out)} images in {options.out}; look at {options.out}/{SHEET}")
+    return 0
+
+
+def sampled(options: argparse.Namespace, folder: str) -> tuple[Model, Generation]:
+    """The model that the options name, and images of it, saved in a folder with their sheet."""
     from retrodiff.databases import open_database
     from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
     from retrodiff.model.generated import MARKER, own_files
     from retrodiff.retrieval import Uniform
 
-    check_free(options.out, MARKER, options.overwrite, own_files)
+    check_free(folder, MARKER, options.overwrite, own_files)
     parts: dict[str, Any] = {}
     if options.database is not None:
         parts["database"] = open_database(options.database)
@@ -108,10 +120,9 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         progress=True,
     )
-    folder = out.save(options.out, overwrite=options.overwrite)
-    _save_sheet(folder / SHEET, model, out, asked)
-    print(f"{len(out)} images in {folder}; look at {folder / SHEET}")
-    return 0
+    saved = out.save(folder, overwrite=options.overwrite)
+    _save_sheet(saved / SHEET, model, out, asked)
+    return model, out
 
 
 def _model(options: argparse.Namespace, parts: dict[str, Any]) -> Model:

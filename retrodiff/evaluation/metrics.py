@@ -1,8 +1,9 @@
-"""Distances between two sets of images, computed from features; float64 throughout.
+"""Metrics that torch-fidelity lacks, computed from features; float64 throughout.
 
 Every function takes features (n, d) of generated images and (m, d) of reference images, from any
 network, and returns a `Score`: the number with what it was computed from. A number that needs more
-images than were given is refused, or the score says how far it is biased.
+images than were given is refused, or the score says how far it is biased. FID, KID, IS, precision
+and recall are in ``fidelity.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from retrodiff.interfaces import unit
 
 BLOCK = 1024
 """Rows of a distance matrix held at once."""
@@ -28,8 +31,12 @@ class Score:
         generated: how many generated images.
         reference: how many reference images; 0: the metric has no reference.
         better: ``lower`` or ``higher``.
-        spread: standard deviation over random choices of the metric, where it makes any.
+        spread: standard deviation over random choices of the metric, or standard error of a mean.
         note: what to keep in mind when reading it.
+        features: name of the network; empty where only features were given.
+        against: name of the reference set, likewise.
+        real: the same number for one half of the reference images against the other half: what a
+            perfect generator would get at half the number of images; None: not computed.
     """
 
     name: str
@@ -39,67 +46,26 @@ class Score:
     better: str
     spread: float | None = None
     note: str = ""
+    features: str = ""
+    against: str = ""
+    real: float | None = None
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ± {self.spread:.2g}"
-        against = f" against {self.reference:,}" if self.reference else ""
-        return f"{self.name}: {self.value:.4g}{spread} ({self.generated:,}{against}, {self.better})"
+        facts = [self.images, f"{self.better} is better"]
+        if self.features:
+            facts.insert(1, f"features {self.features}")
+        if self.real is not None:
+            facts.append(f"real images {self.real:.4g}")
+        return f"{self.name}: {self.value:.4g}{spread} ({', '.join(facts)})"
 
-
-def frechet_distance(generated: Tensor, reference: Tensor) -> Score:
-    """Fréchet distance of two Gaussians fitted to the features (FID: Heusel et al. 2017, eq. 6).
-
-    ``|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))``. The trace of the root is the nuclear norm of the
-    product of the centered features, which is exact also where covariances are singular.
-
-    Args:
-        generated: (n, d).
-        reference: (m, d).
-
-    Raises:
-        ValueError: fewer images than features on either side: the estimate's bias then exceeds what
-            it measures. Use `kernel_distance` or `mind`.
-    """
-    a, b = _checked(generated, reference)
-    n, m, d = len(a), len(b), a.shape[1]
-    if min(n, m) <= d:
-        raise ValueError(
-            f"the Fréchet distance of {d} features needs more than {d} images on both sides, got "
-            f"{n} generated and {m} reference: give more, or use kernel_distance (KID) or mind"
-        )
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    left, right = _root(a), _root(b)
-    cross = torch.linalg.matrix_norm(left @ right.T, "nuc")
-    value = means + left.square().sum() + right.square().sum() - 2 * cross
-    few = "" if min(n, m) >= 10 * d else f"biased upward: fewer than ten images per feature (d={d})"
-    return Score("Fréchet distance", max(0.0, value.item()), n, m, "lower", note=few)
-
-
-def kernel_distance(
-    generated: Tensor, reference: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0
-) -> Score:
-    """Unbiased squared MMD with the kernel ``(x.y / d + 1)^3`` (KID: Bińkowski et al. 2018).
-
-    Args:
-        generated: (n, d).
-        reference: (m, d).
-        subsets: random subsets whose mean is returned.
-        size: images per subset and side, at most all of them; with all of them there is one subset.
-        seed: of the subsets.
-    """
-    a, b = _checked(generated, reference, least=2)
-    size = min(size, len(a), len(b))
-    generator = torch.Generator().manual_seed(seed)
-    whole = size == len(a) == len(b)
-    values = torch.stack(
-        [
-            _mmd(a, b) if whole else _mmd(_some(a, size, generator), _some(b, size, generator))
-            for _ in range(1 if whole else subsets)
-        ]
-    )
-    spread = None if whole else values.std(correction=0).item()
-    name = f"kernel distance (KID, {len(values)} subsets of {size:,})"
-    return Score(name, values.mean().item(), len(a), len(b), "lower", spread)
+    @property
+    def images(self) -> str:
+        """How many images on both sides, and which reference, in words."""
+        if not self.reference:
+            return f"{self.generated:,} generated"
+        of = f" of {self.against}" if self.against else ""
+        return f"{self.generated:,} generated against {self.reference:,}{of}"
 
 
 def mind(generated: Tensor, reference: Tensor, *, directions: int = 1000, seed: int = 0) -> Score:
@@ -115,7 +81,7 @@ def mind(generated: Tensor, reference: Tensor, *, directions: int = 1000, seed: 
         directions: random unit vectors.
         seed: of the directions.
     """
-    a, b = _checked(generated, reference, least=2)
+    a, b = checked(generated, reference, least=2)
     generator = torch.Generator().manual_seed(seed)
     d, n = a.shape[1], min(len(a), len(b))
     axes = torch.randn(d, directions, generator=generator, dtype=torch.float64)
@@ -130,29 +96,6 @@ def mind(generated: Tensor, reference: Tensor, *, directions: int = 1000, seed: 
     return Score("MIND", values.mean().item(), len(a), len(b), "lower", spread, few)
 
 
-def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 3) -> tuple[Score, Score]:
-    """Share of each set that lies within the other's manifold (Kynkäänniemi et al. 2019, eq. 2).
-
-    The manifold is the union of balls around the images, each as wide as the distance to the k-th
-    nearest image of the same set.
-
-    Args:
-        generated: (n, d).
-        reference: (m, d).
-        k: which neighbor sets the radius.
-
-    Returns:
-        Precision (generated images within the reference manifold) and recall (the reverse).
-    """
-    a, b = _checked(generated, reference, least=k + 1)
-    precision = _covered(a, b, radii(b, k)).mean().item()
-    recall = _covered(b, a, radii(a, k)).mean().item()
-    return (
-        Score(f"precision (k={k})", precision, len(a), len(b), "higher"),
-        Score(f"recall (k={k})", recall, len(a), len(b), "higher"),
-    )
-
-
 def density_coverage(generated: Tensor, reference: Tensor, *, k: int = 5) -> tuple[Score, Score]:
     """Density and coverage (Naeem et al. 2020, eq. 3 and 5): less moved by outliers.
 
@@ -161,7 +104,7 @@ def density_coverage(generated: Tensor, reference: Tensor, *, k: int = 5) -> tup
         reference: (m, d).
         k: which neighbor sets the radius of a reference image.
     """
-    a, b = _checked(generated, reference, least=k + 1)
+    a, b = checked(generated, reference, least=k + 1)
     radius = radii(b, k)
     inside, hit = torch.zeros((), dtype=torch.float64), torch.zeros(len(b), dtype=torch.bool)
     for distance in _distances(a, b):
@@ -182,27 +125,13 @@ def vendi(generated: Tensor) -> Score:
     Args:
         generated: (n, d); similarity K is the cosine.
     """
-    a, _ = _checked(generated, generated)
+    a, _ = checked(generated, generated)
     units = a / a.norm(dim=1, keepdim=True).clamp_min(1e-300)
     small = units @ units.T if len(a) <= a.shape[1] else units.T @ units
     values = torch.linalg.eigvalsh(small / len(a)).clamp_min(0)
     values = values[values > 1e-12]
     value = torch.exp(-(values * values.log()).sum()).item()
     return Score("Vendi score", value, len(a), 0, "higher", note=f"at most {len(a):,}")
-
-
-def inception_score(probabilities: Tensor) -> Score:
-    """Exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), in one split.
-
-    Args:
-        probabilities: (n, classes) of a classifier; each row sums to 1.
-    """
-    p = probabilities.double()
-    if p.ndim != 2 or not torch.allclose(p.sum(1), torch.ones(len(p), dtype=p.dtype), atol=1e-4):
-        raise ValueError("inception_score takes probabilities (n, classes), each row summing to 1")
-    mean = p.mean(0, keepdim=True)
-    divergence = (p * (p.clamp_min(1e-300).log() - mean.clamp_min(1e-300).log())).sum(1)
-    return Score("inception score", divergence.mean().exp().item(), len(p), 0, "higher")
 
 
 def authenticity(generated: Tensor, training: Tensor) -> Score:
@@ -215,7 +144,7 @@ def authenticity(generated: Tensor, training: Tensor) -> Score:
         generated: (n, d).
         training: (m, d).
     """
-    a, b = _checked(generated, training, least=2)
+    a, b = checked(generated, training, least=2)
     nearest = radii(b, 1)
     authentic = []
     for distance in _distances(a, b):
@@ -223,6 +152,31 @@ def authenticity(generated: Tensor, training: Tensor) -> Score:
         authentic.append(value > nearest[row])
     share = torch.cat(authentic).double().mean().item()
     return Score("authentic share (AuthPct)", share, len(a), len(b), "higher")
+
+
+def clip_score(images: Tensor, prompts: Tensor) -> Score:
+    """Mean of 100 max(cos, 0) of each image and its own prompt (Hessel et al. 2021, w = 1).
+
+    The note says what the same images get with each other's prompts: what is above that comes from
+    following the prompt.
+
+    Args:
+        images: embeddings (n, d) of the images.
+        prompts: embeddings (n, d) of their prompts, by the same encoder.
+    """
+    a, b = checked(images, prompts, least=2)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} images and {len(b)} prompts: give one prompt for each image")
+    cosines = 100 * (unit(a) @ unit(b).T).clamp_min(0) if len(a) <= 4 * BLOCK else None
+    own = 100 * (unit(a) * unit(b)).sum(1).clamp_min(0)
+    note = ""
+    if cosines is not None:
+        # Images that share a prompt are no chance pair.
+        other = (b[:, None] != b[None]).any(-1) if len(b) <= 512 else torch.cdist(b, b) > 1e-9
+        chance = cosines[other].mean().item() if bool(other.any()) else float("nan")
+        note = f"{chance:.4g} with the prompts of other images" if math.isfinite(chance) else ""
+    spread = own.std().item() / math.sqrt(len(own))
+    return Score("CLIP score", own.mean().item(), len(a), 0, "higher", spread, note)
 
 
 def radii(features: Tensor, k: int) -> Tensor:
@@ -237,7 +191,8 @@ def radii(features: Tensor, k: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _checked(generated: Tensor, reference: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+def checked(generated: Tensor, reference: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Features of both sides as float64 on the CPU; refuses what cannot be compared."""
     for name, part in (("generated", generated), ("reference", reference)):
         if part.ndim != 2:
             raise ValueError(f"{name} features must be (n, d), got {tuple(part.shape)}")
@@ -253,34 +208,6 @@ def _checked(generated: Tensor, reference: Tensor, least: int = 1) -> tuple[Tens
     return generated.detach().cpu().double(), reference.detach().cpu().double()
 
 
-def _root(x: Tensor) -> Tensor:
-    """A square R (d, d) with R.T R = the covariance."""
-    centered = (x - x.mean(0)) / math.sqrt(len(x) - 1)
-    return torch.linalg.qr(centered, mode="r").R
-
-
-def _mmd(a: Tensor, b: Tensor) -> Tensor:
-    d, n, m = a.shape[1], len(a), len(b)
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / d + 1) ** 3
-
-    def mean(x: Tensor) -> Tensor:
-        k = kernel(x, x)
-        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
-
-    return mean(a) + mean(b) - 2 * kernel(a, b).sum() / (n * m)
-
-
-def _some(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    return x[torch.randperm(len(x), generator=generator)[:size]]
-
-
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     for part in a.split(BLOCK):
         yield torch.cdist(part, b, compute_mode="use_mm_for_euclid_dist")
-
-
-def _covered(points: Tensor, centers: Tensor, radius: Tensor) -> Tensor:
-    parts = [(distance <= radius).any(1) for distance in _distances(points, centers)]
-    return torch.cat(parts).double()

@@ -1,33 +1,24 @@
-"""One HTML file that says how good generated images are and whether they copy, pictures inside."""
+"""What an evaluation found, as text, as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
-import base64
-import html
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from retrodiff.disk.files import plain_json, write_folder, write_json
 from retrodiff.evaluation.copying import Copying
+from retrodiff.evaluation.curves import Curve
 from retrodiff.evaluation.metrics import Score
-from retrodiff.evaluation.sets import ImageSet
-from retrodiff.text import printable
+from retrodiff.evaluation.sampled import Sampled
+from retrodiff.evaluation.sets import ImageSet, license_of
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-.pictures { display: flex; flex-wrap: wrap; gap: 6px }
-.pictures img { width: 96px; height: 96px; object-fit: contain; background: var(--soft) }
-.pair { display: inline-block; margin: 0 14px 14px 0 } .pair img { width: 96px; height: 96px;
-  object-fit: contain; background: var(--soft) } .pair span { display: block; font-size: .8rem }
-p.note { opacity: .75 } .verdict { font-weight: 600 }
-"""
+MARKER, PAGE = "report.json", "report.html"
+FORMAT = 2
+
+LOW = 0.6
+"""A number below this share of what real images get is called low."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +30,12 @@ class Report:
         reference: the real images they are compared with.
         features: name of the network that made the features.
         scores: numbers.
-        copying: by source.
+        copying: by source; ``neighbors`` are those that conditioned each image.
         sources: the images of each source, for the worst pairs.
-        conditions: settings of the sampling and of the evaluation, by name.
+        sampled: settings, prompts and neighbors of the images, as far as they are known.
+        neighbors: row of the database -> which image of ``sources["neighbors"]`` that is.
+        curves: losses of the training.
+        details: what the copying report compares, in words.
         notes: what to keep in mind.
     """
 
@@ -51,13 +45,100 @@ class Report:
     scores: Sequence[Score]
     copying: Mapping[str, Copying] = field(default_factory=dict[str, Copying])
     sources: Mapping[str, ImageSet] = field(default_factory=dict[str, ImageSet])
-    conditions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sampled: Sampled = field(default_factory=Sampled)
+    neighbors: Mapping[int, int] = field(default_factory=dict[int, int])
+    curves: Sequence[Curve] = ()
+    details: str = ""
     notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The numbers as plain text, one a line."""
-        told = [str(score) for score in self.scores]
-        return [*told, *map(str, self.copying.values()), *self.notes]
+        """The numbers as plain text, one a line, each with its conditions."""
+        about = f"; {self.sampled.conditions}"
+        told = [f"{score}{about}" for score in self.scores]
+        told += [f"{found}; {self.features}, {self.details}{about}" for found in self.found()]
+        told += [f"{headline}: {text}" for headline, text, _ in self.verdicts()]
+        return [*told, *self.notes]
+
+    def found(self) -> list[Copying]:
+        """The copying report of each source."""
+        return list(self.copying.values())
+
+    def score(self, start: str) -> Score | None:
+        """The first score whose name starts so, such as ``recall``; None: there is none."""
+        return next((s for s in self.scores if s.name.startswith(start)), None)
+
+    def verdicts(self) -> list[tuple[str, str, str]]:
+        """What the numbers say: headline, a sentence, and ``good``, ``bad`` or ``open``.
+
+        Precision and recall are compared with those of one half of the real images against the
+        other half, copies with held-out images.
+        """
+        found = [
+            self._share(
+                "Fidelity",
+                ("precision", "density"),
+                good="Images lie where real ones do",
+                bad="Few images lie where real ones do",
+            ),
+            self._share(
+                "Diversity",
+                ("recall", "coverage"),
+                good="The kinds of real images are covered",
+                bad="Few kinds of real images are covered",
+            ),
+            self._copied(),
+        ]
+        return [verdict for verdict in found if verdict is not None]
+
+    def _share(
+        self, headline: str, names: tuple[str, str], good: str, bad: str
+    ) -> tuple[str, str, str] | None:
+        scores = [s for s in map(self.score, names) if s is not None and s.real]
+        if not scores:
+            return None
+        low = min(s.value / (s.real or 1) for s in scores) < LOW
+        numbers = ", ".join(
+            f"{s.name.split(' (')[0]} {s.value:.2f} (real images {s.real:.2f})" for s in scores
+        )
+        return headline, f"{bad if low else good}: {numbers}.", "bad" if low else "good"
+
+    def _copied(self) -> tuple[str, str, str] | None:
+        if not self.copying:
+            return None
+        bad = [c for c in self.copying.values() if copies_found(c)]
+        if bad:
+            told = ", ".join(
+                f"{c.rate:.1%} near-duplicates of {c.source} (held-out images: {c.null_rate:.1%})"
+                for c in bad
+            )
+            return "Copies", f"The images copy: {told}.", "bad"
+        blind = [c for c in self.copying.values() if (c.sensitivity or 1) < 0.8]
+        if blind:
+            share = min(c.sensitivity or 0 for c in blind)
+            text = f"None found, but only {share:.0%} of planted copies would be: this says little."
+            return "Copies", text, "open"
+        text = "No more near-duplicates than among real images that the model never saw."
+        return "Copies", text, "good"
+
+    def used(self) -> list[dict[str, Any]]:
+        """Every row of the database that conditioned an image: record, license, how often."""
+        counts: dict[int, int] = {}
+        records: dict[int, Any] = {}
+        for mine, known in zip(self.sampled.rows, self.sampled.records, strict=False):
+            for row, record in zip(mine, known, strict=False):
+                counts[row] = counts.get(row, 0) + 1
+                records[row] = record
+        order = sorted(counts, key=lambda row: (-counts[row], row))
+        return [
+            {
+                "row": row,
+                "used": counts[row],
+                "file": records[row].get("file") or records[row].get("id"),
+                "license": license_of(records[row]) or None,
+                "credit": records[row].get("credit"),
+            }
+            for row in order
+        ]
 
     def json(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON."""
@@ -65,120 +146,95 @@ class Report:
             "generated": {"name": self.generated.name, "images": len(self.generated)},
             "reference": {"name": self.reference.name, "images": len(self.reference)},
             "features": self.features,
+            "conditions": self.sampled.conditions,
             "scores": [vars(score) for score in self.scores],
-            "copying": {
-                name: {
-                    "rate": found.rate,
-                    "held_out_rate": found.null_rate,
-                    "excess": found.excess,
-                    "threshold": found.threshold,
-                    "planted_copies_found": found.sensitivity,
-                    "generated": len(found.similarity),
-                    "held_out": len(found.null),
-                    "worst": [
-                        {
-                            "file": self.generated.files[i],
-                            "source": self.sources[name].files[j],
-                            "similarity": cosine,
-                        }
-                        for i, j, cosine in found.worst()
-                    ],
-                }
-                for name, found in self.copying.items()
-            },
-            "conditions": dict(self.conditions),
+            "verdicts": [
+                {"about": headline, "text": text, "verdict": verdict}
+                for headline, text, verdict in self.verdicts()
+            ],
+            "copying": {name: self._copying(name, c) for name, c in self.copying.items()},
+            "rows_used": self.used(),
+            "settings": dict(self.sampled.settings),
             "notes": list(self.notes),
         }
 
-    def html(self, shown: int = 48) -> str:
-        """The whole page.
+    def _copying(self, name: str, found: Copying) -> dict[str, Any]:
+        looser = found.looser()
+        excess, error = found.excess_similarity
+        return {
+            "features": f"{self.features}, {self.details}",
+            "rate": found.rate,
+            "held_out_rate": found.null_rate,
+            "excess": found.excess,
+            "excess_similarity": excess,
+            "excess_similarity_error": error,
+            "threshold": found.threshold,
+            "times_nearer": found.times,
+            "planted_copies_found": found.sensitivity,
+            "planted_by_kind": found.found(),
+            "where_95_percent_of_planted_are_found": looser
+            and {"rate": looser[0], "held_out_rate": looser[1]},
+            "generated": len(found.margin),
+            "held_out": len(found.null),
+            "worst": [
+                {
+                    "file": self.generated.files[i],
+                    "source": self.sources[name].files[j],
+                    "similarity": cosine,
+                }
+                for i, j, cosine in found.worst()
+            ],
+        }
+
+    def html(self) -> str:
+        """The whole page, its pictures inside."""
+        from retrodiff.evaluation.page import page
+
+        return page(self)
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Writes ``report.html`` and ``report.json`` into a folder.
 
         Args:
-            shown: generated images shown at the top, evenly spaced.
+            folder: is made.
+            overwrite: replace an earlier report there.
+
+        Returns:
+            The page.
         """
-        step = max(1, len(self.generated) // shown)
-        pictures = "".join(_image(small) for small in self.generated.small[::step][:shown])
-        title = f"Evaluation of {_text(self.generated.name)}"
-        return (
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-            '<meta name=viewport content="width=device-width, initial-scale=1">'
-            f"<style>{STYLE}</style><h1>{title}</h1>"
-            f"<p>{len(self.generated):,} generated images against {len(self.reference):,} of "
-            f"{_text(self.reference.name)}; features of {_text(self.features)}.</p>"
-            f'<div class=pictures role=img aria-label="generated images">{pictures}</div>'
-            f"<h2>Numbers</h2>{self._scores()}{self._notes()}{self._copies()}"
-            f"{self._provenance()}{self._conditions()}</html>"
-        )
 
-    def _scores(self) -> str:
-        rows = "".join(
-            f"<tr><td>{_text(s.name)}<td class=number>{s.value:.4g}"
-            f"{'' if s.spread is None else f' ± {s.spread:.2g}'}<td>{s.better} is better"
-            f"<td class=number>{s.generated:,}{f' against {s.reference:,}' if s.reference else ''}"
-            f"<td>{_text(s.note)}"
-            for s in self.scores
-        )
-        head = "<tr><th>metric<th>value<th><th>images<th>keep in mind"
-        return f"<table>{head}{rows}</table>"
+        def write(temporary: Path) -> None:
+            (temporary / PAGE).write_text(self.html(), "utf-8")
+            value = {"format": FORMAT, **_finite(self.json())}
+            write_json(temporary / MARKER, plain_json(value))
 
-    def _notes(self) -> str:
-        return "".join(f"<p class=note>{_text(note)}</p>" for note in self.notes)
-
-    def _copies(self) -> str:
-        parts = []
-        for name, found in self.copying.items():
-            verdict = _verdict(found)
-            source = self.sources[name]
-            pairs = "".join(
-                f"<div class=pair>{_image(self.generated.small[i])}{_image(source.small[j])}"
-                f"<span>cosine {cosine:.3f}</span><span>{_text(source.files[j][-32:])}</span></div>"
-                for i, j, cosine in found.worst(12)
-            )
-            parts.append(
-                f"<h2>Copies of the {_text(name)} images?</h2><p class=verdict>{verdict}</p>"
-                f"<p>{_text(found)}.</p><p>The nearest pairs, generated on the left:</p>{pairs}"
-            )
-        return "".join(parts)
-
-    def _provenance(self) -> str:
-        rows = "".join(
-            f"<tr><td>{_text(name)}<td class=number>{len(source):,}<td>{_licenses(source)}"
-            for name, source in {"reference": self.reference, **self.sources}.items()
-        )
-        head = "<tr><th>images<th>how many<th>licenses"
-        return f"<h2>Where the images come from</h2><table>{head}{rows}</table>"
-
-    def _conditions(self) -> str:
-        if not self.conditions:
-            return ""
-        rows = "".join(
-            f"<tr><td>{_text(name)}<td>{_text(value)}" for name, value in self.conditions.items()
-        )
-        return f"<h2>Conditions</h2><table>{rows}</table>"
+        done = write_folder(folder, write, marker=MARKER, own=own_files, overwrite=overwrite)
+        return done / PAGE
 
 
-def _verdict(found: Copying) -> str:
-    if found.excess > 0.01:
-        return f"{found.excess:.1%} more near-duplicates than among held-out real images."
-    if found.sensitivity is not None and found.sensitivity < 0.8:
-        return (
-            f"None found, but these features find only {found.sensitivity:.0%} of planted copies: "
-            "this says little."
-        )
-    return "No more near-duplicates than among real images that the model never saw."
+def own_files(folder: Path) -> set[str]:
+    """What an evaluation wrote into a folder."""
+    return {MARKER, PAGE}
 
 
-def _licenses(images: ImageSet) -> str:
-    if not images.licenses:
-        return "not recorded"
-    counts = Counter(name or "not recorded" for name in images.licenses)
-    return ", ".join(f"{_text(name)} ({n:,})" for name, n in counts.most_common())
+def copies_found(found: Copying) -> bool:
+    """Whether there are more near-duplicates than chance explains: 3 standard errors, and 1 %."""
+    pairs = [(found.rate, found.null_rate)]
+    if (looser := found.looser()) is not None and (found.sensitivity or 0) < 0.95:
+        pairs.append(looser)
+    n, h = len(found.margin), len(found.null)
+    for rate, null in pairs:
+        both = (rate * n + null * h) / (n + h)
+        error = (both * (1 - both) * (1 / n + 1 / h)) ** 0.5
+        if rate - null > max(0.01, 3 * error):
+            return True
+    return False
 
 
-def _image(small: bytes) -> str:
-    kind = "png" if small.startswith(b"\x89PNG") else "jpeg"
-    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(small).decode()}">'
-
-
-def _text(value: object) -> str:
-    return html.escape(printable(value))
+def _finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

@@ -112,6 +112,8 @@ def _settings(request: Request, asker: Asker, generator: Generator) -> dict[str,
     else:
         how = {"generator": summary(generator)}
     modes = request.modes
+    if "unconditional" in modes:
+        how["proposal"] = summary(asker.proposal)
     return {
         "mode": list(modes) if len(set(modes)) > 1 else modes[0],
         "k": request.k,
