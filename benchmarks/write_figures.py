@@ -92,12 +92,12 @@ def rows(report: dict[str, Any], worst: dict[str, float] | None) -> list[tuple[s
         ),
     ]
     for part, name in (("trained", "D"), ("never_trained", "photographs never trained on")):
-        colour = report["colour"][part]
+        color = report["color"][part]
         table.append(
             (
                 f"color, {name}: distance to shuffled neighbors over one's own",
-                f"mean color {colour['mean_colour.ratio']:.2f}, "
-                f"8×8 layout {colour['layout_8x8.ratio']:.2f}",
+                f"mean color {color['mean_color.ratio']:.2f}, "
+                f"8×8 layout {color['layout_8x8.ratio']:.2f}",
                 "above 1",
             )
         )

@@ -58,8 +58,8 @@ other = build_database(options.out / "others.rdb", others, encoder, thumbnails=3
 
 model = presets.rdm_small(encoder=encoder, database=database, channels=options.channels)
 found = TrainingSet.of(training, encoder, database, NearestNeighbors(), model.k)
-rate = cosine(1e-3, options.steps, warmup=min(30, options.steps // 2))
-model = fit(model, found, steps=options.steps, batch_size=32, lr=rate, ema=0.99).model
+lr = cosine(1e-3, options.steps, warmup=min(30, options.steps // 2))
+model = fit(model, found, steps=options.steps, batch_size=32, lr=lr, ema=0.99).model
 
 swapped = model.replace(database=other, proposal=Uniform())  # the weights are the same
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on a device; None: it is off, or unknown there (meta)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turns autocast off for a device until the end of the block."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from parts import HashingEncoder, small_network
+from retrievers import MERGING, PHRASING, RETRIEVERS
 from torch import Tensor, nn
 
 from retrodiff.databases import ArrayDatabase
@@ -37,16 +38,8 @@ from retrodiff.model import Model
 from retrodiff.networks import DiT, KLAutoencoder, UNet, VQAutoencoder
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.retrieval import (
-    Diverse,
-    ExcludeDuplicates,
-    ExcludeGroup,
-    ExcludeSelf,
-    MaxSimilarity,
-    MultiQuery,
     NearestNeighbors,
     NeighborCounts,
-    RandomOfTop,
-    ReciprocalRankFusion,
     TopM,
     Uniform,
     neighbor_table,
@@ -350,22 +343,11 @@ def seeded(query: Query) -> Query:
 
 
 @pytest.mark.parametrize(
-    "retriever",
-    [
-        NearestNeighbors(),
-        RandomOfTop(NearestNeighbors(), 10),
-        Diverse(NearestNeighbors(), 0.5, 10),
-        ExcludeSelf(NearestNeighbors()),
-        ExcludeGroup(NearestNeighbors(), "label"),
-        ExcludeDuplicates(NearestNeighbors(), 0.95),
-        ReciprocalRankFusion(NearestNeighbors(), 10),
-        MaxSimilarity(NearestNeighbors(), 10),
-    ],
-    ids=lambda r: type(r).__name__,
+    "retriever", [*RETRIEVERS, *MERGING], ids=lambda r: repr(r).replace("NearestNeighbors()", "")
 )
 def test_retrievers(retriever: Any) -> None:
-    several = isinstance(retriever, (ReciprocalRankFusion, MaxSimilarity))
-    exact(lambda: retriever.retrieve(seeded(SEVERAL if several else QUERY), DATABASE, 4))
+    query = SEVERAL if retriever in MERGING else QUERY
+    exact(lambda: retriever.retrieve(seeded(query), DATABASE, 4))
 
 
 def test_proposals_and_tables() -> None:
@@ -377,11 +359,9 @@ def test_proposals_and_tables() -> None:
 
 
 def test_several_phrasings_of_a_prompt() -> None:
-    retriever = MultiQuery(
-        ReciprocalRankFusion(NearestNeighbors(), 10), HashingEncoder(), ["a {}", "the {}"]
-    )
     query = Query(normal(2, 8, seed=5), ("cat", "dog"))
-    exact(lambda: retriever.retrieve(query, DATABASE, 4))
+    for retriever in PHRASING:
+        exact(lambda r=retriever: r.retrieve(seeded(query), DATABASE, 4))
 
 
 # --- encoders ----------------------------------------------------------------------------------

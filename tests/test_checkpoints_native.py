@@ -231,7 +231,7 @@ def test_truncated_weights_say_so(model, tmp_path):
         ("[1, 2]", "no format number"),
         ('{"format": 1}', "lists no components"),
         ('{"format": 1, "components": {"sampler": {"class": "retrodiff.diffusion.DDIM", '
-         '"config": {"colour": 1}}}}', "'colour'.*another version"),
+         '"config": {"color": 1}}}}', "'color'.*another version"),
         ('{"format": 1, "components": {"proposal": {"tensor": "proposal.rows"}}}',
          "lack proposal.rows"),
     ],
@@ -342,7 +342,7 @@ def test_every_argument_of_a_public_component_is_of_a_kind_that_is_checked(room)
         ("k", 2.5, "k is 2.5, not a whole number"),
         ("k", True, "k is True"),
         ("prompt_template", "x" * 5000, "at most 4096"),
-        ("colour", 1, "argument 'colour'.*does not take"),
+        ("color", 1, "argument 'color'.*does not take"),
         ("schedule", {"class": "diffusion.ScaledLinear", "config": {"length": 10**12}}, "length"),
     ],
 )  # fmt: skip
@@ -657,7 +657,9 @@ def test_an_encoder_that_is_saved_keeps_the_umask(recipe, tmp_path):
 def test_a_fingerprint_that_is_none_is_named(model, tmp_path):
     folder = model.save(tmp_path / "model")
     edited(folder, fingerprint={**vars(model.encoder.fingerprint), "dim": "x"})
-    with pytest.raises(ValueError, match=r"fingerprint.dim is 'x', not a whole number"):
+    with pytest.raises(
+        ValueError, match=r"the fingerprint in model.json has dim='x', not a whole number"
+    ):
         Model.load(folder, encoder=model.encoder, database=None)
     assert isinstance(model.encoder.fingerprint, Fingerprint)
 

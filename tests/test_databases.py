@@ -189,10 +189,10 @@ def test_patchify_refuses():
 
 
 def test_folder_labels_and_numeric_order(folder):
-    source = ImageFolder(folder, {"licence": "CC0"})
+    source = ImageFolder(folder, {"license": "CC0"})
     assert source.files[:3] == ["hills/p0.png", "hills/p2.png", "hills/p4.png"]
     assert source.files[5] == "hills/p10.png"
-    assert source.read(0)[0].record == {"file": "hills/p0.png", "label": "hills", "licence": "CC0"}
+    assert source.read(0)[0].record == {"file": "hills/p0.png", "label": "hills", "license": "CC0"}
 
 
 def test_images_of_many_sizes_in_one_batch(tmp_path):
@@ -254,7 +254,7 @@ def test_where(database, condition, keeps):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("colour == 'red'", "unknown column 'colour'; columns: file, label, year"),
+        ("color == 'red'", "unknown column 'color'; columns: file, label, year"),
         ("__import__('os').system('true')", "unknown column '__import__'"),
         ("label.upper() == 'DOG'", "cannot use"),
         ("year + 1 > 3", "cannot use"),
@@ -632,8 +632,8 @@ def test_widths_and_k(database):
         database.search(Query(torch.randn(2, 48)), 51)
     with pytest.raises(ValueError, match="k=0: ask for at least one"):
         Union(database, database, weights=[1, 1]).search(Query(torch.randn(2, 48)), 0)
-    with pytest.raises(ValueError, match="unknown column 'colour'; columns: file, label, year"):
-        database.column("colour")
+    with pytest.raises(ValueError, match="unknown column 'color'; columns: file, label, year"):
+        database.column("color")
     with pytest.raises(IndexError, match="50 rows"):
         database.embeddings(torch.tensor([50]))
     with pytest.raises(IndexError, match="50 rows"):

@@ -249,7 +249,7 @@ def test_refusals(tmp_path, ours, lance):
             "dim=7",
             lambda: LanceDatabase.open(where, "gaps", fingerprint=narrow),
         ),
-        (ValueError, "filter 'colour = 1'.*colour", lambda: lance.where("colour = 1")),
+        (ValueError, "filter 'color = 1'.*color", lambda: lance.where("color = 1")),
         (ValueError, "filter 'year >'", lambda: lance.where("year >")),
         (ValueError, "filter \"year = 'x'\"", lambda: lance.where("year = 'x'")),
         (ValueError, "k=501 is more than", lambda: lance.search(queries(1), 501)),

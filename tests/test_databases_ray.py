@@ -15,8 +15,10 @@ from retrodiff.databases import (
     build_database,
     open_database,
 )
+from retrodiff.databases.build.ray import _on_gpu
 from retrodiff.databases.build.work import Work
 from retrodiff.databases.sources.folders import Source
+from retrodiff.encoders import Cached
 
 ray = pytest.importorskip("ray", reason="the extra retrodiff[ray] is not installed")
 # Starting Ray takes a dozen seconds; it warns of its own deprecations and leaves sockets to be
@@ -128,3 +130,13 @@ def test_an_error_of_the_encoder_keeps_its_line(cluster, tmp_path):
         build_database(tmp_path / "d", source, Broken(), engine="ray", progress=False)
     with pytest.raises(ValueError, match="engine='dask': give one of local, ray"):
         build_database(tmp_path / "d", source, Pooled(), engine="dask", progress=False)
+
+
+def test_an_encoder_inside_a_cache_gets_its_gpu():
+    class Loaded(Pooled):
+        device = torch.device("cuda")  # where its weights are, or will be when they are loaded
+
+    assert not _on_gpu(Pooled())
+    assert not _on_gpu(Cached(Pooled()))
+    assert _on_gpu(Loaded())
+    assert _on_gpu(Cached(Cached(Loaded())))

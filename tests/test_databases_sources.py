@@ -61,7 +61,7 @@ def test_tars(tmp_path):
         ],
     )
     write_tar(tmp_path / "1.tar", [("000.png", png(images[1])), ("000.cls", b"7")])
-    source = Tars([tmp_path / "0.tar", tmp_path / "1.tar"], {"licence": "CC0"})
+    source = Tars([tmp_path / "0.tar", tmp_path / "1.tar"], {"license": "CC0"})
     with pytest.warns(UserWarning, match=r"1 skipped: 0\.tar:a/001 \(not an image\)"):
         database = build_database(tmp_path / "d", source, Pooled(), thumbnails=8, progress=False)
     record = database.records(torch.tensor([0]))[0]
@@ -70,7 +70,7 @@ def test_tars(tmp_path):
         "width": 8,
         "url": "u",
         "caption": "a dog",
-        "licence": "CC0",
+        "license": "CC0",
     }
     assert database.column("label").tolist() == [None, "7"]
     assert torch.equal(database.image(1), images[1] / 127.5 - 1)
@@ -220,11 +220,11 @@ def test_what_is_written_into_every_row_belongs_to_the_source(tmp_path):
         lambda columns: SavedDataset(tmp_path / "saved", columns=columns),
     ):
         out = tmp_path / type(make({})).__name__
-        build_database(out, make({"licence": "CC0"}), Pooled(), progress=False)
-        again = build_database(out, make({"licence": "CC0"}), Pooled(), resume=True, progress=False)
-        assert again.column("licence").tolist() == ["CC0"] * 3
-        with pytest.raises(ValueError, match=r"begun with columns=\{'licence': 'CC0'\}, now"):
-            build_database(out, make({"licence": "CC-BY"}), Pooled(), resume=True, progress=False)
+        build_database(out, make({"license": "CC0"}), Pooled(), progress=False)
+        again = build_database(out, make({"license": "CC0"}), Pooled(), resume=True, progress=False)
+        assert again.column("license").tolist() == ["CC0"] * 3
+        with pytest.raises(ValueError, match=r"begun with columns=\{'license': 'CC0'\}, now"):
+            build_database(out, make({"license": "CC-BY"}), Pooled(), resume=True, progress=False)
 
 
 # --- what a path holds ---------------------------------------------------------------------------
@@ -251,11 +251,11 @@ def test_open_source_tells_formats_apart(tmp_path):
         ("tables/b.parquet", ParquetImages, ["row 0"]),
         ("photos", ImageFolder, ["00000/a.png", "00000.parquet"]),
     ]:
-        source = open_source(tmp_path / path, columns={"licence": "CC0"})
+        source = open_source(tmp_path / path, columns={"license": "CC0"})
         assert type(source) is kind, path
         assert sorted(source.name(i) for i in range(len(source))) == sorted(names), path
         first = next(i for i in range(len(source)) if "parquet" not in source.name(i))
-        assert source.read(first)[0].record["licence"] == "CC0"
+        assert source.read(first)[0].record["license"] == "CC0"
     (tmp_path / "clip/img_emb").mkdir(parents=True)
     for path, error in [
         ("clip", "import it"),

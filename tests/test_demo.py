@@ -44,7 +44,7 @@ def test_it_writes_everything(ran):
     for key in (
         "swap",
         "unseen",
-        "colour",
+        "color",
         "loss_gap",
         "seconds",
         "peak_rss_mb",
@@ -123,9 +123,9 @@ def test_likeness_tells_own_neighbors_from_others():
     neighbors = torch.rand(12, 4, 3, 32, 32, generator=generator) * 0.2
     neighbors += torch.rand(12, 1, 3, 1, 1, generator=generator)
     close = photographs.likeness(neighbors.mean(1), neighbors)
-    assert close["mean_colour.ratio"] > 2
+    assert close["mean_color.ratio"] > 2
     shuffled = photographs.likeness(neighbors.mean(1).roll(3, 0), neighbors)
-    assert shuffled["mean_colour.ratio"] < 1.1
+    assert shuffled["mean_color.ratio"] < 1.1
 
 
 def test_a_picture_enlarges_without_smoothing():

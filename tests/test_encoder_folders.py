@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrodiff.disk.files import plain_json
-from retrodiff.encoders import CLIPEncoder, TimmEncoder, load_encoder, save_encoder
+from retrodiff.encoders import Cached, CLIPEncoder, TimmEncoder, load_encoder, save_encoder
 from retrodiff.encoders.described import problem
 from retrodiff.encoders.preprocessing import PRESETS
 
@@ -98,3 +98,12 @@ def test_folders_are_replaced_when_asked_and_nothing_else_with_them(tmp_path: Pa
     (folder / "notes.txt").unlink()
     save_encoder(CLIPEncoder.from_config(TINY), folder, overwrite=True)
     load_encoder(folder)
+
+
+def test_the_encoder_inside_a_cache_is_kept(tmp_path: Path) -> None:
+    encoder = TimmEncoder("test_resnet", image_size=32)
+    loaded = load_encoder(save_encoder(Cached(Cached(encoder)), tmp_path / "e"))
+    assert loaded.fingerprint == encoder.fingerprint
+    with pytest.raises(ValueError, match="object cannot be kept in a folder: save_encoder takes"):
+        save_encoder(object(), tmp_path / "other")  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()

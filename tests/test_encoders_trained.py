@@ -206,7 +206,7 @@ def test_dinov2_takes_518_pixels(name):
         (lambda: TimmEncoder("test_vit", image_size=0), "image_size=0: give a whole number"),
         (lambda: TimmEncoder("test_vit", image_size=2.5), "image_size=2.5: give a whole number"),
         (lambda: TimmEncoder("test_vit", batch_size=0), "batch_size=0: give a whole number"),
-        (lambda: TimmEncoder("test_resnet", colour=3), r"timm cannot make 'test_resnet'.*colour"),
+        (lambda: TimmEncoder("test_resnet", color=3), r"timm cannot make 'test_resnet'.*color"),
         (lambda: CLIPEncoder("ViT-B-32", image_size=-1), "image_size=-1: give a whole number"),
         (
             lambda: TimmEncoder("maxvit_rmlp_pico_rw_256", image_size=100).encode_image(

@@ -728,3 +728,24 @@ def test_recipes_on_the_command_line():
         recipe_from_string("annoy:leaves=3")
     with pytest.raises(ValueError, match="factory 'nonsense'"):
         Faiss("nonsense").build(Vectors([clustered(100, 8)]))
+
+
+def test_usearch_answers_many_queries_as_it_answers_each(monkeypatch):
+    """In one call for many; rows that it fills up, because it found fewer, are cut off."""
+    monkeypatch.setattr("retrodiff.indexes.usearch.AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 5, 3000):
+        stored = torch.randn(rows, 16, generator=generator).half()
+        index = USearch().build(Vectors([stored]))
+        queries = torch.cat([stored[:20].float(), torch.randn(2, 16, generator=generator)])
+        k = min(10, rows)
+        similarity, found = index.search(queries, k)
+        for i, query in enumerate(queries):
+            alone = index.search(query[None], k)
+            assert torch.equal(alone[0][0], similarity[i])
+            assert torch.equal(alone[1][0], found[i])
+        assert index.search(queries[:0], k)[1].shape == (0, k)
+        if rows == 3000:
+            index.graph.remove(range(2950))
+            with pytest.raises(ValueError, match="the index found 50 of k=60 neighbors"):
+                index.search(queries, 60)

@@ -8,6 +8,7 @@ import torch
 from parts import HashingEncoder, small_network
 
 from retrodiff import presets
+from retrodiff.attention import use_path
 from retrodiff.builder import Builder
 from retrodiff.checkpoints.foreign.published import PUBLISHED
 from retrodiff.components import where
@@ -27,12 +28,26 @@ from retrodiff.interfaces import Context, Query
 from retrodiff.model import Model
 from retrodiff.model.asking import conditioned
 from retrodiff.networks.principal import PrincipalPatches
+from retrodiff.networks.unet import UNet
 from retrodiff.retrieval import MultiQuery, NearestNeighbors
 from retrodiff.testing import small_database
 
 HALVES = [torch.bfloat16, torch.float16]
 BOUND = {torch.bfloat16: 0.1, torch.float16: 0.02}
 """Mean difference to float32 over the latents' standard deviation; measured: up to half of it."""
+
+
+def small_unet():
+    return UNet(
+        in_channels=1,
+        out_channels=1,
+        size=8,
+        channels=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(1, 2),
+        context_width=8,
+    )
 
 
 def shaken(model):
@@ -227,3 +242,34 @@ def test_a_network_that_was_compiled_by_hand_is_saved_as_itself(recipe, tmp_path
         atol=1e-5,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("path", [None, "absorbed", "standard"])
+@pytest.mark.parametrize("make", [small_network, small_unet], ids=["DiT", "UNet"])
+def test_networks_go_to_meta(make, path, k):
+    """Shapes are computed there; a device that autocast does not know raised."""
+    network = make().to("meta")
+    use_path(network, path)
+    context = Context.of(torch.zeros(2, k, 8, device="meta"))
+    context = Context.cat([context, context.zeros()])
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            x, t = torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, device="meta")
+            assert network(x, t, context).shape == (4, 1, 8, 8)
+
+
+def test_a_model_on_meta_does_not_sample(model):
+    with pytest.raises(ValueError, match=r"the weights are on 'meta'.*load the model again") as one:
+        model.to("meta").sample(query=Query(torch.randn(1, 8)))
+    assert "\n" not in str(one.value)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float16"])
+def test_types_that_networks_do_not_compute_in(model, kind):
+    before = [where(part) for part in model.parts().values()]
+    for name in ("dtype", "encoder_dtype"):
+        with pytest.raises(ValueError, match=f"{name}=.*: networks compute in one of") as one:
+            model.to(**{name: kind})
+        assert "\n" not in str(one.value)
+    assert [where(part) for part in model.parts().values()] == before

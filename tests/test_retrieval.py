@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parts import HashingEncoder
+from retrievers import MERGING, PHRASING, RETRIEVERS
 from safetensors import safe_open
 
 from retrodiff.interfaces import Neighbors, Query, Retriever, unit
@@ -32,20 +33,8 @@ from retrodiff.retrieval import (
 )
 from retrodiff.testing import check_proposal, check_retriever, small_database
 
-RETRIEVERS = [
-    NearestNeighbors(),
-    RandomOfTop(NearestNeighbors(), 8),
-    Diverse(NearestNeighbors(), 0.5, 10),
-    ExcludeSelf(NearestNeighbors()),
-    ExcludeGroup(NearestNeighbors(), "label"),
-    ExcludeDuplicates(NearestNeighbors(), 0.99),
-    ReciprocalRankFusion(NearestNeighbors(), 8),
-    MaxSimilarity(NearestNeighbors(), 8),
-    MultiQuery(ReciprocalRankFusion(NearestNeighbors(), 8), HashingEncoder(), ["{} again"]),
-]
 
-
-@pytest.mark.parametrize("retriever", RETRIEVERS, ids=repr)
+@pytest.mark.parametrize("retriever", [*RETRIEVERS, *MERGING, *PHRASING], ids=repr)
 def test_contract(retriever):
     check_retriever(retriever)
 

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from parts import HashingEncoder, small_network
+from parts import small_network
+from retrievers import ENCODER, PHRASING, RANDOM, RETRIEVERS
 
 from retrodiff.builder import Builder
 from retrodiff.diffusion import (
@@ -18,16 +19,7 @@ from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.interfaces import Query
 from retrodiff.randomness import Randomness, normal, normal_like, uniform
 from retrodiff.retrieval import (
-    Diverse,
-    ExcludeDuplicates,
-    ExcludeGroup,
-    ExcludeSelf,
-    MaxSimilarity,
-    MultiQuery,
-    NearestNeighbors,
     NeighborCounts,
-    RandomOfTop,
-    ReciprocalRankFusion,
     TopM,
     Uniform,
     neighbor_table,
@@ -48,20 +40,6 @@ ASKED = {
     "query": {"query": QUERY},
     "unconditional": {"n": N},
 }
-ENCODER = HashingEncoder()
-RANDOM = RandomOfTop(NearestNeighbors(), 12)
-RETRIEVERS = [
-    NearestNeighbors(),
-    RANDOM,
-    Diverse(RANDOM, 0.5, 8),
-    ExcludeSelf(NearestNeighbors()),
-    ExcludeGroup(NearestNeighbors(), "label"),
-    ExcludeDuplicates(NearestNeighbors(), 0.6),
-    ExcludeDuplicates(RandomOfTop(NearestNeighbors(), 40), 0.6),
-    ExcludeSelf(RandomOfTop(NearestNeighbors(), 12)),
-    MultiQuery(ReciprocalRankFusion(RANDOM, 5), ENCODER, ["the {}", "no {}"]),
-    MultiQuery(MaxSimilarity(NearestNeighbors(), 5), ENCODER, ["the {}", "no {}"]),
-]
 PROPOSALS = ["uniform", "counts", "top", "weighted"]
 
 
@@ -125,7 +103,7 @@ def test_more_images_than_one_batch(model, sampler):
     agree(whole, model.sample(n=MANY, sampler=sampler, seed=7, batch_size=5))
 
 
-@pytest.mark.parametrize("retriever", RETRIEVERS, ids=repr)
+@pytest.mark.parametrize("retriever", [*RETRIEVERS, *PHRASING], ids=repr)
 @pytest.mark.parametrize("mode", ["text+neighbors", "class", "image", "unconditional"])
 def test_every_retriever(model, mode, retriever):
     if mode == "class" and "RandomOfTop" in repr(retriever):

@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(recipe, data, pa
     from safetensors import SafetensorError
 
     whole = run(recipe, data)
-    real, saved = checkpoints.write_safetensors, []
+    real, saved = checkpoints.write_tensors, []
 
     def full(file, tensors, header):
         saved.append(header["done"])
@@ -82,7 +82,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(recipe, data, pa
         real(file, tensors, header)
         monkeypatch.setattr(checkpoints, "_last_good", file.read_bytes(), raising=False)
 
-    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with pytest.warns(UserWarning, match="could not be kept.*No space left on device") as warned:
         fitted = run(recipe, data, checkpoint=path, checkpoint_every=4)
     assert [str(w.message).split(" could")[0] for w in warned] == [
@@ -93,7 +93,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(recipe, data, pa
     assert path.read_bytes() == checkpoints._last_good
     assert read_state(path).done == 4
     assert same(weights(fitted.model), weights(whole.model))  # what was trained is not lost
-    monkeypatch.setattr(checkpoints, "write_safetensors", real)
+    monkeypatch.setattr(checkpoints, "write_tensors", real)
     resumed = run(recipe, data, checkpoint=path, resume=True)
     assert same(weights(resumed.model), weights(whole.model))
 

@@ -68,17 +68,17 @@ def test_a_second_signal_ends_the_step_at_once(recipe, data, path):
 
 
 def test_a_second_signal_does_not_damage_what_is_being_written(recipe, data, path, monkeypatch):
-    real = checkpoints.write_safetensors
+    real = checkpoints.write_tensors
 
     def interrupted_again(file, tensors, header):
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         real(file, tensors, header)
 
-    monkeypatch.setattr(checkpoints, "write_safetensors", interrupted_again)
+    monkeypatch.setattr(checkpoints, "write_tensors", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, data, lr=signaled_at(5, signal.SIGINT), checkpoint=path)
-    monkeypatch.setattr(checkpoints, "write_safetensors", real)
+    monkeypatch.setattr(checkpoints, "write_tensors", real)
     assert read_state(path).done == 6
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

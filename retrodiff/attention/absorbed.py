@@ -27,6 +27,7 @@ from retrodiff.attention.reference import (
     split_regions,
 )
 from retrodiff.interfaces import Tokens
+from retrodiff.precision import no_autocast
 
 TILE = 8 << 20
 """Bytes of x per thread that a CPU takes at a time: a tile gets the memory of the one before it,
@@ -127,7 +128,7 @@ def absorb(tokens: Tokens | Tensor, weights: Weights) -> AttentionTables:
     query = (weights.query.to(exact) * (weights.gain.to(exact) * scale)).to(weights.query.dtype)
     m = keys @ rearrange(query, "(h e) c -> h e c", h=h)
     u = values @ rearrange(weights.out, "c (h e) -> h e c", h=h)
-    with torch.autocast(near.values.device.type, enabled=False):  # which would narrow the product
+    with no_autocast(near.values.device):  # it would narrow the product
         shift = torch.mv(weights.query.to(exact), weights.shift.to(exact)) * scale
     shift = rearrange(shift, "(h e) -> h 1 e", h=h)
     offset = rearrange((keys.to(exact) * shift).sum(-1), "h (b r k) -> b r h k", b=b, r=r, k=k)

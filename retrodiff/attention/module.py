@@ -28,6 +28,7 @@ from retrodiff.attention.reference import (
     standard_attention,
 )
 from retrodiff.interfaces import Tokens
+from retrodiff.precision import autocast_dtype
 
 Prepared = AttentionTables | KeysValues | OneNeighbor
 """What `NeighborAttention.prepare` returns."""
@@ -183,9 +184,7 @@ class NeighborAttention(nn.Module):
         shape = tokens.values.shape
         gradients = torch.is_grad_enabled()
         device = tokens.values.device
-        dtype = self.to_q.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = autocast_dtype(device) or self.to_q.weight.dtype
         refused = refusal_of(device, dtype, shape[-2])
         if self.path is not None:
             if self.path == "one" and shape[-2] != 1:

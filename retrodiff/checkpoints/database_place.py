@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from retrodiff.checkpoints.descriptions import EDITED, fingerprint_from
+from retrodiff.checkpoints.descriptions import EDITED
 from retrodiff.disk.seal import is_sealed, seal
 from retrodiff.disk.untrusted import inside
-from retrodiff.interfaces import Database
+from retrodiff.interfaces import Database, Fingerprint
 from retrodiff.text import escaped, printable
 
 
@@ -74,7 +74,7 @@ def reopened(description: Any, folder: Path, *, token: str | None, trust: bool) 
     from retrodiff.databases import open_database
 
     value = _checked(description)
-    saved = fingerprint_from(value["fingerprint"], "database.fingerprint")
+    saved = Fingerprint.from_json(value["fingerprint"], "the database's fingerprint")
     trust = trust or is_sealed({k: v for k, v in value.items() if k != "seal"}, value.get("seal"))
     place = value.get("address") if "address" in value else _place(value, folder, trust)
     shown = printable(str(place)[:300])

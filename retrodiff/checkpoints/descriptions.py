@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from retrodiff.checkpoints.public import PACKAGE, class_named, public_name
 from retrodiff.checkpoints.state import fill, own_state, plain_module, uniform_dtype
 from retrodiff.disk.budget import TooLarge, within
-from retrodiff.interfaces import Fingerprint
 from retrodiff.text import escaped, printable
 
 EDITED = f"was model.json edited, or written by another version of {PACKAGE}?"
@@ -325,8 +324,3 @@ def _is_named(description: Any) -> bool:
         and set(description) == {"custom"}
         and isinstance(description["custom"], str)
     )
-
-
-def fingerprint_from(value: Any, what: str) -> Fingerprint:
-    """A fingerprint from JSON."""
-    return Fingerprint(**arguments_from(value, Fingerprint, {}, what))

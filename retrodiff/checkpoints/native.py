@@ -26,7 +26,6 @@ from retrodiff.checkpoints.descriptions import (
     arguments,
     arguments_from,
     describe,
-    fingerprint_from,
     is_custom,
 )
 from retrodiff.checkpoints.public import PACKAGE
@@ -183,7 +182,7 @@ def load_components(
             f"{printable(', '.join(extra[:10])[:500])}. Do they belong to its model.json?"
         )
     if given.get("encoder") is not None and value.get("fingerprint") is not None:
-        saved = fingerprint_from(value["fingerprint"], "fingerprint")
+        saved = Fingerprint.from_json(value["fingerprint"], f"the fingerprint in {MARKER}")
         _check_encoder(folder, given["encoder"], saved)
     parts: dict[str, Any] = {}
     left: dict[str, Any] = {}

@@ -13,9 +13,11 @@ from typing import Any, cast
 from torch import Tensor
 
 from retrodiff.disk.files import write_json
-from retrodiff.disk.tensors import write_tensors
-from retrodiff.disk.untrusted import inside, read_json, read_tensors
+from retrodiff.disk.tensors import map_tensors, write_tensors
+from retrodiff.disk.untrusted import inside, read_json
 from retrodiff.text import printable
+
+AGAIN = "copy or fetch it again"
 
 
 def save_sharded(
@@ -78,7 +80,7 @@ def load_shards(path: str | Path, name: str = "model") -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{printable(path)} is not a file: check the path of the weights")
     if path.suffix != ".json":
-        return read_tensors(path)
+        return map_tensors(path, again=AGAIN, hashed=False)
     places = _places(path)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
@@ -86,7 +88,7 @@ def load_shards(path: str | Path, name: str = "model") -> dict[str, Tensor]:
             raise FileNotFoundError(
                 f"{printable(path.parent / file)} is missing, {path.name} names it"
             )
-        found = read_tensors(inside(path.parent, file))
+        found = map_tensors(inside(path.parent, file), again=AGAIN, hashed=False)
         if twice := found.keys() & tensors.keys():
             raise ValueError(
                 f"{printable(path.parent / file)} holds {printable(min(twice)[:200])} once more, "

@@ -1,6 +1,6 @@
 """The main job, twice, from scratch, on real pictures: `retrodiff demo`.
 
-Colour photographs, then digits; see `retrodiff.demo.photographs` and `retrodiff.demo.digits`.
+Color photographs, then digits; see `retrodiff.demo.photographs` and `retrodiff.demo.digits`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "torch-ema", "safetensors", "sci
 class Settings:
     """Sizes of both halves."""
 
-    colour: photographs.Settings = field(default_factory=photographs.Settings)
+    color: photographs.Settings = field(default_factory=photographs.Settings)
     digits: digits.Settings = field(default_factory=digits.Settings)
 
 
@@ -67,21 +67,21 @@ def run(
     settings = settings or Settings()
     start = time.perf_counter()
 
-    colour = photographs.run(out, settings.colour, seed, progress)
-    colour.model.save(out / "photographs", overwrite=True)
-    colour_seconds = time.perf_counter() - start
-    _neighbors_sheet(colour).save(out / "neighbors.png")
+    color = photographs.run(out, settings.color, seed, progress)
+    color.model.save(out / "photographs", overwrite=True)
+    color_seconds = time.perf_counter() - start
+    _neighbors_sheet(color).save(out / "neighbors.png")
 
     numbers = digits.run(out, settings.digits, seed, progress)
     numbers.model.save(out / "digits", overwrite=True)
-    compose(sections(colour, numbers)).save(out / "samples.png")
+    compose(sections(color, numbers)).save(out / "samples.png")
 
     report: dict[str, Any] = {
         **numbers.report,
-        "colour": colour.report,
+        "color": color.report,
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),
-        "seconds_colour": round(colour_seconds, 1),
+        "seconds_color": round(color_seconds, 1),
         "peak_rss_mb": peak_rss_mb(),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -106,16 +106,16 @@ def peak_rss_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-def sections(colour: photographs.Colour, numbers: digits.Digits) -> list[Section]:
-    """What ``samples.png`` shows: colour first, then digits by mode."""
+def sections(color: photographs.Color, numbers: digits.Digits) -> list[Section]:
+    """What ``samples.png`` shows: color first, then digits by mode."""
     titles = {
-        "trained": "Colour photographs: neighbors from database D (tiles that were not trained on)",
+        "trained": "Color photographs: neighbors from database D (tiles that were not trained on)",
         "never_trained": "The same weights, the database swapped: photographs never trained on",
     }
     made: list[Section] = []
     for name, title in titles.items():
-        queries, near, out = colour.shown[name]
-        model = colour.model if name == "trained" else colour.swapped
+        queries, near, out = color.shown[name]
+        model = color.model if name == "trained" else color.swapped
         more = [
             model.sample(images=queries[:5], seed=seed, progress=False) for seed in range(101, 105)
         ]
@@ -187,10 +187,10 @@ def table(report: dict[str, Any]) -> str:
         f"{'shuffled neighbors, loss':28}{gap['ratio']:+9.1%}  ({gap['standard_errors']:.0f} s.e.)",
     ]
     for name in ("trained", "never_trained"):
-        part = report["colour"][name]
+        part = report["color"][name]
         lines.append(
-            f"{'colour, ' + name.replace('_', ' '):28}{part['mean_colour.ratio']:9.2f}"
-            f"{part['layout_8x8.ratio']:10.2f}  (shuffled / own: mean colour, 8x8 layout)"
+            f"{'color, ' + name.replace('_', ' '):28}{part['mean_color.ratio']:9.2f}"
+            f"{part['layout_8x8.ratio']:10.2f}  (shuffled / own: mean color, 8x8 layout)"
         )
     lines.append(f"{report['seconds']:.0f} s, peak {report['peak_rss_mb']:.0f} MB")
     return "\n".join(lines)
@@ -226,12 +226,12 @@ def _source(out: Generation, i: int) -> str:
     return "from " + ", ".join(files)
 
 
-def _neighbors_sheet(colour: photographs.Colour) -> Any:
+def _neighbors_sheet(color: photographs.Color) -> Any:
     """Queries of both databases beside their neighbors, with file, patch box and similarity."""
     queries: list[Any] = []
     pictures: list[Any] = []
     captions: list[list[str]] = []
-    for shown, near, out in colour.shown.values():
+    for shown, near, out in color.shown.values():
         queries += list(shown[:6])
         pictures += [list(row) for row in near[:6]]
         captions += captions_of(out.neighbors.rows(slice(0, 6)))

@@ -3,8 +3,6 @@
 scikit-learn's 1,797 scans (8x8; Alpaydin & Kaynak 1998) are split into a database D, training
 images X and held-out images H, all disjoint. A small CLIP is trained on D and X with captions. X
 lacks two digits that D has: can the model draw them from their neighbors alone?
-
-The judge is an SVM trained on held-out images only: one trained on D would reward copies of D.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retrodiff.builder import Builder
 from retrodiff.databases import EmbeddingDatabase, Images, build_database
+from retrodiff.demo.digit_figures import Judge, copying, diversity, loss_gap, share_of, spread
+from retrodiff.demo.digit_scans import UNSEEN, WORDS, Split, caption, moved, split
 from retrodiff.diffusion import (
     ClassifierFree,
     DPMpp2M,
@@ -37,11 +35,7 @@ from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM
 from retrodiff.training import FitResult, TrainingSet, cosine, fit
 from retrodiff.training.contrastive import fit_clip
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-UNSEEN = (8, 9)
-"""In D and in the CLIP's training, never in X."""
 SWAPPED_TO = (0, 1, 2, 3, 4)
-CAPTION = "a photo of the digit {}"
 CLASS = "the digit {}"
 GUIDANCE = 2.0
 TOP_M = 0.5
@@ -58,44 +52,6 @@ class Settings:
     sampling_steps: int = 10
     per_mode: int = 504
     unseen_per_mode: int = 100
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (n, 1, 8, 8) in [-1, 1] and their digits (n,), three disjoint parts."""
-
-    database: tuple[Tensor, Tensor]
-    training: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-
-
-def split(seed: int) -> Split:
-    """The scans, shuffled: 700 for D, 550 for X less the unseen digits, the rest held out."""
-    from sklearn.datasets import load_digits
-
-    scans: Any = load_digits()
-    images = torch.from_numpy(scans.images).float().unsqueeze(1) / 8 - 1
-    digits = torch.from_numpy(scans.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    d, x, held = order[:700], order[700:1250], order[1250:]
-    x = x[~torch.isin(digits[x], torch.tensor(UNSEEN))]
-    return Split(*((images[rows], digits[rows]) for rows in (d, x, held)))
-
-
-def caption(digit: int) -> str:
-    """Such as "a photo of the digit seven"."""
-    return CAPTION.format(WORDS[digit])
-
-
-def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to a pixel and slightly noisy."""
-    b, _, h, w = images.shape
-    wide = F.pad(images, (1, 1, 1, 1), value=-1.0)[:, 0]
-    dx, dy = (torch.randint(3, (b,), generator=generator) for _ in range(2))
-    rows = (dy[:, None] + torch.arange(h))[:, :, None]
-    columns = (dx[:, None] + torch.arange(w))[:, None, :]
-    shifted = wide[torch.arange(b)[:, None, None], rows, columns].unsqueeze(1)
-    return shifted + 0.1 * torch.randn(shifted.shape, generator=generator)
 
 
 def clip_of(parts: Split, settings: Settings, seed: int, progress: bool) -> CLIPEncoder:
@@ -154,24 +110,6 @@ def model_of(encoder: CLIPEncoder, database: Database, settings: Settings) -> Bu
     )
 
 
-class Judge:
-    """Says which digit an image shows; knows held-out images only."""
-
-    def __init__(self, parts: Split) -> None:
-        from sklearn.svm import SVC
-
-        images, digits = parts.held_out
-        self.svm = SVC(C=10.0).fit(images.flatten(1).numpy(), digits.numpy())
-
-    def digits(self, images: Tensor) -> np.ndarray:
-        """(n, 1, 8, 8) -> (n,)."""
-        return self.svm.predict(images.flatten(1).numpy())
-
-    def share(self, images: Tensor, asked: Sequence[int]) -> float:
-        """The share of images that show what was asked."""
-        return float((self.digits(images) == np.array(asked)).mean())
-
-
 def sample_mode(
     model: Model, mode: Mode, digits: Sequence[int], seed: int, progress: bool
 ) -> Generation:
@@ -198,85 +136,6 @@ def accuracy(
     asked = [digits[i % len(digits)] for i in range(n)]
     out = {name: sample_mode(model, mode, asked, seed, progress) for name, mode in TEXT_MODES}
     return {name: judge.share(g.images, asked) for name, g in out.items()}, out
-
-
-def loss_gap(model: Model, parts: Split, database: Database, seed: int) -> dict[str, float]:
-    """Held-out loss with the neighbors shuffled across images, minus with the right ones.
-
-    Same noise and noise levels on both sides; unseen digits are left out.
-    """
-    images, digits = parts.held_out
-    images = images[~torch.isin(digits, torch.tensor(UNSEEN))]
-    assert model.encoder is not None
-    query = Query(model.encoder.encode_image(images))
-    right = model.retriever.retrieve(query, database, model.k)
-    differences: list[Tensor] = []
-    base: list[Tensor] = []
-    with torch.no_grad():
-        for repeat in range(4):
-            generator = torch.Generator().manual_seed(seed + repeat)
-            sigma = model.denoiser.draw_sigmas(len(images), generator)  # type: ignore[attr-defined]
-            noise = torch.randn(images.shape, generator=generator)
-            order = torch.randperm(len(images), generator=generator)
-            fixed = {"sigma": sigma, "noise": noise, "drop": False}
-            good = model.loss(images, query, right, **fixed)
-            wrong = model.loss(images, query, right.rows(order), **fixed)
-            differences.append(wrong - good)
-            base.append(good)
-    # The four repeats see the same images, so the images are the independent units.
-    difference = torch.stack(differences).mean(0)
-    error = float(difference.std() / len(difference) ** 0.5)
-    loss = float(torch.stack(base).mean())
-    return {
-        "loss": loss,
-        "gap": float(difference.mean()),
-        "standard_errors": float(difference.mean()) / error,
-        "ratio": float(difference.mean()) / loss,
-    }
-
-
-def copying(images: Tensor, parts: Split, threshold: float | None = None) -> dict[str, float]:
-    """Nearest distances to D and X, against the same for real held-out images.
-
-    A duplicate is an image nearer to a row of D or X than 99 in 100 held-out images are.
-    """
-    owned = torch.cat([parts.database[0], parts.training[0]]).flatten(1)
-
-    def nearest(x: Tensor) -> Tensor:
-        return torch.cdist(x.flatten(1), owned).min(1).values
-
-    real = nearest(parts.held_out[0])
-    threshold = float(real.quantile(0.01)) if threshold is None else threshold
-    mine = nearest(images)
-    n, m = len(mine), len(real)
-    share, null = float((mine < threshold).float().mean()), float((real < threshold).float().mean())
-    error = (null * (1 - null) * (1 / n + 1 / m)) ** 0.5
-    return {
-        "threshold": threshold,
-        "share": share,
-        "share_of_real": null,
-        "standard_errors_above": (share - null) / error,
-        "nearest": float(mine.mean()),
-        "nearest_of_real": float(real.mean()),
-    }
-
-
-def diversity(images: Tensor, shown: Sequence[int], parts: Split) -> dict[str, float]:
-    """Mean distance between two images of a digit, samples against real held-out ones."""
-
-    def within(x: Tensor, digits: Tensor) -> float:
-        each: list[float] = []
-        for digit in digits.unique().tolist():
-            group = x[digits == digit].flatten(1)
-            if len(group) > 1:
-                each.append(float(torch.pdist(group).mean()))
-        return sum(each) / len(each)
-
-    real, digits = parts.held_out
-    seen = torch.isin(digits, torch.tensor(sorted(set(shown))))
-    mine = within(images, torch.tensor(shown))
-    theirs = within(real[seen], digits[seen])
-    return {"samples": mine, "real": theirs, "ratio": mine / theirs}
 
 
 @dataclass(frozen=True)
@@ -369,7 +228,7 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     samples["unconditional"] = model.sample(n=n, seed=seed, **sampling)
     report["unconditional"] = {
         "top_m": TOP_M,
-        **_spread(judge.digits(samples["unconditional"].images)),
+        **spread(judge.digits(samples["unconditional"].images)),
     }
 
     allowed = [WORDS[digit] for digit in SWAPPED_TO]
@@ -386,9 +245,9 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
     drawn = [database.labels[int(row)] for row in _drawn(before)]
     report["swap"] = {
         "digits": list(SWAPPED_TO),
-        "share_before": _share(judge.digits(before.images), SWAPPED_TO),
+        "share_before": share_of(judge.digits(before.images), SWAPPED_TO),
         "share_of_draws_before": sum(label in allowed for label in drawn) / n,
-        "share_allowed": _share(judge.digits(samples["swapped"].images), SWAPPED_TO),
+        "share_allowed": share_of(judge.digits(samples["swapped"].images), SWAPPED_TO),
     }
 
     unseen: dict[str, Any] = {"digits": list(UNSEEN)}
@@ -417,14 +276,6 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
 def _drawn(generation: Generation) -> list[int]:
     """The rows that unconditional sampling drew."""
     return [int(source.removeprefix("row ")) for source in generation.query.source]
-
-
-def _share(digits: np.ndarray, allowed: Sequence[int]) -> float:
-    return float(np.isin(digits, allowed).mean())
-
-
-def _spread(digits: np.ndarray) -> dict[str, float]:
-    return {WORDS[digit]: float((digits == digit).mean()) for digit in range(10)}
 
 
 def _words(digits: Sequence[int]) -> list[str]:

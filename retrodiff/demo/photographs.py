@@ -1,4 +1,4 @@
-"""Colour photographs: a database of patches, a small model, and a database it never saw.
+"""Color photographs: a database of patches, a small model, and a database it never saw.
 
 The photographs are scikit-image's own, public domain or CC0 by its documentation. Patches of the
 database D and of the training set X come from disjoint tiles of the same photographs; the second
@@ -29,13 +29,13 @@ from retrodiff.training.contrastive import fit_views
 
 TRAINED = ("astronaut", "coffee", "rocket", "hubble_deep_field", "brick")
 NEVER_TRAINED = ("chelsea", "retina")
-LICENCE = "public domain or CC0 (scikit-image)"
+LICENSE = "public domain or CC0 (scikit-image)"
 SIZE, SHORT_SIDE, TILE = 32, 192, 64
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the colour half; smaller ones are for tests."""
+    """Sizes of the color half; smaller ones are for tests."""
 
     encoder: str = "test_resnet"
     encoder_steps: int = 100
@@ -83,7 +83,7 @@ def patches(
             if parity is not None and (len(corners) > 1 or (column + row) % 2 != parity):
                 continue
             cut.append(patch)
-            records.append({"file": name, "box": list(box), "resized": [w, h], "licence": LICENCE})
+            records.append({"file": name, "box": list(box), "resized": [w, h], "license": LICENSE})
     return torch.stack(cut), records
 
 
@@ -134,11 +134,11 @@ def likeness(images: Tensor, neighbors: Tensor) -> dict[str, float]:
         neighbors: (b, k, 3, h, w).
 
     Returns:
-        For mean colour and for the 8x8 layout: mean distance to one's own neighbors, to shuffled
+        For mean color and for the 8x8 layout: mean distance to one's own neighbors, to shuffled
         ones, and shuffled over own (above 1: nearer to its own).
     """
     result: dict[str, float] = {}
-    for what, side in (("mean_colour", 1), ("layout_8x8", 8)):
+    for what, side in (("mean_color", 1), ("layout_8x8", 8)):
         small = F.adaptive_avg_pool2d(images, side).flatten(1)
         near = F.adaptive_avg_pool2d(neighbors.flatten(0, 1), side).view(*neighbors.shape[:2], -1)
         distance = torch.stack(
@@ -159,8 +159,8 @@ def neighbor_images(database: EmbeddingDatabase, neighbors: Neighbors) -> Tensor
 
 
 @dataclass(frozen=True)
-class Colour:
-    """What the colour half made.
+class Color:
+    """What the color half made.
 
     Args:
         model: trained, with database D.
@@ -175,7 +175,7 @@ class Colour:
     report: dict[str, Any]
 
 
-def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) -> Colour:
+def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) -> Color:
     """Patches, encoder, databases on disk, training, samples with both databases."""
     held, held_records = patches(TRAINED, settings.stride, parity=0)
     training, _ = patches(TRAINED, settings.stride, parity=1)
@@ -242,4 +242,4 @@ def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) 
         near = neighbor_images(which.database, out.neighbors)
         report[name] = likeness(out.images, near)
         shown[name] = (queries, near, out)
-    return Colour(model, swapped, shown, report)
+    return Color(model, swapped, shown, report)

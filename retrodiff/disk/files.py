@@ -12,12 +12,10 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from retrodiff.disk.locks import write_lock
 from retrodiff.disk.plain import plain_json as plain_json
@@ -60,16 +58,6 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as partial:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         partial.write_text(text + "\n", "utf-8")
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Tensors and a header of strings."""
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as partial:
-        mode = partial.stat().st_mode
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, header)
-        partial.chmod(mode)  # the library's is readable by its owner only
 
 
 def sync(descriptor: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retrodiff.disk.files import atomic_write
 from retrodiff.disk.hashed import HASH, compared, was_compared
+from retrodiff.text import printable
 
 HEADER = 64 * 1024**2
 """Longest header in bytes that is read; a thousand tensors take about a tenth of a megabyte."""
@@ -159,14 +160,15 @@ def _bytes(tensor: Tensor) -> Any:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def map_file(path: str | Path, *, again: str = AGAIN, hashed: bool = False) -> Tensors:
+def map_file(path: str | Path, *, again: str = AGAIN, hashed: bool | None = None) -> Tensors:
     """Opens a file; its tensors are mapped, and changes to them stay in memory.
 
     Args:
         path: of the file; no descriptor stays open.
         again: what to do about a damaged file, the end of the error.
-        hashed: refuse a file without a hash. A hash that is there is always compared, which reads
-            the file once; see `check_hash`.
+        hashed: compare the hash, which reads the file once (see `check_hash`); True refuses a file
+            without one, False compares none (of files that other programs wrote), None compares
+            one that is there.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -175,15 +177,17 @@ def map_file(path: str | Path, *, again: str = AGAIN, hashed: bool = False) -> T
     path = Path(path)
     with opened(path, again) as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if hashed or HASH in metadata:
+        tensors = {name: _tensor(file, name, path, again) for name in file.keys()}
+    if hashed or (hashed is None and HASH in metadata):
         check_hash(path, again)
     return Tensors(tensors, {name: text for name, text in metadata.items() if name != HASH})
 
 
-def map_tensors(path: str | Path, *, again: str = AGAIN) -> dict[str, Tensor]:
+def map_tensors(
+    path: str | Path, *, again: str = AGAIN, hashed: bool | None = None
+) -> dict[str, Tensor]:
     """The tensors of `map_file` alone."""
-    return map_file(path, again=again).tensors
+    return map_file(path, again=again, hashed=hashed).tensors
 
 
 @contextmanager
@@ -202,7 +206,10 @@ def opened(path: str | Path, again: str = AGAIN) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (SafetensorError, RuntimeError, OverflowError, UnicodeError) as error:
-        raise _damaged(path, " ".join(str(error).split())[:300], again) from None
+        reason = " ".join(str(error).split())[:300]
+        if "not fully covered" in reason:
+            reason = "truncated, or longer than its header says"
+        raise _damaged(path, reason, again) from None
 
 
 def check_hash(path: Path, again: str = AGAIN) -> None:
@@ -237,11 +244,20 @@ def read_header(file: BinaryIO, path: Path, again: str = AGAIN) -> bytes:
     return start + file.read(length)
 
 
+def _tensor(file: Any, name: str, path: Path, again: str) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except OSError:
+        raise
+    except Exception as error:  # of the library or of torch, for types that it does not have
+        raise _damaged(path, " ".join(str(error).split())[:300], again) from None
+
+
 def _check_length(path: Path, again: str) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {again}")
+        raise FileNotFoundError(f"{printable(path)} is missing: {again}")
     if not path.is_file():
-        raise ValueError(f"{path} is not a file: {again}")
+        raise ValueError(f"{printable(path)} is not a file: {again}")
     with path.open("rb") as file:
         read_header(file, path, again)
 
@@ -255,4 +271,6 @@ def _metadata(first: bytes, path: Path, again: str) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: str, again: str) -> ValueError:
-    return ValueError(f"{path} is damaged or no file of tensors ({reason}): {again}")
+    return ValueError(
+        f"{printable(path)} is damaged or no file of tensors ({printable(reason)}): {again}"
+    )

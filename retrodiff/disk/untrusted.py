@@ -1,4 +1,4 @@
-"""Reads files that a stranger may have made: JSON within limits, tensors, nothing outside a folder.
+"""Reads JSON that a stranger may have made, and refuses files outside of a folder.
 
 Whatever is wrong with them is one line of a ValueError.
 """
@@ -8,12 +8,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from retrodiff.text import printable
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LARGEST = 1 << 26
 """Bytes of the largest JSON file that is read, unless a reader says otherwise."""
@@ -62,30 +59,6 @@ def parse_json(data: bytes | str, name: str) -> Any:
         raise ValueError(
             f"{name} is not valid JSON ({printable(str(error)[:200])}): the file is damaged"
         ) from None
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped; the library checks its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
-    from safetensors import safe_open
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{printable(file)} is not a file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}
-    except OSError:
-        raise
-    except Exception as error:  # of the library or of torch, for types that it does not have
-        reason = printable(" ".join(str(error).split())[:200])
-        raise ValueError(
-            f"{printable(file)} ({file.stat().st_size:,} bytes) is no safetensors file, or "
-            f"truncated: {reason}"
-        ) from error
 
 
 def inside(folder: Path, name: str) -> Path:

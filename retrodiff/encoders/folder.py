@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from retrodiff.disk.budget import TooLarge, within
-from retrodiff.disk.files import plain_json, write_folder, write_json, write_safetensors
-from retrodiff.disk.untrusted import inside, read_json, read_tensors
+from retrodiff.disk.files import plain_json, write_folder, write_json
+from retrodiff.disk.tensors import map_tensors, write_tensors
+from retrodiff.disk.untrusted import inside, read_json
+from retrodiff.encoders.cache import Cached
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.described import problem
 from retrodiff.encoders.fingerprint import plain_state, weights_hash
@@ -25,18 +27,25 @@ OURS = ("format", "weights")
 
 
 def save_encoder(
-    encoder: CLIPEncoder | TimmEncoder, path: str | Path, *, overwrite: bool = False
+    encoder: CLIPEncoder | TimmEncoder | Cached, path: str | Path, *, overwrite: bool = False
 ) -> Path:
     """Writes the encoder's configuration, weights and fingerprint into a folder.
 
     Args:
-        encoder: to be kept.
+        encoder: to be kept; of a `Cached` one the encoder inside.
         path: the folder; it appears whole or not at all.
         overwrite: replace an earlier encoder there.
 
     Returns:
         The folder.
     """
+    while isinstance(encoder, Cached):  # which changes no number
+        encoder = cast("CLIPEncoder | TimmEncoder", encoder.encoder)
+    if not isinstance(encoder, CLIPEncoder | TimmEncoder):
+        raise ValueError(
+            f"{type(encoder).__name__} cannot be kept in a folder: save_encoder takes CLIPEncoder "
+            "and TimmEncoder"
+        )
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
     state = plain_state(module)
     config = {**plain_json(encoder.config()), "weights": weights_hash(state)}
@@ -49,7 +58,7 @@ def save_encoder(
         )
 
     def write(folder: Path) -> None:
-        write_safetensors(folder / WEIGHTS, state, {"format": str(FORMAT)})
+        write_tensors(folder / WEIGHTS, state, {"format": str(FORMAT)})
         write_json(folder / MARKER, {"format": FORMAT, **config})
 
     return write_folder(path, write, marker=MARKER, own=own_files, overwrite=overwrite)
@@ -173,7 +182,7 @@ def _described(path: Path) -> dict[str, Any]:
 def _weights(path: Path) -> dict[str, Tensor]:
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"{path / WEIGHTS} is missing: copy the whole folder")
-    state = read_tensors(inside(path, WEIGHTS))
+    state = map_tensors(inside(path, WEIGHTS), again="copy the folder again", hashed=False)
     for name, tensor in state.items():
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise ValueError(

@@ -6,6 +6,13 @@ Three presets have names. ``rdm``: of the databases released with Blattmann et a
 bicubic resize, corners aligned, no antialiasing, no crop). ``openai``: the transform that CLIP was
 trained with (Radford et al. 2021: bicubic resize of the short side, center crop). ``plain``: for
 encoders that you train yourself.
+
+torchvision's transforms are not used, by measurement (benchmarks/preprocessing_parity.py). Against
+Pillow, which published weights were trained with, these steps differ by rounding alone (at most 1.1
+of 255 levels; 0.5 of it from not rounding). torchvision's differ as little on bytes, but by up to
+22 levels on floats cut off at the end and 34 without, since Pillow cuts bicubic overshoot off after
+each direction; bytes and the same picture as floats would then have two embeddings. Sizes and
+offsets of crops are torchvision's.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ from retrodiff.interfaces import Index
 from retrodiff.precision import full_precision
 from retrodiff.progress import progress_bar
 
+AT_ONCE = 4096
+"""Queries of one call: enough for any number of threads, few enough to be interrupted between."""
+
 
 @dataclass(frozen=True)
 class USearch:
@@ -99,7 +102,13 @@ class USearchIndex(Index):
         k = check_search(queries, k, len(self.vectors), self.vectors.dim)
         n = min(max(self.recipe.rerank, 2 * k), len(self.vectors))
         points = unit64(queries.cpu()).float().numpy()
-        found = [
-            torch.from_numpy(self.graph.search(point, n).keys.astype(np.int64)) for point in points
-        ]
+        found: list[Tensor] = []
+        for start in range(0, len(points), AT_ONCE):
+            matches = heard(self.graph.search, points[start : start + AT_ONCE], n)
+            keys = torch.from_numpy(matches.keys.astype(np.int64))
+            if keys.ndim == 1:  # a single query is answered without an axis for queries
+                found.append(keys)
+                continue
+            # Rows with fewer matches than n are filled up with zeros.
+            found += [row[:count] for row, count in zip(keys, matches.counts.tolist(), strict=True)]
         return rerank(self.vectors, queries, found, k)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.randomness import Randomness
+from retrodiff.text import printable
 
 Scale = Literal["raw", "unit"]
 Mode = Literal["text", "text+neighbors", "neighbors", "class", "image", "unconditional"]
@@ -70,27 +71,32 @@ class Fingerprint:
     rows: str = ""
 
     @classmethod
-    def from_json(cls, value: Any) -> Fingerprint:
+    def from_json(cls, value: Any, what: str = "the fingerprint") -> Fingerprint:
         """A fingerprint as a file holds it.
+
+        Args:
+            value: JSON.
+            what: the beginning of an error.
 
         Raises:
             ValueError: a part is missing, unknown, or of another type.
         """
         kinds = {"encoder": str, "weights": str, "preprocessing": str, "dim": int, "rows": str}
         if not isinstance(value, dict):
-            raise ValueError("the fingerprint is no JSON object")
+            raise ValueError(f"{what} is no JSON object")
         given = cast("dict[str, Any]", value)
         if unknown := given.keys() - {*kinds, "scale"}:
-            raise ValueError(f"the fingerprint has an unknown part {min(unknown)!r}")
+            raise ValueError(f"{what} has an unknown part {_short(min(unknown))}")
         about: dict[str, Any] = {"scale": "raw", "rows": "", **given}
         for name, kind in kinds.items():
             if name not in about:
-                raise ValueError(f"the fingerprint lacks {name!r}")
+                raise ValueError(f"{what} lacks {name!r}")
             if type(about[name]) is not kind:
-                raise ValueError(f"the fingerprint has {name}={about[name]!r}")
+                kind = "a whole number" if kind is int else "a text"
+                raise ValueError(f"{what} has {name}={_short(about[name])}, not {kind}")
         if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
             raise ValueError(
-                f"the fingerprint has scale={about['scale']!r} and dim={about['dim']!r}"
+                f"{what} has scale={_short(about['scale'])} and dim={_short(about['dim'])}"
             )
         return cls(**about)
 
@@ -405,3 +411,8 @@ def _short(value: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {_short(item)}" for key, item in value.items()) + "}"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _short(value: Any) -> str:
+    """A value of a file in an error: one line of it."""
+    return printable(repr(value))[:80]

@@ -13,6 +13,9 @@ from torch import nn
 from retrodiff.components import modules
 from retrodiff.devices import get_device
 
+KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that networks compute in."""
+
 
 class Placed:
     """What `retrodiff.Model` can do about devices."""
@@ -38,8 +41,15 @@ class Placed:
                 float32 in any case.
             encoder_dtype: of encoders, whose embeddings then differ: databases that were built in
                 another type are refused. None: as it is.
+
+        Raises:
+            ValueError: no such device here, or a type that networks do not compute in.
         """
         device = None if device is None else get_device(device)
+        for name, kind in (("dtype", dtype), ("encoder_dtype", encoder_dtype)):
+            if kind is not None and kind not in KINDS:
+                known = ", ".join(map(str, KINDS))
+                raise ValueError(f"{name}={kind!r}: networks compute in one of {known}")
         for part in self.parts().values():
             for module in modules(part):
                 encoder = hasattr(module, "encode_image")

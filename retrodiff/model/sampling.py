@@ -94,6 +94,11 @@ def generate(
             stacklevel=4,
         )
     device = member(generator, Generator, "device")
+    if device.type == "meta":
+        raise ValueError(
+            "the weights are on 'meta', a device that holds shapes and no numbers: load the model "
+            "again to sample from it"
+        )
     return generator.generate(
         context.to(device),
         null.to(device),

@@ -30,6 +30,7 @@ from retrodiff.networks.normalization import GroupNorm
 from retrodiff.networks.placed import Placed, check_floating, check_rows
 from retrodiff.networks.streams import join_streams
 from retrodiff.networks.transformer import SpatialTransformer, repeated
+from retrodiff.precision import autocast_dtype
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -211,7 +212,7 @@ class UNet(Placed):
         if tokens is None:
             return PreparedContext((), 0 if vector is None else len(vector), vector)
         values = tokens.values
-        if not torch.is_autocast_enabled(values.device.type):
+        if autocast_dtype(values.device) is None:
             tokens = replace(tokens, values=values.to(self.dtype))
         layers = tuple(
             block.prepare(tokens, (self.size // factor) ** 2, steps)

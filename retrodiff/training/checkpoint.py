@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from retrodiff.disk.files import make_folder, plain_json, write_safetensors
+from retrodiff.disk.files import make_folder, plain_json
+from retrodiff.disk.tensors import write_tensors
 from retrodiff.encoders.fingerprint import weights_hash
 
 FORMAT = 2
@@ -127,7 +128,7 @@ def write_state(path: Path, state: State) -> None:
     }
     tensors = {name: tensor.detach() for name, tensor in state.tensors.items()}
     try:
-        write_safetensors(path, tensors, {**about, "sha256": _digest(about, tensors)})
+        write_tensors(path, tensors, {**about, "sha256": _digest(about, tensors)})
     except SafetensorError as error:  # what the library makes of a full disk
         raise OSError(f"{path} could not be written: {error}") from None
 

@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from retrodiff.components import inside, modules
 from retrodiff.databases.build.encoding import Batch, Reader, Row, encode_rows
 from retrodiff.databases.sources.folders import Source
 from retrodiff.interfaces import Encoder
@@ -75,7 +76,12 @@ def _started() -> Any:
 
 
 def _on_gpu(encoder: Encoder) -> bool:
-    return isinstance(encoder, nn.Module) and any(p.is_cuda for p in encoder.parameters())
+    """Whether an encoder's weights are on a GPU, or will be when they are loaded."""
+    for part in inside(encoder):
+        device = getattr(part, "device", None)
+        if isinstance(device, torch.device) and device.type == "cuda":
+            return True
+    return any(p.is_cuda for module in modules(encoder) for p in module.parameters())
 
 
 @lru_cache(2)

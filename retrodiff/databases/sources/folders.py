@@ -70,7 +70,7 @@ class ImageFolder(Source):
 
     Args:
         path: the folder.
-        columns: the same for every row, such as ``{"licence": "CC0", "credit": "NASA"}``.
+        columns: the same for every row, such as ``{"license": "CC0", "credit": "NASA"}``.
     """
 
     def __init__(self, path: str | Path, columns: Mapping[str, Any] | None = None):

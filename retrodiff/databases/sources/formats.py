@@ -67,7 +67,7 @@ def open_source(
     Args:
         path: folder, file, or pattern.
         image_column: of a table.
-        columns: the same for every row, such as ``{"licence": "CC0"}``.
+        columns: the same for every row, such as ``{"license": "CC0"}``.
     """
     path = Path(path).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
