@@ -10,7 +10,6 @@ pytest.importorskip("sklearn")
 
 from retrodiff import demo
 from retrodiff.demo import digits, photographs
-from retrodiff.demo.picture import Line, Section, compose
 
 SMALL = demo.Settings(
     photographs.Settings(
@@ -126,11 +125,3 @@ def test_likeness_tells_own_neighbors_from_others():
     assert close["mean_color.ratio"] > 2
     shuffled = photographs.likeness(neighbors.mean(1).roll(3, 0), neighbors)
     assert shuffled["mean_color.ratio"] < 1.1
-
-
-def test_a_picture_enlarges_without_smoothing():
-    image = torch.full((1, 8, 8), -1.0)
-    image[0, 0, 0] = 1.0
-    sheet = compose([Section("title", [Line(image, [image], [image, image])])])
-    levels = {value for _, value in sheet.crop((4, 40, 68, 110)).convert("L").getcolors(10_000)}
-    assert {0, 255} <= levels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retrodiff.cli import options as types
@@ -22,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "sample",
         help="generate images with a saved model",
         description="Writes PNG files, generation.json (what each was made from, and how) and "
-        f"{SHEET} (query, sample and neighbors side by side) into a folder.",
+        f"{SHEET} (query | neighbors | samples) into a folder.",
     )
     parser.add_argument("model", type=types.path, help="folder of a saved model")
     parser.add_argument("out", type=types.new_folder, help="folder for the images")
@@ -158,25 +159,32 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any]) -> None:
-    """Query, sample and neighbors of the first images, side by side."""
+    """Query, neighbors and samples of the first images; those that share both are on one line."""
     import torch
 
-    from retrodiff.databases import captions_of, contact_sheet
+    from retrodiff.databases import captions_of
     from retrodiff.disk.files import atomic_write
+    from retrodiff.pictures import Line, Section, draw_sheet
 
     n = min(len(out), 32)
     words = next(iter(asked.values()))
-    drawn = isinstance(words, int)
-    queries = ["(a row of the database)" if drawn else _shown(words[i]) for i in range(n)]
     blank = torch.ones(3, 32, 32)
-    pictures, captions = [], []
-    for i, lines in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
+    lines: dict[tuple[Any, ...], Line] = {}
+    for i, captions in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
         rows = out.neighbors.indices[i].flatten().tolist()
-        kept = [(row, line) for row, line in zip(rows, lines, strict=True) if row >= 0][:12]
-        pictures.append([out.images[i], *(_picture(model, row, blank) for row, _ in kept)])
-        captions.append(["sample", *(line for _, line in kept)])
+        query = "(a row of the database)" if isinstance(words, int) else _shown(words[i])
+        key = (out.query.source[i] if out.query.source else i, *rows)
+        if isinstance(query, torch.Tensor):
+            key = (id(words[i]), *rows)
+        if (line := lines.get(key)) is not None:
+            lines[key] = replace(line, samples=[*line.samples, out.images[i]])
+            continue
+        kept = [(row, said) for row, said in zip(rows, captions, strict=True) if row >= 0][:12]
+        near = [_picture(model, row, blank) for row, _ in kept]
+        lines[key] = Line(query, near, [out.images[i]], captions=[said for _, said in kept])
+    title = f"{len(out)} images" if n == len(out) else f"{n} of {len(out)} images"
     with atomic_write(file) as partial:
-        contact_sheet(queries, pictures, captions).save(partial, format="PNG")
+        draw_sheet([Section(title, list(lines.values()))], 128).save(partial, format="PNG")
 
 
 def _shown(asked: Any) -> Any:

@@ -17,9 +17,9 @@ import torch
 
 from retrodiff.databases import EmbeddingDatabase, captions_of, contact_sheet
 from retrodiff.demo import digits, photographs
-from retrodiff.demo.picture import Line, Section, compose
 from retrodiff.disk.files import check_free, place, write_json
 from retrodiff.model.generated import Generation
+from retrodiff.pictures.sheet import Line, Section, draw_sheet
 
 MARKER = "report.json"
 PACKAGES = ("torch", "timm", "open_clip_torch", "torch-ema", "safetensors", "scikit-learn")
@@ -74,7 +74,7 @@ def run(
 
     numbers = digits.run(out, settings.digits, seed, progress)
     numbers.model.save(out / "digits", overwrite=True)
-    compose(sections(color, numbers)).save(out / "samples.png")
+    draw_sheet(sections(color, numbers)).save(out / "samples.png")
 
     report: dict[str, Any] = {
         **numbers.report,

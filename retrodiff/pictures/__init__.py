@@ -8,9 +8,13 @@ from retrodiff.pictures.converting import (
     to_image,
     to_images,
 )
+from retrodiff.pictures.sheet import Line, Section, draw_sheet
 
 __all__ = [
+    "Line",
     "PixelRange",
+    "Section",
+    "draw_sheet",
     "to_batch",
     "to_bytes",
     "to_float",
