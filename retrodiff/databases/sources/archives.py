@@ -56,7 +56,8 @@ class Archives(Source):
         self._starts = np.cumsum(counts)
         self._digest = digest.hexdigest()[:32]
         if not len(self):
-            raise ValueError(f"no pictures in {', '.join(map(str, self.files)) or f'no {self.noun}'}")
+            named = ", ".join(map(str, self.files))
+            raise ValueError(f"no pictures in {named or f'no {self.noun}'}")
         warn_of_unused(self.noun, unused)
 
     @abstractmethod
