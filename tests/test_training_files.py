@@ -112,6 +112,19 @@ def test_two_trainings_do_not_take_turns_in_one_file(recipe, data, path, tmp_pat
     assert read_state(path).run["seed"] == 5
 
 
+def test_a_checkpoint_that_was_deleted_is_written_anew(recipe, data, tmp_path):
+    path = tmp_path / "folder" / "state"
+
+    def rate(step):
+        if step == 5:
+            path.unlink()
+            path.parent.rmdir()
+        return 1e-2
+
+    run(recipe, data, steps=8, lr=rate, checkpoint=path, checkpoint_every=4)
+    assert read_state(path).done == 8
+
+
 def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(path):
     module, loss, options = linear(path)
 

@@ -95,15 +95,17 @@ class Checkpoint:
         return state
 
     def save(self, state: State) -> None:
-        """Replaces the file by a newer state; on any error the last one stays.
+        """Replaces the file by a newer state, or makes it again; on any error the last one stays.
 
         Raises:
             OSError: it cannot be written, or another training has written it meanwhile.
         """
-        if self._now() != self._seen:
+        now = self._now()
+        if now is not None and now != self._seen:  # one that was deleted is written anew
             raise FileExistsError(
                 f"{self.path} was written by another training meanwhile: give each its own file"
             )
+        make_folder(self.path.parent)
         write_state(self.path, state)
         self._seen, self.done = self._now(), state.done
 
