@@ -167,7 +167,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
     from retrodiff.pictures import Line, Section, draw_sheet
 
     n = min(len(out), 32)
-    words = next(iter(asked.values()))
+    words: Any = next(iter(asked.values()))
     blank = torch.ones(3, 32, 32)
     lines: dict[tuple[Any, ...], Line] = {}
     for i, captions in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
