@@ -168,11 +168,12 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
 
     n = min(len(out), 32)
     words: Any = next(iter(asked.values()))
+    unconditional = isinstance(words, int)
     blank = torch.ones(3, 32, 32)
     lines: dict[tuple[Any, ...], Line] = {}
     for i, captions in enumerate(captions_of(out.neighbors.rows(slice(0, n)))):
         rows = out.neighbors.indices[i].flatten().tolist()
-        query = "(a row of the database)" if isinstance(words, int) else _shown(words[i])
+        query = "(a row of the database)" if unconditional else _shown(words[i])
         key = (out.query.source[i] if out.query.source else i, *rows)
         if isinstance(query, torch.Tensor):
             key = (id(words[i]), *rows)
