@@ -61,7 +61,7 @@ _OWNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """An open recipe for a `Model`.
+    """Collects components and builds a `Model` of them.
 
     Slots that a plain model can do without have a default: nearest neighbors, no guidance, pixel
     space, and the denoiser's own schedule and sampler DDIM.
@@ -81,14 +81,14 @@ class Builder:
     slots: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
     def set(self, **slots: Any) -> Builder:
-        """The same recipe with these slots filled; None empties one."""
+        """A copy of the recipe with these slots filled; None empties a slot."""
         unknown = sorted(set(slots) - set(SLOTS))
         if unknown:
             raise ValueError(f"no slot {', '.join(unknown)}: the slots are {', '.join(SLOTS)}")
         return Builder(MappingProxyType({**self.slots, **slots}))
 
     def encoder(self, encoder: Slot[Encoder] | str) -> Builder:
-        """An encoder, or the name of one: ``open_clip:MODEL:TAG``, ``timm:NAME``, a folder."""
+        """Sets the encoder: an object, a folder, ``open_clip:MODEL:TAG`` or ``timm:NAME``."""
         if isinstance(encoder, str):
             from retrodiff.encoders import encoder_from_string
 
@@ -96,7 +96,7 @@ class Builder:
         return self.set(encoder=encoder)
 
     def database(self, database: Slot[Database] | str | Path) -> Builder:
-        """A database, or the folder of one."""
+        """Sets the database: an object, or the folder of one."""
         if isinstance(database, (str, Path)):
             from retrodiff.databases import open_database
 
@@ -104,53 +104,53 @@ class Builder:
         return self.set(database=database)
 
     def retriever(self, retriever: Slot[Retriever]) -> Builder:
-        """Which rows; `NearestNeighbors` unless set."""
+        """Sets what chooses rows for a query; `NearestNeighbors` unless set."""
         return self.set(retriever=retriever)
 
     def proposal(self, proposal: Slot[ProposalDistribution]) -> Builder:
-        """Distribution of the queries of unconditional sampling."""
+        """Sets the distribution over rows used as queries in unconditional sampling (p_D)."""
         return self.set(proposal=proposal)
 
     def prior(self, prior: Slot[Prior]) -> Builder:
-        """What turns embeddings of prompts into embeddings of images; none unless set."""
+        """Sets what turns embeddings of prompts into embeddings of images; none unless set."""
         return self.set(prior=prior)
 
     def conditioner(self, conditioner: Slot[Conditioner]) -> Builder:
-        """What the network attends to, made of query and neighbors."""
+        """Sets what turns query and neighbors into tokens for the network."""
         return self.set(conditioner=conditioner)
 
     def denoiser(self, denoiser: Slot[Denoiser]) -> Builder:
-        """The network under its parametrization."""
+        """Sets the network with its parametrization."""
         return self.set(denoiser=denoiser)
 
     def guidance(self, guidance: Slot[Guidance]) -> Builder:
-        """How strongly the condition acts; `Unguided` unless set."""
+        """Sets how condition and null are combined; `Unguided` unless set."""
         return self.set(guidance=guidance)
 
     def sampler(self, sampler: Slot[Sampler] | str) -> Builder:
-        """How noise becomes data, or the name of a sampler; `DDIM` unless set."""
+        """Sets the sampler: an object or a name; `DDIM` unless set."""
         if isinstance(sampler, str):
             sampler = get_sampler(sampler)
         return self.set(sampler=sampler)
 
     def schedule(self, schedule: Slot[Schedule]) -> Builder:
-        """At which noise levels; the denoiser's own unless set."""
+        """Sets the noise levels to sample at; the denoiser's own unless set."""
         return self.set(schedule=schedule)
 
     def generator(self, generator: Slot[Generator]) -> Builder:
-        """What generates in place of a denoiser with sampler, guidance and autoencoder."""
+        """Sets a generator in place of denoiser, sampler, guidance and autoencoder."""
         return self.set(generator=generator)
 
     def autoencoder(self, autoencoder: Slot[Autoencoder]) -> Builder:
-        """In which space; `Identity` (pixels) unless set."""
+        """Sets the latent space; `Identity` (pixels) unless set."""
         return self.set(autoencoder=autoencoder)
 
     def defaults(self, **numbers: Any) -> Builder:
-        """``k``, ``steps``, ``prompt_template`` and ``class_top`` of the model."""
+        """Sets the model's ``k``, ``steps``, ``prompt_template`` and ``class_top``."""
         return self.set(**numbers)
 
     def build(self) -> Model:
-        """The model, with networks of its own.
+        """Builds the model, with networks of its own.
 
         Denoiser, conditioner or generator handed in as finished objects are used as they are the
         first time, and copied, with the weights that they have then, if a built model has them

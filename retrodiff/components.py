@@ -1,4 +1,4 @@
-"""What is inside a component: wrappers hold others, and any of them may have weights."""
+"""Finds the components and torch modules inside a component, through any wrappers."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false

@@ -1,4 +1,4 @@
-"""Answers Ctrl-C and requests to end (SIGTERM) from the first moment of a program to its last."""
+"""Handles Ctrl-C and SIGTERM from the first moment of a program to its last."""
 
 import os
 import signal

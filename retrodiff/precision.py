@@ -1,4 +1,4 @@
-"""Turns off what makes float32 products narrower than float32, where a result must be exact."""
+"""Turns autocast and narrowed products off where a result must be exact."""
 
 from __future__ import annotations
 

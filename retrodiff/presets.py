@@ -55,7 +55,7 @@ Checkpoint = str | Path | PublishedModel
 
 
 class Chosen(TypedDict, total=False):
-    """What may be chosen of the paper's models; everything has a default.
+    """Options of the paper's presets; all have defaults.
 
     Attributes:
         checkpoint: the published ``.ckpt``, a diffusers folder, or a loaded `PublishedModel`; None:

@@ -1,4 +1,4 @@
-"""A progress bar that appears only when there is time to look at it."""
+"""Progress bars that stay hidden for work of less than a second."""
 
 from __future__ import annotations
 

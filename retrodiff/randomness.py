@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, not to its batch.
+"""Random numbers drawn for each image by itself, whatever batch it is in.
 
 `Randomness` holds one generator for each row of a batch. Components draw with `uniform` and
 `normal`, which take it, a plain ``torch.Generator`` for all rows together, or None.

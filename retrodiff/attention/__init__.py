@@ -1,4 +1,4 @@
-"""Cross-attention on retrieved neighbors: absorbed into thin tables, computed once, fused.
+"""Cross-attention of latent positions to neighbors: reference, standard, absorbed and fused.
 
 `NeighborAttention` is the block; `AttentionTables` is what its ``prepare`` returns where the tables
 pay; its ``explain`` says which path a call takes and why, and `use_path` forces one.

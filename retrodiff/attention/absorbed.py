@@ -36,7 +36,7 @@ which costs less than fresh pages."""
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTables:
-    """Everything about the neighbors that all evaluations share; immutable.
+    """Precomputed tables of the absorbed attention, shared by all evaluations; immutable.
 
     Holds neither weights nor a way back to them: after the weights change, prepare anew.
 
@@ -74,7 +74,7 @@ class AttentionTables:
 
 @dataclass(frozen=True, kw_only=True)
 class OneNeighbor:
-    """What a single neighbor adds to every position, whatever the position holds; immutable.
+    """The vector that a single neighbor adds to every position alike (k = 1); immutable.
 
     Args:
         added: (b, r, c); zero in null rows and where the mask hides the neighbor.
@@ -98,7 +98,7 @@ class OneNeighbor:
 
 
 def one_neighbor(tokens: Tokens | Tensor, weights: Weights) -> OneNeighbor:
-    """Tokens (b, 1, d) or (b, r, 1, d) -> what they add: n W_v W_o."""
+    """Computes what single neighbors (b, 1, d) or (b, r, 1, d) add to a position: n W_v W_o."""
     near = Neighborhood.of(tokens, weights.key.shape[1])
     if near.values.shape[2] != 1:
         raise ValueError(f"k={near.values.shape[2]}: only a single neighbor needs no attention")
@@ -185,7 +185,7 @@ def absorbed_weights(
     eps: float = 1e-5,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """How much each position takes from each neighbor, (b, h, n, k); zero where it is null."""
+    """Attention weights (b, h, n, k) of positions on neighbors, from tables; zero on the null."""
     live = tables.m.shape[0]
     if live == 0:
         return x.new_zeros(x.shape[0], tables.heads, x.shape[1], tables.k)

@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not there, and read what the machine code needs.
+"""Compiles the Triton kernels without a GPU, and reports the resources that they need.
 
 Registers that spill to memory (STACK or LOCAL above zero) or shared memory beyond what a
 multiprocessor has are a kernel's commonest silent faults; both show in the binary. Used by the
@@ -58,7 +58,7 @@ def compile_ahead(
     plan: Launch | None = None,
     precision: str = "ieee",
 ) -> Resources:
-    """Compile one kernel as it would be launched.
+    """Compiles one kernel as it would be launched.
 
     Args:
         kernel: which of the three.

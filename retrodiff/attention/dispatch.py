@@ -1,4 +1,4 @@
-"""Chooses the path of a neighbor cross-attention, and says why.
+"""Chooses the path of a neighbor cross-attention by its estimated cost.
 
 The decision counts what each path computes and moves, per evaluation, with what is computed once
 spread over the evaluations that share it, and takes the path of least time = max(operations / peak,
@@ -26,7 +26,7 @@ STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A path, and the reason in words.
+    """The chosen path, and why.
 
     Args:
         path: the one taken.
@@ -45,7 +45,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The size of one block's work.
+    """Sizes that the cost of one block's attention depends on.
 
     Args:
         batch: b, rows that are not null.

@@ -114,7 +114,7 @@ def launch(*, size: int, heads: int, k: int, dtype: torch.dtype, backward: bool 
 
 
 def products() -> str:
-    """How float32 is multiplied: as torch's own products are, exactly unless TF32 is allowed."""
+    """Precision of float32 products in the kernels: torch's own, exact unless TF32 is allowed."""
     if INTERPRETED:
         return "interpreted"
     matmul = torch.backends.cuda.matmul

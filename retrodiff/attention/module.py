@@ -86,7 +86,7 @@ class NeighborAttention(nn.Module):
     def prepare(
         self, tokens: Tokens | Tensor, positions: int | None = None, steps: int | None = None
     ) -> Prepared:
-        """What all evaluations with these neighbors share; immutable.
+        """Precomputes what all evaluations with these neighbors share; the result is immutable.
 
         It belongs to the weights as they are now: after they change, prepare anew.
 
@@ -230,7 +230,7 @@ class NeighborAttention(nn.Module):
 
 
 def use_path(network: nn.Module, path: Path | None) -> None:
-    """Force the path of every neighbor cross-attention in a network; None lets it choose again."""
+    """Forces the path of every neighbor cross-attention in a network; None lets it choose again."""
     for module in network.modules():
         if isinstance(module, NeighborAttention):
             module.path = path

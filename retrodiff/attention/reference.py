@@ -233,7 +233,7 @@ def reference_weights(
     weights: Weights,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """How much each position takes from each neighbor, (b, h, n, k); zero where it is null."""
+    """Attention weights (b, h, n, k) of positions on neighbors by the formula; zero on null."""
     _, attention = _reference(x, tokens, weights, shape)
     return attention
 

@@ -1,4 +1,4 @@
-"""Published checkpoints in, saved models in and out, and the Hugging Face Hub."""
+"""Loads published checkpoints, saves and loads models, and uses the Hugging Face Hub."""
 
 from retrodiff.checkpoints.foreign.compvis import load_compvis
 from retrodiff.checkpoints.foreign.diffusers import load_diffusers

@@ -1,4 +1,4 @@
-"""The front page of a model on the Hub: what it is made of, who made its embeddings, how to use it.
+"""Writes the card (README.md) of a model on the Hub: its parts, its encoder, how to use it.
 
 Facts only, read off the components; what the model is good for is for its maker to add.
 """
@@ -88,7 +88,7 @@ def _cell(value: str) -> str:
 
 
 def published_name(parts: Mapping[str, Any]) -> str | None:
-    """Which published model's architecture this is; None: another one."""
+    """Name of the published model that has this architecture; None if there is none."""
     network, autoencoder = getattr(parts["denoiser"], "network", None), parts["autoencoder"]
     if not (isinstance(network, UNet) and isinstance(autoencoder, VQAutoencoder | KLAutoencoder)):
         return None

@@ -1,4 +1,4 @@
-"""Where a saved model's database is: written down, and opened again only where that is safe.
+"""Describes where a saved model's database is, and reopens it only where that is safe.
 
 A model's folder keeps the place of its database, not the database. A stranger's folder could name
 any place, so a place is opened without asking only if it lies inside the model's own folder, or if
@@ -21,7 +21,7 @@ from retrodiff.text import escaped, printable
 
 
 def shared_address(database: Any) -> str | None:
-    """Where a database lies on the Hub, commit included; None: it does not."""
+    """Address of a database on the Hub, with its commit; None if it is not there."""
     address = getattr(database, "address", None)
     return address if isinstance(address, str) and address.startswith("hf:") else None
 

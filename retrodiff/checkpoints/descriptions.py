@@ -86,7 +86,7 @@ def describe(component: Any, weights: dict[str, Tensor], prefix: str) -> Any:
 
 
 def construct(description: Any, expected: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
-    """What `describe` described, if it is what is expected.
+    """Builds the component that `describe` wrote down, if it is of the expected kind.
 
     Args:
         description: JSON.

@@ -1,4 +1,4 @@
-"""Saved models on the Hugging Face Hub: safetensors and json, never pickles of ours.
+"""Fetches and uploads models on the Hugging Face Hub, as safetensors and JSON.
 
 Thin on purpose: `fetch` gives a local folder that is then opened like any other, `publish` uploads
 a saved folder.

@@ -1,4 +1,4 @@
-"""A model as a folder: one JSON that says what it is, safetensors for everything with numbers.
+"""Saves a model as a folder (one JSON file, and safetensors for weights), and loads it again.
 
 ``model.json`` describes each component by its public name and its constructor's arguments (nested,
 for wrappers and networks; see `retrodiff.checkpoints.descriptions`). Loading constructs public

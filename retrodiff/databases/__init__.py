@@ -1,4 +1,4 @@
-"""What do we own? Databases of embeddings with their origin: built, opened, searched, shown."""
+"""Databases of embeddings with each row's origin: built, opened, searched, shown and shared."""
 
 from retrodiff.databases.build.edit import append_to_database, delete_rows
 from retrodiff.databases.build.encoding import encode_images, encode_pictures

@@ -1,4 +1,4 @@
-"""Tells whether two databases hold the same rows in the same order."""
+"""Hashes rows, to tell whether two databases hold the same ones in the same order."""
 
 from __future__ import annotations
 

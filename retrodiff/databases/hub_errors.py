@@ -1,4 +1,4 @@
-"""Says what the Hugging Face Hub refuses in one line, with the way out."""
+"""Turns errors of the Hugging Face Hub into one line with the way out."""
 
 from __future__ import annotations
 

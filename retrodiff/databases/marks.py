@@ -1,4 +1,4 @@
-"""The fingerprint that a table carries in its schema's metadata, as our own databases have it."""
+"""Writes and reads the fingerprint of embeddings in the metadata of a table's schema."""
 
 from __future__ import annotations
 

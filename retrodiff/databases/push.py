@@ -1,4 +1,4 @@
-"""Puts a database on the Hugging Face Hub, with a card that says what it is and whose it is."""
+"""Uploads a database to the Hugging Face Hub with a dataset card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every database of vectors can do, wherever its rows lie: search, show, select."""
+"""Base class of databases: search, filters, subsets and pictures, wherever the rows lie."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Searchable(Database):
         return Neighbors(indices, similarity.view(shape), self.embeddings(indices))
 
     def column(self, name: str) -> np.ndarray:
-        """What is known under a name about every row (m,)."""
+        """The values (m,) of a column."""
         if name not in self.columns:
             raise ValueError(f"unknown column {name!r}; columns: {', '.join(self.columns)}")
         return self.table([name])[name].to_numpy()
@@ -214,7 +214,7 @@ class Subset(Searchable):
 
 
 def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> Tensor:
-    """The picture that a record speaks of, read from its file: (3, h, w) in [-1, 1].
+    """Reads the picture that a record refers to: (3, h, w) in [-1, 1].
 
     Args:
         record: of a row.

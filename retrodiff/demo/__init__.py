@@ -1,4 +1,4 @@
-"""The main job, twice, from scratch, on real pictures: `retrodiff demo`.
+"""Trains and samples two small models from scratch on real pictures: `retrodiff demo`.
 
 Color photographs, then digits; see `retrodiff.demo.photographs` and `retrodiff.demo.digits`.
 """

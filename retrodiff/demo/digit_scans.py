@@ -41,7 +41,7 @@ def split(seed: int) -> Split:
 
 
 def caption(digit: int) -> str:
-    """Such as "a photo of the digit seven"."""
+    """The caption of a digit, such as "a photo of the digit seven"."""
     return CAPTION.format(WORDS[digit])
 
 

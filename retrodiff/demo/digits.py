@@ -140,7 +140,7 @@ def accuracy(
 
 @dataclass(frozen=True)
 class Digits:
-    """What the digits half made.
+    """Results of the digits half.
 
     Args:
         model: trained, with database D and a fitted, top-m proposal.
@@ -197,7 +197,7 @@ def trained(
 
 
 def run(folder: Path, settings: Settings, seed: int = 0, progress: bool = True) -> Digits:
-    """The whole digits half."""
+    """Runs the digits half."""
     fitted, parts, database, data = trained(folder, settings, seed, progress)
     judge = Judge(parts)
     counts = NeighborCounts.from_table(data.table, database)

@@ -160,7 +160,7 @@ def neighbor_images(database: EmbeddingDatabase, neighbors: Neighbors) -> Tensor
 
 @dataclass(frozen=True)
 class Color:
-    """What the color half made.
+    """Results of the color half.
 
     Args:
         model: trained, with database D.

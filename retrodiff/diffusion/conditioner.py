@@ -1,4 +1,4 @@
-"""How query and neighbors enter the network: as a set of tokens in named streams."""
+"""Conditioners: turn query and neighbors into named streams of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a context to images by diffusion: where denoiser, guidance, sampler and decoder meet."""
+"""Generates images from contexts by diffusion, with denoiser, guidance, sampler and decoder."""
 
 from __future__ import annotations
 

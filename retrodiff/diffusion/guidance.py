@@ -1,4 +1,4 @@
-"""How strongly the condition acts.
+"""Guidance: combines the conditional and the null branch of a denoiser.
 
 Branches are joined along the batch and prepared once, so a step is one network call, and what the
 branches have in common (x itself) is handed over once.

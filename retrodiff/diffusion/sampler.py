@@ -1,4 +1,4 @@
-"""Ways from noise to data along decreasing noise levels, all on ``(x, sigma) -> denoised``.
+"""Samplers: take noise to data along decreasing noise levels, by ``(x, sigma) -> denoised``.
 
 A sampler says how one step is made; `Stepwise` makes them all.
 """
@@ -21,7 +21,7 @@ from retrodiff.randomness import normal_like
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What is known when a step is made.
+    """What a sampler's step works with: x, the estimate and both noise levels.
 
     Args:
         x: (b, c, h, w) at ``sigma``.

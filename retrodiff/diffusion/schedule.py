@@ -1,4 +1,4 @@
-"""Noise levels to sample at, and the way between unit noise, σ-space and the latent.
+"""Schedules: noise levels to sample at, and how unit noise enters σ-space and leaves it.
 
 Inside a sampler x = x0 + sigma * noise. A variance-preserving model (the paper's) lives at
 x / sqrt(1 + sigma²) instead; its schedule knows how to come and go, so that samplers need not.
@@ -18,7 +18,7 @@ from retrodiff.numbers import real, whole
 
 
 def check_steps(steps: int, most: int | None = None) -> None:
-    """Refuse a step count that no schedule can serve."""
+    """Refuses a step count that no schedule can serve."""
     if steps < 1 or (most is not None and steps > most):
         upper = f" to {most}, the schedule's own length" if most is not None else " on"
         raise ValueError(f"steps={steps}, but a schedule takes 1{upper}")

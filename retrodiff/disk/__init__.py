@@ -1,1 +1,1 @@
-"""Files: written whole, locked, hashed, and read without trust."""
+"""Writes files whole, locked and hashed, and reads files that are not trusted."""

@@ -1,4 +1,4 @@
-"""Lets a description of a network build no more than the weights that were saved with it.
+"""Limits the size of a network built from a description to that of its saved weights.
 
 A file of a few bytes can describe a network of terabytes, or one of a million layers. The weights
 beside it say how much is right: a constructor that wants more is stopped before it gets it.

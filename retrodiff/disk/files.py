@@ -92,7 +92,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def place(path: str | Path) -> Path:
-    """Where a path leads to, fit to be written: ``~`` and links are followed.
+    """Resolves a path for writing: ``~`` and links are followed.
 
     Raises:
         ValueError: it is empty, the root, the working folder, or no valid text.
@@ -150,7 +150,7 @@ def listed(files: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def given(path: str | Path) -> Path:
-    """A path to read from, with ``~`` as the home folder."""
+    """Resolves a path for reading, with ``~`` as the home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # a user that there is not: a file may have that name
@@ -264,12 +264,12 @@ def write_folder(
 
 
 def beside(path: Path) -> Path:
-    """Where a folder is made before it is put in its place."""
+    """Temporary path of a folder until it is moved into place."""
     return path.with_name(path.name + ".partial")
 
 
 def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> None:
-    """Puts a finished folder in its place; what was there goes once the new one stands.
+    """Moves a finished folder into place; the one it replaces is removed afterwards.
 
     Where the system can, the two change places in one step, so that a reader finds one of them at
     any moment. Otherwise a kill between two steps is mended by `repair`.
@@ -314,7 +314,7 @@ def put(partial: Path, path: Path, marker: str, own: Own, overwrite: bool) -> No
 
 
 def repair(path: Path, marker: str, own: Own) -> None:
-    """Mends what a writer left that was killed while it put a folder in its place."""
+    """Restores a folder after its writer was killed while replacing it."""
     old = _old(path)
     if not (old / REPLACED).is_file():
         return

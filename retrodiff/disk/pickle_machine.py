@@ -1,4 +1,4 @@
-"""The pickle machine without the operations that data does not need.
+"""An unpickler restricted to the operations that plain data needs.
 
 A pickle may name any function of any package and call it, or change any object that it names. Here
 nothing is imported, and nothing that exists outside of the file is handed to it: names stand for
@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class Rebuilt:
-    """What a pickle may hand a state to; it takes of it what it needs."""
+    """An object that a pickle may hand a state to; it takes of it what it needs."""
 
     def rebuild(self, state: Any) -> None:
         """The state that the pickle holds for this object."""

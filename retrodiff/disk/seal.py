@@ -1,4 +1,4 @@
-"""Tells what this user has written from what others have.
+"""Signs JSON values with a key of this user, to recognize files that they wrote.
 
 A seal is an HMAC-SHA256 with a key that is made once for each user and stays on the machine. What
 bears a valid seal was written by this user's own retrodiff; nobody else can make one.

@@ -1,4 +1,4 @@
-"""Keeps the embeddings of images and prompts that were asked for before."""
+"""Caches the embeddings of images and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file may say about an encoder, and nothing else.
+"""Checks the description of an encoder in a file against lists of what is allowed.
 
 A name or an argument that a file gives to open_clip or timm is interpreted there: some names are
 addresses, some arguments fetch files or run code that lies beside the weights. From a file, only
@@ -127,7 +127,7 @@ KINDS: dict[str, dict[str, Check]] = {
 
 
 def problem(config: Mapping[str, Any], without: Collection[str] = ()) -> str | None:
-    """Why a file may not describe an encoder in this way, in a line; None: it may.
+    """Reason why the description of an encoder is refused, in a line; None if it is allowed.
 
     Args:
         config: what ``encoder.config()`` returned, as JSON.
@@ -151,7 +151,7 @@ def problem(config: Mapping[str, Any], without: Collection[str] = ()) -> str | N
 
 
 def unknown_timm(name: str) -> str | None:
-    """Why a name is none of timm's own networks; None: it is one, with or without a tag."""
+    """Reason why a name is not one of timm's own networks; None if it is, with or without a tag."""
     import timm
 
     if re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and timm.is_model(name.split(".")[0]):
@@ -160,7 +160,7 @@ def unknown_timm(name: str) -> str | None:
 
 
 def unknown_open_clip(name: str, pretrained: str | None = None) -> str | None:
-    """Why a name, or a tag of weights, is none of open_clip's own; None: it is."""
+    """Reason why a name or a tag of weights is not open_clip's own; None if it is."""
     import open_clip
 
     if name not in open_clip.list_models():

@@ -1,4 +1,4 @@
-"""Tells whether two sets of weights, or two encoders, are the same."""
+"""Hashes weights, and compares encoders with fingerprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps an encoder of one's own in a folder: ``encoder.json`` and ``encoder.safetensors``."""
+"""Saves a trained encoder as a folder (``encoder.json``, ``encoder.safetensors``), and loads it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def own_files(folder: Path) -> set[str]:
 def load_encoder(
     path: str | Path, *, device: torch.device | str = "cpu", **confirmed: Any
 ) -> CLIPEncoder | TimmEncoder:
-    """The encoder that `save_encoder` wrote; its weights are checked against their hash.
+    """Loads the folder written by `save_encoder`; the weights are checked against their hash.
 
     Of what the folder says, only names that open_clip and timm know themselves are taken, and
     arguments of a fixed list (see `retrodiff.encoders.described`): nothing in it can fetch a file

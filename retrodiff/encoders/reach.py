@@ -1,4 +1,4 @@
-"""Asks the Hub once before another package asks it many times.
+"""Checks once whether the Hub can be reached, before another package tries many times.
 
 Without a network, open_clip and timm repeat their requests for the better part of a minute.
 """

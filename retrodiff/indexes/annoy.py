@@ -70,7 +70,7 @@ class Annoy:
         return AnnoyIndex(self, vectors, axes, trees)
 
     def load(self, folder: Path, vectors: Vectors) -> AnnoyIndex:
-        """The index that `AnnoyIndex.save` wrote; its trees stay on disk until touched."""
+        """Loads the index written by `AnnoyIndex.save`; its trees stay on disk until touched."""
         check_annoy()
         file = folder / "axes.safetensors"
         axes = map_tensors(file, again="build the index again").get("axes")

@@ -1,4 +1,4 @@
-"""What approximate indexes share: principal axes of the rows, and exact cosine on candidates."""
+"""Principal axes of rows, and exact ranking of candidates, for approximate indexes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TARGET = 0.95
 
 
 class Measured(Protocol):
-    """What was built, with the recall that was measured on it (None: it is exact)."""
+    """A built index, with the recall that was measured on it (None: it is exact)."""
 
     @property
     def recall(self) -> Recall | None:

@@ -58,7 +58,7 @@ class CuVS:
         return CuVSIndex(self, vectors, cagra.build(parameters, rows), rows)
 
     def load(self, folder: Path, vectors: Vectors) -> CuVSIndex:
-        """The index that `CuVSIndex.save` wrote."""
+        """Loads the index written by `CuVSIndex.save`."""
         graph = _import_cagra().load(str(folder / "graph.cagra"))
         return CuVSIndex(self, vectors, graph)
 

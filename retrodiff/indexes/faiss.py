@@ -1,4 +1,4 @@
-"""Neighbors by any index that faiss can describe in a word, such as ``HNSW32`` or ``IVF4096,SQ8``.
+"""Any index that faiss's factory makes from a text such as ``HNSW32`` or ``IVF4096,SQ8``.
 
 faiss: Johnson, Douze & Jégou 2017; its "index factory" reads the description.
 """
@@ -76,7 +76,7 @@ class Faiss:
         return FaissIndex(self, vectors, index)
 
     def load(self, folder: Path, vectors: Vectors) -> FaissIndex:
-        """The index that `FaissIndex.save` wrote."""
+        """Loads the index written by `FaissIndex.save`."""
         index = _import_faiss().read_index(str(folder / "index.faiss"))
         check_loaded(folder, index.ntotal, index.d, vectors)
         return FaissIndex(self, vectors, index)

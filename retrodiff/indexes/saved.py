@@ -1,4 +1,4 @@
-"""Keeps an index in a folder: written whole, and read only if every byte is as it was written.
+"""Saves an index as a folder, and loads it only if every byte is as it was written.
 
 ``index.json`` holds the recipe, the hash of the rows that the index was built from, its recall, and
 size and SHA-256 of every other file. Other libraries read those files, and damaged ones can end the
@@ -32,7 +32,7 @@ _FILES = re.compile(
 
 
 class Saved(NamedTuple):
-    """What ``index.json`` says.
+    """Content of ``index.json``.
 
     Args:
         recipe: what the index was built by.

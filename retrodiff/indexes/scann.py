@@ -77,7 +77,7 @@ class ScaNN:
         return ScaNNIndex(self, vectors, heard(plan.build))
 
     def load(self, folder: Path, vectors: Vectors) -> ScaNNIndex:
-        """The index that `ScaNNIndex.save` wrote."""
+        """Loads the index written by `ScaNNIndex.save`."""
         scann = _import_scann()
         # ScaNN unpickles such a file if there is one; we write none.
         if (folder / "scann" / "scann_docids.pkl").exists():

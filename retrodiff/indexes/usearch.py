@@ -63,7 +63,7 @@ class USearch:
         return USearchIndex(self, vectors, graph)
 
     def load(self, folder: Path, vectors: Vectors) -> USearchIndex:
-        """The index that `USearchIndex.save` wrote, memory-mapped."""
+        """Loads the index written by `USearchIndex.save`, memory-mapped."""
         graph = self._empty(vectors.dim)
         graph.view(str(folder / "graph.usearch"))
         check_loaded(folder, len(graph), graph.ndim, vectors)

@@ -52,7 +52,7 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What must agree wherever embeddings meet: who made them, how, and in which order.
+    """Identity of embeddings: encoder, weights, preprocessing, width, scale and order of rows.
 
     Args:
         encoder: the encoder's name, with everything that changes its numbers (activation, size).
@@ -111,7 +111,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Query(Value):
-    """What is asked of a database.
+    """Queries to a database: embeddings, and what they came from.
 
     Args:
         embedding: (b, d); (b, r, d) when every region of the latent asks for itself; (b, q, d),
@@ -302,7 +302,7 @@ class Tokens(Value):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Context(Value):
-    """Everything that conditions one denoising run, and nothing else.
+    """The condition of a denoising run: named streams of tokens, and a vector.
 
     Args:
         streams: named token sets; a network joins them along k after its own projection of each.

@@ -1,4 +1,4 @@
-"""The way from a request to what conditions a generator: queries, their neighbors, contexts.
+"""Turns a request into queries, their neighbors, and contexts for a generator.
 
 All queries and neighbors of a request are found before the first image is generated, so that what
 is wrong with them costs nothing. They stay on the CPU; a context moves to its generator later.
@@ -278,7 +278,7 @@ class Asker:
 
 
 def conditioned(conditioner: Conditioner, query: Query, neighbors: Neighbors) -> Context:
-    """What a conditioner makes of query and neighbors, on the device of its weights."""
+    """Applies a conditioner to query and neighbors, on the device of its weights."""
     at = where(conditioner)
     device = query.embedding.device if at is None else at[0]
     if query.embedding.device != device:

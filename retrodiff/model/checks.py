@@ -1,4 +1,4 @@
-"""What must hold where components join; every disagreement is named at once."""
+"""Checks that components fit together, and names every disagreement at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DIFFUSION = ("denoiser", "guidance", "sampler", "autoencoder")
 
 
 def check_components(parts: Mapping[str, Any]) -> None:
-    """Raise one ValueError that names every empty or disagreeing slot."""
+    """Raises one ValueError that names every empty or disagreeing slot."""
     found = problems(parts)
     if len(found) == 1:
         raise ValueError(found[0])
@@ -92,7 +92,7 @@ def _role(name: str, part: Any) -> list[str]:
 
 
 def check_role(name: str, part: Any) -> None:
-    """Raise a ValueError that says what a component lacks for its slot."""
+    """Raises a ValueError that says what a component lacks for its slot."""
     for line in _role(name, part):
         raise ValueError(line)
 
@@ -133,7 +133,7 @@ def taken(parts: Mapping[str, Any]) -> tuple[str, dict[str, int], int | None]:
 
 
 def check_context(generator: Generator, context: Context, null: Context, rows: int) -> None:
-    """Refuse a context that a generator does not take, or that is not one row per image.
+    """Refuses a context that a generator does not take, or that is not one row per image.
 
     Raises:
         ValueError: streams, widths or rows differ; says which.

@@ -1,4 +1,4 @@
-"""The built model: every component in its place, frozen; sample, train, swap, save.
+"""The `Model`: a frozen set of components that samples, trains, saves and swaps parts.
 
 ``model.replace(database=art)`` is the paper's test-time swap and leaves the old model as it was.
 """

@@ -18,7 +18,7 @@ KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Placed:
-    """What `retrodiff.Model` can do about devices."""
+    """Methods of `retrodiff.Model` for devices and types."""
 
     def parts(self) -> dict[str, Any]:
         """The components and numbers by slot."""

@@ -17,14 +17,14 @@ from retrodiff.model.checks import check_components
 
 
 class Saved:
-    """What `retrodiff.Model` can do about files."""
+    """Methods of `retrodiff.Model` for files and the Hugging Face Hub."""
 
     def parts(self) -> dict[str, Any]:
         """The components and numbers by slot."""
         raise NotImplementedError
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """A folder of safetensors and JSON; see `retrodiff.checkpoints.native`.
+        """Saves the model as a folder of safetensors and JSON.
 
         Of the database, the place and the fingerprint are kept. One that has no folder and is not
         on the Hub has to be handed in again: ``Model.load(folder, database=...)``.

@@ -1,4 +1,4 @@
-"""The first stage of the 768x768 model: images to Gaussian latents and back.
+"""KL autoencoder: the first stage of the 768x768 model.
 
 The KL-regularized autoencoder of Rombach et al. 2022 (arXiv 2112.10752). Its latents are wide, so
 the diffusion model sees them times ``scale_factor``.

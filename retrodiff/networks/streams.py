@@ -1,4 +1,4 @@
-"""Several conditioning streams as one set of tokens: each checked, projected, joined along k."""
+"""Checks and projects conditioning streams, and joins them along k into one set of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer that lets every latent position look at the others and at the neighbors.
+"""Transformer blocks of the UNet: self-attention, attention to neighbors, feed-forward.
 
 The spatial transformer of Rombach et al. 2022 (arXiv 2112.10752); neighbors enter by
 cross-attention as a set, without positions or a projection (Blattmann et al. 2022, section 3). Each

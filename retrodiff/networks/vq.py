@@ -1,4 +1,4 @@
-"""The first stage of the paper's models: images to small latents and back through a codebook.
+"""VQ autoencoder: the first stage of the paper's models, with a codebook.
 
 VQGAN (Esser et al. 2021, arXiv 2012.09841) in the form of Rombach et al. 2022: diffusion runs on
 the latent *before* quantization, and decoding quantizes.

@@ -41,7 +41,7 @@ LEEWAY = 0.25
 
 
 class PixelRange(UserWarning):
-    """Pixels that are taken as [-1, 1], though they look like [0, 1]."""
+    """Warning of pixels that are taken as [-1, 1], though they look like [0, 1]."""
 
 
 def to_image(picture: Any, *, name: str = "image") -> Tensor:

@@ -1,4 +1,4 @@
-"""Several queries for one image: each is looked up by itself, then the lists become one.
+"""Retrievers for several queries per image: search for each one, then merge the results.
 
 The several embeddings of an image are a `Query` of (b, q, d), from prompts of your own, or made
 from one prompt by `MultiQuery`; `ReciprocalRankFusion` and `MaxSimilarity` merge what they find.

@@ -1,4 +1,4 @@
-"""Neighbors of many queries at once, found before training and kept as row numbers only.
+"""Neighbor tables: row numbers of many queries' neighbors, computed before training.
 
 In memory, or in a file that is mapped: one for a training set of any size, that a killed process
 does not lose and that refuses any other database.
@@ -89,7 +89,7 @@ def neighbor_table(
 
 
 def open_neighbor_table(path: str | Path, database: Database, k: int | None = None) -> Tensor:
-    """The row numbers (n, k) of a file that `neighbor_table` wrote, mapped and not read.
+    """Opens the row numbers (n, k) of a file written by `neighbor_table`, memory-mapped.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Which k rows of the database a query gets: the nearest ones, or a choice among them."""
+"""Retrievers: choose k rows of the database for each query."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
@@ -54,7 +54,7 @@ class RandomOfTop(Retriever):
 
 @dataclass(frozen=True)
 class Diverse(Retriever):
-    """Near to the query but not to each other: maximal marginal relevance.
+    """Rows near to the query but not to each other: maximal marginal relevance.
 
     Carbonell & Goldstein 1998. Greedily takes the row that maximizes
     ``(1 - diversity) * cos(row, query) - diversity * max cos(row, taken)``.
@@ -93,7 +93,7 @@ class Diverse(Retriever):
 
 @dataclass(frozen=True)
 class ExcludeSelf(Retriever):
-    """Never the query's own row: for training images that are themselves in the database.
+    """Leaves out the query's own row: for training images that are themselves in the database.
 
     Args:
         retriever: what ranks the rows.
@@ -118,7 +118,7 @@ class ExcludeSelf(Retriever):
 
 @dataclass(frozen=True)
 class ExcludeGroup(Retriever):
-    """No row that shares a metadata value with the query's own row, such as the source file.
+    """Leaves out rows that share a metadata value, such as the file, with the query's own row.
 
     Args:
         retriever: what ranks the rows.
@@ -158,7 +158,7 @@ class ExcludeGroup(Retriever):
 
 @dataclass(frozen=True)
 class ExcludeDuplicates(Retriever):
-    """No row as similar to the query as a copy would be.
+    """Leaves out rows as similar to the query as a copy would be.
 
     Args:
         retriever: what ranks the rows.

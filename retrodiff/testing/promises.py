@@ -1,4 +1,4 @@
-"""How a broken promise is said."""
+"""Assertions of contract checks, with the broken promise as message."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What reading the checkpoints and pipelines of others takes."""
+"""Readers of checkpoints and pipelines that other programs wrote."""

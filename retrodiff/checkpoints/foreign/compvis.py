@@ -54,7 +54,7 @@ def load_compvis(
     first_stage: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PublishedModel:
-    """A checkpoint in the published layout, as networks.
+    """Loads the networks of a checkpoint in the published layout.
 
     Args:
         path: the ``.ckpt``, or the same tensors under the same names as ``.safetensors``.

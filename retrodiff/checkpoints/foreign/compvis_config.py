@@ -1,4 +1,4 @@
-"""The yaml of a published checkpoint, as the numbers of an architecture.
+"""Reads the architecture from the yaml of a published checkpoint.
 
 Its keys are those of latent-diffusion and of the paper's models. Each is used, is in one of the
 lists below of keys that change nothing here, or is refused by name (`Settings`). The classes that
@@ -58,7 +58,7 @@ LEVELS, BLOCKS = 10, 64
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
-    """The numbers of a published yaml.
+    """Reads the architecture in a published yaml.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""Folders in the layout of the diffusers library, such as the 768 model's ``fusing/rdm``.
+"""Reads folders in the layout of diffusers, such as the 768 model's ``fusing/rdm``.
 
 ``model_index.json`` beside ``unet/``, ``vae/`` or ``vqvae/``, and ``scheduler/``. The json files
 are parsed and the weights read by name; the library itself is not needed.
@@ -34,7 +34,7 @@ def load_diffusers(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> PublishedModel:
-    """A pipeline folder, as networks.
+    """Loads the networks of a pipeline folder.
 
     Args:
         folder: with ``unet/``, ``vae/`` or ``vqvae/``, and ``scheduler/``.

@@ -1,4 +1,4 @@
-"""The json files of a pipeline folder, as the numbers of an architecture.
+"""Reads the architecture from the json files of a pipeline folder.
 
 Keys are those of diffusers' `UNet2DConditionModel`, `AutoencoderKL`, `VQModel` and discrete
 schedulers. Each is used, is in one of the lists below of keys that change nothing here, or is
@@ -56,7 +56,7 @@ LEVELS, BLOCKS = 10, 64
 
 
 def read_architecture(folder: Path, first_stage: str, scale_factor: float | None) -> Architecture:
-    """The numbers of a pipeline folder, from its json files.
+    """Reads the architecture of a pipeline folder from its json files.
 
     Args:
         folder: of the pipeline.

@@ -1,4 +1,4 @@
-"""A published model from wherever it is: a checkpoint file, a diffusers folder, the Hub."""
+"""Loads a published model: from a checkpoint file, a diffusers folder, or the Hub."""
 
 from __future__ import annotations
 

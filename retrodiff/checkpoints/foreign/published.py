@@ -1,4 +1,4 @@
-"""The published models in numbers: enough to build their networks, and what else belongs to them.
+"""Architectures of the published models, and the facts that belong to their checkpoints.
 
 The three models of Blattmann et al. 2022 and of its repository, as their configuration files give
 them. `Architecture` also holds what is read from a user's own configuration of that family.
@@ -183,7 +183,7 @@ PUBLISHED = {
 
 
 def recognized(architecture: Architecture) -> Architecture:
-    """The same, with name and scale where the UNet is that of a published model."""
+    """Adds name and scale to an architecture whose UNet is that of a published model."""
     for name, known in PUBLISHED.items():
         same = _graph(architecture.unet) == _graph(known.unet)
         if same and architecture.kind == known.kind:

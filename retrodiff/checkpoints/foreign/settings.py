@@ -94,7 +94,7 @@ class Settings:
                 self.refuse(name, value, " or ".join(repr(choice) for choice in choices))
 
     def harmless(self, names: Iterable[str]) -> None:
-        """Keys that change nothing here, whatever they say."""
+        """Takes keys that change nothing here, with any value."""
         self._taken.update(names)
 
     def wrong(self, name: str, value: Any, expected: str) -> None:

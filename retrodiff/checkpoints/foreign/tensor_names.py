@@ -1,4 +1,4 @@
-"""What the published checkpoints and diffusers call the parts of our networks.
+"""Maps names of our networks' tensors to those of published checkpoints and diffusers.
 
 Each function returns ``{our module: their module}`` for every module that holds weights; ``weight``
 and ``bias`` keep their names. The tables are the documentation of both layouts.

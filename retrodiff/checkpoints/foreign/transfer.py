@@ -1,4 +1,4 @@
-"""Foreign weights into our networks: every name accounted for, one tensor in memory at a time."""
+"""Copies foreign weights into our networks, one tensor at a time; every name is accounted for."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row to be, ready for the encoder.
+    """A row to be encoded: the prepared picture, and its record.
 
     Args:
         pixels: (1, ...) as ``encoder.encode_prepared`` takes it, or an image (c, h, w).
@@ -118,7 +118,7 @@ def _too_narrow(item: Item) -> str | None:
 
 
 def preparation(encoder: Encoder) -> Callable[[Tensor], Tensor] | None:
-    """What makes images (b, c, h, w) into what ``encoder.encode_prepared`` takes, or None.
+    """The encoder's function from images (b, c, h, w) to what `encode_prepared` takes, or None.
 
     It takes uint8 in [0, 255] and floats in [-1, 1].
     """

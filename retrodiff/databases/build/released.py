@@ -1,4 +1,4 @@
-"""Reads the embeddings that others have written, in the right order, with no row lost.
+"""Reads embeddings from npy files, clip-retrieval and the paper's release, in row order.
 
 Known are npy files, the folders of clip-retrieval (``img_emb`` and ``metadata``) and those released
 with Blattmann et al. 2022: ``{rows}x{dim}-part_{i}.npz``, and a pickle ``nn_memory`` of how often
@@ -39,7 +39,7 @@ def npy_parts(
 
 
 def clip_retrieval_parts(folder: str | Path) -> list[Part]:
-    """What clip-retrieval wrote; its vectors are of unit norm, the raw norms are lost.
+    """Embeddings of a clip-retrieval folder; they have unit norm, the raw norms are lost.
 
     Give `import_embeddings` a fingerprint with ``scale="unit"``. The column ``image_path`` becomes
     ``file``.

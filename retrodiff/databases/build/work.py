@@ -266,7 +266,7 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Left:
-    """What unfinished work has written down.
+    """State of unfinished work, as its folder records it.
 
     Args:
         manifest: with the shards that are done.
@@ -286,7 +286,7 @@ class Left:
 
 
 def read_work(folder: Path) -> Left:
-    """What unfinished work has written down; a last line that was cut off is left out."""
+    """Reads the state of unfinished work; a last line that was cut off is left out."""
     begun = Manifest.read(folder / BUILD)
     if not (folder / LOG).is_file():
         skipped = [list(begun.skipped), *([[]] * len(begun.shards))][: len(begun.shards)]

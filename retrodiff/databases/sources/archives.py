@@ -1,4 +1,4 @@
-"""What archives of pictures have in common: files that are listed once and read by number."""
+"""Base class of archives of pictures: files that are listed once and read by number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a database is built from: pictures that can be opened by number.
+"""Sources of pictures for a database: folders of files, and pictures in memory.
 
 Opening by number, not streaming, is what lets a build continue where it was killed and lets worker
 processes decode ahead.
@@ -24,7 +24,7 @@ from retrodiff.text import escaped
 
 
 class Item(NamedTuple):
-    """One row to be: an image (c, h, w), uint8 or float in [-1, 1], and where it comes from."""
+    """A row to be encoded: an image (c, h, w), uint8 or float in [-1, 1], and its record."""
 
     image: Tensor
     record: dict[str, Any]

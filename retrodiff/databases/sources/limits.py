@@ -1,4 +1,4 @@
-"""How much a file may unfold to, checked before anything is allocated.
+"""Checks how much memory a file would take before anything is allocated.
 
 A parquet file of some kilobytes can stand for a hundred gigabytes: one long value and a count. So
 can a compressed archive of zeros, and a header may claim any shape.

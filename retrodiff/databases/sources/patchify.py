@@ -109,7 +109,7 @@ def cut(image: Tensor, box: Box) -> Tensor:
 
 
 def cut_record(image: Tensor, record: Mapping[str, Any]) -> Tensor:
-    """The patch that a record speaks of, from its whole picture (c, h, w)."""
+    """Cuts the patch that a record refers to from its whole picture (c, h, w)."""
     if record.get("box") is None:
         return image
     w, h = record["resized"]
