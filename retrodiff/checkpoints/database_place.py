@@ -9,6 +9,7 @@ Anything else is opened when the caller says so, ``trust_database=True``.
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,9 @@ from retrodiff.disk.seal import is_sealed, seal
 from retrodiff.disk.untrusted import inside
 from retrodiff.interfaces import Database, Fingerprint
 from retrodiff.text import escaped, printable
+
+DATABASE = "database"
+"""Folder of a database inside of its model's."""
 
 
 def shared_address(database: Any) -> str | None:
@@ -49,10 +53,46 @@ def described(database: Any, folder: Path) -> Any:
     if (address := shared_address(database)) is not None:
         value["address"] = address
     else:
-        found = Path(path).expanduser().resolve()
-        value["path"] = escaped(str(found))
-        value["relative"] = escaped(Path(_relative(found, folder.resolve())).as_posix())
+        found, here = Path(path).expanduser().resolve(), folder.resolve()
+        relative = escaped(Path(_relative(found, here)).as_posix())
+        value["path"] = relative if found.is_relative_to(here) else escaped(str(found))
+        value["relative"] = relative
     return {**value, "seal": seal(value)}
+
+
+def described_copy(database: Any) -> Any:
+    """A database that is copied into the model's folder, as JSON.
+
+    Raises:
+        ValueError: there is no folder that could be copied.
+    """
+    if getattr(database, "path", None) is None or shared_address(database) is not None:
+        kind = "no database" if database is None else f"a {type(database).__name__}"
+        raise ValueError(
+            f"include_database=True, but the model has {kind}, which lies in no folder: build one "
+            "with build_database, or leave include_database out"
+        )
+    fingerprint = dict(vars(database.fingerprint))
+    return {"fingerprint": fingerprint, "path": DATABASE, "relative": DATABASE}
+
+
+def copy_database(database: Any, folder: Path) -> None:
+    """Copies the files of a database below a model's folder; its indexes are left out."""
+    from retrodiff.databases.build.work import own_files
+
+    source, target = Path(database.path), folder / DATABASE
+    for name in sorted(own_files(source)):
+        if (source / name).is_file() and not name.startswith(("append.partial", "indexes")):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def copied_files(folder: Path) -> set[str]:
+    """The files of the database in a model's folder."""
+    from retrodiff.databases.build.work import own_files
+
+    place = folder / DATABASE
+    return {f"{DATABASE}/{name}" for name in own_files(place)} if place.is_dir() else set()
 
 
 def reopened(description: Any, folder: Path, *, token: str | None, trust: bool) -> Database | None:

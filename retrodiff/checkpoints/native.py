@@ -20,8 +20,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from retrodiff.checkpoints.database_place import (
+    DATABASE,
+    copied_files,
+    copy_database,
+    described_copy,
+    reopened,
+)
 from retrodiff.checkpoints.database_place import described as described_database
-from retrodiff.checkpoints.database_place import reopened
 from retrodiff.checkpoints.descriptions import (
     arguments,
     arguments_from,
@@ -45,7 +51,12 @@ MARKER = "model.json"
 
 
 def save_components(
-    parts: Mapping[str, Any], folder: Path, *, overwrite: bool = False, extra: Any = None
+    parts: Mapping[str, Any],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    include_database: bool = False,
+    extra: Any = None,
 ) -> Path:
     """Writes ``model.json`` and ``weights.safetensors``; the folder appears whole or not at all.
 
@@ -55,6 +66,7 @@ def save_components(
         parts: component by slot.
         folder: to be written.
         overwrite: replace an earlier model there.
+        include_database: copy the database into the folder.
         extra: anything to keep beside it, as plain JSON values.
 
     Returns:
@@ -82,7 +94,9 @@ def save_components(
             stacklevel=3,
         )
     for slot, part in parts.items():
-        if slot == "database":
+        if slot == "database" and include_database:
+            described[slot] = described_copy(part)
+        elif slot == "database":
             described[slot] = None if part is None else described_database(part, folder)
         elif slot == "encoder" and ours is not None:
             described[slot] = {"name": about} if published else {"folder": "encoder"}
@@ -105,6 +119,8 @@ def save_components(
     def write(temporary: Path) -> None:
         if ours is not None and not published:
             save_encoder(ours, temporary / "encoder")
+        if include_database:
+            copy_database(parts["database"], temporary)
         save_sharded(weights, temporary, "weights", metadata={"format": str(FORMAT)})
         write_json(temporary / MARKER, value)
 
@@ -115,7 +131,16 @@ def own_files(folder: Path) -> set[str]:
     """The files of a model's folder that `save_components` wrote."""
     weights = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     found = {file.name for file in folder.iterdir() if weights.fullmatch(file.name)}
-    return {MARKER, "encoder/encoder.json", "encoder/encoder.safetensors"} | found
+    found |= {MARKER, "encoder/encoder.json", "encoder/encoder.safetensors"}
+    return found | (copied_files(folder) if _included(folder) else set())
+
+
+def _included(folder: Path) -> bool:
+    """Whether the database in a model's folder was copied there with the model."""
+    try:
+        return read_json(folder / MARKER)["components"]["database"]["path"] == DATABASE
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_description(folder: Path) -> dict[str, Any]:

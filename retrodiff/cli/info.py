@@ -12,7 +12,7 @@ from retrodiff.text import printable
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("info", help="show what a saved model is made of")
-    parser.add_argument("model", type=types.path, help="folder of a saved model")
+    parser.add_argument("model", type=types.path, help="folder or name of a saved model")
     parser.set_defaults(run=run)
 
 
@@ -21,8 +21,9 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from retrodiff.checkpoints.native import read_description
+    from retrodiff.disk.shipped import shipped
 
-    described = read_description(Path(options.model))
+    described = read_description(shipped(options.model) or Path(options.model))
     for slot, value in described["components"].items():
         print(f"{printable(slot):16}{printable(summary(value))}")
     return 0

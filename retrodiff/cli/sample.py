@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
         description="Writes PNG files, generation.json (what each was made from, and how) and "
         f"{SHEET} (query | neighbors | samples) into a folder.",
     )
-    parser.add_argument("model", type=types.path, help="folder of a saved model")
+    parser.add_argument(
+        "model", type=types.path, help="folder of a saved model, or pictograms, the one that ships"
+    )
     parser.add_argument("out", type=types.new_folder, help="folder for the images")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="a text; may be given several times")

@@ -10,6 +10,7 @@ from retrodiff.databases.parquet import ParquetDatabase
 from retrodiff.databases.shared import open_shared
 from retrodiff.databases.store import EmbeddingDatabase
 from retrodiff.disk.files import given
+from retrodiff.disk.shipped import shipped
 from retrodiff.indexes import TARGET, Recipe
 from retrodiff.indexes.recipe import EXACT_ROWS
 from retrodiff.interfaces import Fingerprint
@@ -30,7 +31,8 @@ def open_database(
         path: the folder; or ``hf://datasets/OWNER/NAME`` or ``hf://datasets/OWNER/NAME@REVISION``
             of a database on the Hugging Face Hub, whose files are fetched when they are needed; or
             ``lance://FOLDER/TABLE``, a LanceDB table written by `LanceDatabase.create`; or
-            ``parquet://FOLDER``, parquet files with a column ``embedding`` (`ParquetDatabase`).
+            ``parquet://FOLDER``, parquet files with a column ``embedding`` (`ParquetDatabase`); or
+            ``pictograms``, the database of a model that has a package of its own.
         index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
             saved there, else built and saved). None: exact, except that above a million rows
             of a folder the saved index of the highest measured recall is taken, if that is 0.95
@@ -49,7 +51,8 @@ def open_database(
     if shared:
         database: EmbeddingDatabase = open_shared(address, root=root, token=token)
     else:
-        database = EmbeddingDatabase.at(path, root)
+        model = shipped(path)
+        database = EmbeddingDatabase.at(path if model is None else model / "database", root)
     if fingerprint is not None and (what := fingerprint.disagreement(database.fingerprint)):
         raise ValueError(f"fingerprint and the database at {printable(address)} disagree: {what}")
     if index is None:

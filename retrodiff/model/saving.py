@@ -13,6 +13,7 @@ from retrodiff.checkpoints.card import model_card
 from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
 from retrodiff.checkpoints.native import load_components, save_components
+from retrodiff.disk.shipped import shipped
 from retrodiff.model.checks import check_components
 
 
@@ -23,13 +24,22 @@ class Saved:
         """The components and numbers by slot."""
         raise NotImplementedError
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(
+        self, folder: str | Path, overwrite: bool = False, *, include_database: bool = False
+    ) -> Path:
         """Saves the model as a folder of safetensors and JSON.
 
         Of the database, the place and the fingerprint are kept. One that has no folder and is not
         on the Hub has to be handed in again: ``Model.load(folder, database=...)``.
+
+        Args:
+            folder: to be made.
+            overwrite: replace an earlier model there.
+            include_database: copy the database into the folder, which can then be moved anywhere.
         """
-        save_components(self.parts(), Path(folder), overwrite=overwrite)
+        save_components(
+            self.parts(), Path(folder), overwrite=overwrite, include_database=include_database
+        )
         return Path(folder).expanduser()
 
     @classmethod
@@ -40,13 +50,16 @@ class Saved:
         file outside of it (see `retrodiff.checkpoints.native`).
 
         Args:
-            folder: of a saved model.
+            folder: of a saved model; or the name of one with a package of its own: ``pictograms``.
             trust_database: open the database wherever the folder says that it is. Without that,
                 only inside of the folder, or where you saved the model on this machine yourself.
             components: replace the saved ones, ``database=...`` for example.
         """
         parts = load_components(
-            Path(folder).expanduser(), components, cls, trust_database=trust_database
+            shipped(folder) or Path(folder).expanduser(),
+            components,
+            cls,
+            trust_database=trust_database,
         )
         return cls._of(parts)
 
