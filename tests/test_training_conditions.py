@@ -561,3 +561,23 @@ def test_images_of_no_known_group_are_counted(images, encoder, database):
     with pytest.warns(UserWarning, match="3 of 40 training images are no rows of the database"):
         grouped = data.grouped("style", 1.0, **QUIET)
     assert grouped.groups.own[-3:].tolist() == [-1] * 3
+
+
+def test_tables_of_captions_and_groups_are_kept_in_the_folder(
+    images, encoder, database, tmp_path, monkeypatch
+):
+    texts = [f"a {i}" for i in range(N)]
+
+    def made(share=0.5, groups=None):
+        data = data_of(images, encoder, database, cache=tmp_path)
+        data = data.captioned(texts, encoder, modes=MODES, searched_by="caption", **QUIET)
+        return data.grouped("style", share, groups=groups or own_style(), **QUIET).tables
+
+    first = made()
+    assert len(list(tmp_path.glob("neighbors-*.safetensors"))) == 1 + 2 * len(STYLES)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExcludeSelf, "retrieve", None)  # nothing is asked again
+        again = made(share=0.25)
+    for name in ("captions", "own", "captions_own"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    made(groups=["oil"] * N)  # other groups have other files

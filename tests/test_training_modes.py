@@ -7,7 +7,7 @@ right one. A caption says what a picture shows and nothing of its style.
 import pytest
 import torch
 
-from retrodiff import Builder
+from retrodiff import Builder, Model
 from retrodiff.databases import ArrayDatabase
 from retrodiff.diffusion import (
     ClassifierFree,
@@ -141,3 +141,10 @@ def test_style_follows_the_database_where_neighbors_are_shown(model, database):
     # Half of the trained sets beside a caption were of mixed styles.
     assert oil["oil"]["text+neighbors"] > oil["flat"]["text+neighbors"] + 0.3
     assert oil["oil"]["text"] == oil["flat"]["text"]  # a prompt alone asks no database
+
+
+def test_saved_and_loaded(model, database, tmp_path):
+    model.save(tmp_path / "m")
+    again = Model.load(tmp_path / "m", encoder=Shades(), database=database)
+    one, other = (m.sample(prompts=SHOWN, seed=1, progress=False).images for m in (model, again))
+    assert torch.equal(one, other)

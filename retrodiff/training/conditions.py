@@ -6,12 +6,17 @@ Everything drawn belongs to the image's occasion, so that it depends on seed and
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrodiff.disk.files import plain_json
 from retrodiff.interfaces import Database, Neighbors, Query, Randomness, Retriever
 from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
@@ -29,12 +34,21 @@ class Search:
         k: neighbors of each.
         ids: (n,) rows of the database that the images are, -1 where they are none; None: unknown.
         seed: of retrievers that draw, for tables.
+        folder: keeps the tables of captions and groups; None: in memory.
     """
 
     retriever: Retriever
     k: int
     ids: Tensor | None
     seed: int = 0
+    folder: Path | None = None
+
+    def file(self, of: str, described: Any) -> Path | None:
+        """The file of a table, named by what it is of."""
+        if self.folder is None:
+            return None
+        known = hashlib.sha256(json.dumps(plain_json(described)).encode()).hexdigest()[:12]
+        return self.folder / f"neighbors-{of}-{known}.safetensors"
 
     def ids_of(self, rows: Tensor) -> Tensor | None:
         """Those of some images."""
@@ -74,22 +88,46 @@ class Tables:
             groups: of the images.
             progress: show bars.
         """
-        k, retriever, seed = search.k, search.retriever, search.seed
         made, texts = self, None
         if captions is not None and captions.searched_by == "caption":
             texts = Query(captions.embeddings, ids=search.ids_of(captions.images))
             if made.captions is None:
-                found = neighbor_table(texts, database, k, retriever, seed=seed, progress=progress)
+                found = neighbor_table(
+                    texts,
+                    database,
+                    search.k,
+                    search.retriever,
+                    path=search.file("captions", captions.made_from),
+                    resume=True,
+                    seed=search.seed,
+                    progress=progress,
+                )
                 made = replace(made, captions=found)
         if groups is not None and made.own is None:
             images = Query(embeddings, ids=search.ids)
-            own = groups.table(images, groups.own, k, retriever, seed, progress)
-            made = replace(made, own=own)
+            made = replace(
+                made, own=_within(groups, images, groups.own, "images", search, progress)
+            )
         if groups is not None and captions is not None and texts is not None:
             of_images = groups.own[captions.images]
-            own = groups.table(texts, of_images, k, retriever, seed, progress)
+            own = _within(groups, texts, of_images, "captions", search, progress)
             made = replace(made, captions_own=own)
         return made
+
+
+def _within(
+    groups: Groups, query: Query, own: Tensor, of: str, search: Search, progress: bool
+) -> Tensor:
+    """Rows (b, k) of each query's own group, -1 for queries of none."""
+    return groups.table(
+        query,
+        own,
+        search.k,
+        search.retriever,
+        lambda name: search.file(of, [groups.describe()["members"], name]),
+        seed=search.seed,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,7 +140,8 @@ class TrainingSet:
                 costs a search. What is drawn depends on seed and step alone.
             ids: (n,) rows of D that the images are, -1 where they are none. None: where the
                 retriever needs them, the rows whose embedding is the image's own.
-            cache: folder that keeps embeddings and row numbers as files, which are then mapped.
+            cache: folder that keeps embeddings and row numbers as files, which are then mapped;
+                later those of captions and groups, too.
                 What is there already is used, and what was begun is continued; the images must be
                 the same each time they are read. None: in memory.
             batch_size: images per pass of the encoder.
@@ -181,7 +182,7 @@ class TrainingSet:
                 f"{len(images)} training images, but {len(ids)} ids: give the row of the database "
                 "that each is, -1 for none"
             )
-        search = Search(retriever, k, None if ids is None else ids.long().cpu(), seed)
+        search = Search(retriever, k, None if ids is None else ids.long().cpu(), seed, folder)
         if per_step:
             table = torch.empty((*embeddings.shape[:-1], 0), dtype=torch.int32)
         else:

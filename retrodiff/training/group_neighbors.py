@@ -8,8 +8,9 @@ the database says, and a database of another style changes what it draws.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,11 +110,29 @@ class Groups:
         return found
 
     def table(
-        self, query: Query, own: Tensor, k: int, retriever: Retriever, seed: int, progress: bool
+        self,
+        query: Query,
+        own: Tensor,
+        k: int,
+        retriever: Retriever,
+        file: Callable[[str], Path | None],
+        *,
+        seed: int,
+        progress: bool,
     ) -> Tensor:
-        """Rows of each query's own group, found once; -1 for queries of none."""
+        """Rows (b, k) or (b, r, k) of each query's own group, found once; -1 for queries of none.
+
+        Args:
+            query: b queries, with ids where they are rows of the database.
+            own: (b,) their groups.
+            k: neighbors of each.
+            retriever: which ones.
+            file: the file that keeps the rows of a group's queries, by its name; None: memory.
+            seed: of retrievers that draw.
+            progress: show bars.
+        """
         found = torch.full((*query.embedding.shape[:-1], k), -1, dtype=torch.int64)
-        for number, part in enumerate(self.parts):
+        for number, (name, part) in enumerate(zip(self.names, self.parts, strict=True)):
             here = (own == number).nonzero().flatten()
             if not len(here):
                 continue
@@ -123,11 +142,13 @@ class Groups:
                     part,
                     k,
                     retriever,
+                    path=file(name),
+                    resume=True,
                     seed=seed,
                     progress=progress,
                 )
             except ValueError as error:
-                raise ValueError(f"{self.column}={self.names[number]!r}: {error}") from None
+                raise ValueError(f"{self.column}={name!r}: {error}") from None
             found[here] = part.rows[rows.long()]
         return found
 
