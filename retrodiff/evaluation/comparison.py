@@ -240,9 +240,10 @@ def _numbers(
     else:
         notes.append(f"No FID, KID, precision and recall: {fidelity.MISSING}.")
     pairs += [lambda x, y: [mind(x, y)], density_coverage]
-    bias = {"MIND": (1 / len(a) + 1 / len(b)) * len(b) / 4}
     order = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
-    left, right = b[order[::2]], b[order[1::2]]
+    # No more of them than there are generated images, on which these numbers depend.
+    left, right = b[order[::2]][: len(a)], b[order[1::2]]
+    bias = {"MIND": (1 / len(a) + 1 / len(b)) / (1 / len(left) + 1 / len(right))}
     for metric in pairs:
         found = metric(a, b)
         halves = metric(left, right) if len(right) >= LEAST else [None] * len(found)
@@ -419,6 +420,12 @@ def _copies(
             )
         return found
     held_out = known.held_out
+    if held_out is None and not known.whole:
+        notes.append(
+            "No neighbor echo: of so large a database only the neighbors used were read, and "
+            "without the model's encoder nothing says which ones held-out images would have."
+        )
+        return found
     if held_out is None:
         _, row = nearest(torch.stack([real.details, real.mirrored], 1), known.images.details)
         held_out = [[int(i)] for i in row]

@@ -35,8 +35,9 @@ class Score:
         note: what to keep in mind when reading it.
         features: name of the network; empty where only features were given.
         against: name of the reference set, likewise.
-        real: the same number for one half of the reference images against the other half: what a
-            perfect generator would get at half the number of images; None: not computed.
+        real: the same number for one half of the reference images (at most as many as there are
+            generated ones) against the other half: what a perfect generator would get at these
+            numbers of images; None: not computed.
     """
 
     name: str

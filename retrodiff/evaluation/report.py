@@ -17,6 +17,9 @@ from retrodiff.evaluation.sets import ImageSet, license_of
 MARKER, PAGE = "report.json", "report.html"
 FORMAT = 2
 
+FEW = 50
+"""Images below which no verdict on fidelity and diversity is given."""
+
 LOW = 0.6
 """A number below this share of what real images get is called low."""
 
@@ -100,6 +103,9 @@ class Report:
         numbers = ", ".join(
             f"{s.name.split(' (')[0]} {s.value:.2f} (real images {s.real:.2f})" for s in scores
         )
+        n = scores[0].generated
+        if n < FEW:
+            return headline, f"{n} images are too few to tell: {numbers}.", "open"
         return headline, f"{bad if low else good}: {numbers}.", "bad" if low else "good"
 
     def _copied(self) -> tuple[str, str, str] | None:

@@ -52,7 +52,7 @@ def read_retrieved(
     used = [list(rows) for rows in sampled.rows] if same else []
     k = max((len(rows) for rows in used), default=0)
     held_out = None
-    if used and conditioning is not None and real.image is not None:
+    if k and conditioning is not None and real.image is not None:
         if problem := conditioning.fingerprint.disagreement(database.fingerprint):
             raise ValueError(f"conditioning and database disagree: {problem}")
         held_out = []
