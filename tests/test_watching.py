@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from parts import small_network
 from trainings import InterruptedAt, run, same, small_data, weights
 
 from retrodiff.diffusion import EDMDenoiser, EpsDenoiser, FlowDenoiser
@@ -56,16 +55,15 @@ def test_watched_or_not_the_weights_are_the_same(recipe, data, unseen, tmp_path)
 def test_also_where_the_network_uses_the_global_randomness(recipe, data, unseen, tmp_path):
     """Such as dropout does; watchers take nothing from it."""
 
+    model = recipe.build()
+    model.denoiser.network.register_forward_hook(
+        lambda module, _, out: out * (1 + 0.1 * torch.randn_like(out))
+    )
+    options = {"steps": 12, "batch_size": 8, "lr": 1e-2, "ema": 0.9, "progress": False}
+
     def noisy(watch):
-        model = recipe.build()
-        model.denoiser.network.load_state_dict(small_network().state_dict())
-        model.denoiser.network.register_forward_hook(
-            lambda module, _, out: out * (1 + 0.1 * torch.randn_like(out))
-        )
         torch.manual_seed(1)
-        return fit(
-            model, data, steps=12, batch_size=8, lr=1e-2, ema=0.9, watch=watch, progress=False
-        )
+        return fit(model, data, watch=watch, **options)
 
     plain, watched = noisy([]), noisy(watchers(tmp_path / "run", unseen, data))
     assert torch.equal(plain.losses, watched.losses)
