@@ -70,6 +70,10 @@ class FolderImages:
         """Row numbers (b,) -> embeddings (b, d) of the whole pictures, as a database has them."""
         return encode_pictures(self.source, encoder, [self.numbers[i] for i in rows.tolist()])
 
+    def name(self, row: int) -> str:
+        """File of an image, below the folder."""
+        return self.source.files[self.numbers[row]]
+
     def digest(self) -> str:
         """Hash of all files and of the size, in their order."""
         return self._digest

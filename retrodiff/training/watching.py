@@ -6,10 +6,14 @@ same weights with watchers and without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from retrodiff.model import Model
@@ -68,3 +72,49 @@ class Watcher(Protocol):
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes what `state` returned; nothing, where an earlier sitting had no such watcher."""
         ...
+
+
+def is_due(done: int, steps: int, every: int) -> bool:
+    """Whether something that happens every ``every`` steps, and after the last, happens now.
+
+    Args:
+        done: steps done.
+        steps: steps in all.
+        every: steps between two times; 0: never.
+    """
+    return every > 0 and (done % every == 0 or done == steps)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """A block whose random numbers and gradients leave no trace outside.
+
+    Args:
+        device: of the network, whose randomness is kept beside the CPU's.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield
+
+
+@contextmanager
+def forgiving(what: str) -> Iterator[None]:
+    """A block whose failure to write is a warning: a training goes on without its pictures.
+
+    Args:
+        what: could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"{what} could not be written ({error.strerror or error}); the training goes on",
+            stacklevel=4,
+        )
+
+
+def say(line: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
