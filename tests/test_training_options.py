@@ -8,7 +8,7 @@ from parts import small_recipe
 from torch import nn
 from trainings import interrupted, linear, run, same, small_data, weights
 
-from retrodiff.training import optimize
+from retrodiff.training import HeldOut, optimize
 from retrodiff.training.optimizers import Muon, get_optimizers, orthogonal
 
 
@@ -122,6 +122,17 @@ def test_several_averages(recipe, data, path):
     assert same(weights(resumed.averages[0.9]), weights(both.averages[0.9]))
     with pytest.raises(ValueError, match=r"ema=\(0\.5, 0\.5\): give one decay, or several that"):
         run(recipe, data, ema=(0.5, 0.5))
+
+
+def test_the_best_average_is_chosen_by_held_out_loss(recipe, data):
+    held = HeldOut(data, every=100, levels=2)
+    fitted = run(recipe, data, steps=8, ema=(0.0, 0.9999), watch=[held])
+    found = {decay: held.measure(model).loss for decay, model in fitted.averages.items()}
+    assert len(set(found.values())) == 2
+    best = min(found, key=found.get)
+    assert same(weights(fitted.model), weights(fitted.averages[best]))
+    worst = run(recipe, data, steps=8, ema=(max(found, key=found.get), best), watch=[held])
+    assert same(weights(worst.model), weights(fitted.averages[best]))
 
 
 def test_a_compiled_network_learns_the_same(encoder, database, data, monkeypatch):

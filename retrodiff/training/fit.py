@@ -23,6 +23,7 @@ from retrodiff.training.batches import Batches
 from retrodiff.training.checkpoint import disagreement, read_state
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.ema import NamedEMA
+from retrodiff.training.held_out import HeldOut
 from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import Part, Precision, optimize
 from retrodiff.training.optimizers import OptimizerName, Optimizers
@@ -42,7 +43,8 @@ class FitResult:
     """A trained model.
 
     Args:
-        model: with the averaged weights.
+        model: with the averaged weights; of several averages, with the one of least held-out loss
+            where `HeldOut` was among the watchers, else with the first.
         losses: of every step (steps,).
         snapshots: the model with the averaged weights of earlier steps, by step.
         averages: the model with each of the averages, by decay.
@@ -107,7 +109,7 @@ def fit(
         compile: run the network through ``torch.compile`` while it is trained.
         workers: processes that read images ahead; 0: they are read when they are needed.
         ema: decay of the average, or of several averages; the paper's 0.9999 is for hundreds of
-            thousands of steps. With several, ``model`` has the first; see ``averages``.
+            thousands of steps. Of several, `HeldOut` chooses; see `FitResult`.
         seed: of everything random. The same seed gives the same weights.
         checkpoint: file that keeps the state, to resume from after an interruption.
         checkpoint_every: steps between checkpoints.
@@ -200,7 +202,7 @@ def fit(
         )
     by_decay = {each.decay: _with(objective.model, each.state()) for each in averages}
     return FitResult(
-        by_decay[averages[0].decay],
+        by_decay[_best(by_decay, watch)],
         losses,
         {step: _with(objective.model, state) for step, state in sorted(earlier.taken.items())},
         by_decay,
@@ -265,6 +267,14 @@ def _averages(objective: Objective, decays: float | Sequence[float]) -> list[Nam
     if not given or len(set(given)) < len(given):
         raise ValueError(f"ema={decays!r}: give one decay, or several that differ")
     return [NamedEMA(objective, d, f"ema{i}" if i else "ema") for i, d in enumerate(given)]
+
+
+def _best(by_decay: dict[float, Model], watch: Sequence[Watcher]) -> float:
+    """The average of least held-out loss; the first where nothing measures one."""
+    held = next((watcher for watcher in watch if isinstance(watcher, HeldOut)), None)
+    if held is None or len(by_decay) == 1:
+        return next(iter(by_decay))
+    return min(by_decay, key=lambda decay: held.measure(by_decay[decay]).loss)
 
 
 def _check_parts(batch_size: int, processes: int, accumulate: int) -> None:
