@@ -8,7 +8,8 @@ from parts import small_recipe
 from torch import nn
 from trainings import interrupted, linear, run, same, small_data, weights
 
-from retrodiff.training import HeldOut, optimize
+from retrodiff.training import optimize
+from retrodiff.training.held_out import HeldOut
 from retrodiff.training.optimizers import Muon, get_optimizers, orthogonal
 
 
