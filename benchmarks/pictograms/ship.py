@@ -1,0 +1,63 @@
+"""Puts the trained pictogram model into its package, in half precision, with its database.
+
+    python benchmarks/pictograms/network.py --report   # of a training that is still going on
+    python benchmarks/pictograms/ship.py
+
+Reads runs/pictograms/{network,encoder,database}; writes pictograms/retrodiff_pictograms/model (the
+model with D inside) and .../held_out (a database of concepts that were never trained on, for the
+demo). Prints the size of every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from network import STYLES
+
+from retrodiff.databases import ParquetImages, build_database
+from retrodiff.model import Model
+
+UNSEEN = 16
+"""Held-out concepts whose pictures come along."""
+
+
+def main() -> None:
+    """Loads, narrows, saves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("runs/pictograms"))
+    parser.add_argument("--out", type=Path, default=Path("pictograms/retrodiff_pictograms"))
+    options = parser.parse_args()
+    model = Model.load(options.data / "network").to(dtype=torch.float16)
+    model.save(options.out / "model", overwrite=True, include_database=True)
+    unseen(options.data, options.out / "held_out", model.encoder)
+    for part in ("model", "model/encoder", "model/database", "held_out"):
+        files = [f for f in (options.out / part).rglob("*") if f.is_file()]
+        print(f"{part}: {sum(f.stat().st_size for f in files) / 1e6:.2f} MB")
+
+
+def unseen(data: Path, out: Path, encoder: Any) -> None:
+    """A database of some held-out concepts, in every style that is shipped."""
+    table = pa.concat_tables([pq.read_table(data / f"{style}.parquet") for style in STYLES])
+    table = table.filter(pc.equal(table["split"], "held-out"))
+    concepts = sorted(set(table["concept"].to_pylist()))
+    kept = concepts[:: max(1, len(concepts) // UNSEEN)][:UNSEEN]
+    table = table.filter(pc.is_in(table["concept"], pa.array(kept)))
+    print("held-out concepts:", ", ".join(sorted(set(table["title"].to_pylist()))))
+    if out.exists():
+        shutil.rmtree(out)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "held_out.parquet"
+        pq.write_table(table, file)
+        build_database(out, ParquetImages(file), encoder, thumbnails=64, progress=False)
+
+
+if __name__ == "__main__":
+    main()
