@@ -19,7 +19,7 @@ from retrodiff.retrieval import (
     RandomOfTop,
 )
 from retrodiff.testing import check_conditioner
-from retrodiff.training import Pairing, TrainingSet
+from retrodiff.training import Moved, Pairing, TrainingSet
 from retrodiff.training.captions import Captions
 from retrodiff.training.occasion import Order
 
@@ -581,3 +581,13 @@ def test_tables_of_captions_and_groups_are_kept_in_the_folder(
     for name in ("captions", "own", "captions_own"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     made(groups=["oil"] * N)  # other groups have other files
+
+
+def test_a_training_set_is_shown_on_a_line(data, encoder):
+    made = data.captioned([f"a {i}" for i in range(N)], encoder, modes=MODES, **QUIET)
+    made = made.grouped("style", 0.5, groups=own_style(), **QUIET).jittered().augmented(Moved(2))
+    assert repr(made) == (
+        "TrainingSet(40 images, k=4 of ArrayDatabase(40 rows, random), captions in modes "
+        "{'neighbors': 0.5, 'text+neighbors': 0.3, 'text': 0.2}, 0.5 of one style, jittered, "
+        "Moved(shift=2, smallest=1.0, background=1.0))"
+    )

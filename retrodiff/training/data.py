@@ -34,7 +34,7 @@ from retrodiff.training.prefetch import read_ahead
 from retrodiff.training.reading import Reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingSet:
     """X with its neighbors in D, found once before training. Make one with `of`.
 
@@ -97,6 +97,20 @@ class TrainingSet:
             raise ValueError("per_step=True needs a retriever: make the set with TrainingSet.of")
         if self.pairing is not None:
             self.pairing.check(len(self.images))
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.images)} images", f"k={self.k} of {self.database!r}"]
+        if self.pairing is not None:
+            parts.append(f"{len(self.pairing)} pairs")
+        if self.per_step:
+            parts.append("per_step")
+        if self.captions is not None:
+            parts.append(f"captions in modes {dict(self.captions.modes)}")
+        if self.groups is not None:
+            parts.append(f"{self.groups.share:g} of one {self.groups.column}")
+        if self.jitter:
+            parts.append("jittered")
+        return f"TrainingSet({', '.join([*parts, *map(repr, self.augment)])})"
 
     def __len__(self) -> int:
         return len(self.images) if self.pairing is None else len(self.pairing)
@@ -228,7 +242,8 @@ class TrainingSet:
         At each step an image is in one mode, as a sample is: ``neighbors`` (its k rows),
         ``text+neighbors`` (one of its captions, and k - 1 rows) or ``text`` (the caption alone).
         With `NeighborEmbeddings` the caption is one token of the set, as in Blattmann et al. 2022,
-        section 3.3; with `PromptAndNeighbors` it is a stream of its own, as in Sheynin et al. 2022.
+        section 3.3; with `PromptAndNeighbors` it is a stream of its own, as
+        the query is in Sheynin et al. 2022.
 
         Args:
             captions: of each image: text, several texts, or None. Images without a caption are
