@@ -660,6 +660,8 @@ def test_top_m_has_the_order_of_a_stable_sort():
 def test_a_table_with_rows_that_do_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"row 32 of a database of 32 rows"):
         NeighborCounts.from_table(torch.tensor([[0, 32]]), small_database())
+    with pytest.raises(ValueError, match=r"table is empty, \(3, 0\): .* NeighborCounts\.fit"):
+        NeighborCounts.from_table(torch.empty(3, 0, dtype=torch.int64), small_database())
 
 
 # --- values ------------------------------------------------------------------------------------

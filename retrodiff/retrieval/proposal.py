@@ -86,6 +86,11 @@ class NeighborCounts(_Drawing):
     @classmethod
     def from_table(cls, table: Tensor, database: Database) -> NeighborCounts:
         """Counts the rows in a neighbor table (n, k) that training already has, mapped or not."""
+        if not table.numel():
+            raise ValueError(
+                f"the table is empty, {tuple(table.shape)}: where neighbors are found at each "
+                "step, count them with NeighborCounts.fit(queries, database, k)"
+            )
         counts = torch.zeros(len(database), dtype=torch.int64)
         for part in table.split(max(1, COUNTED // max(1, table[:1].numel()))):
             found = torch.bincount(part.reshape(-1), minlength=len(database))
