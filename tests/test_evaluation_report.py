@@ -17,6 +17,7 @@ from retrodiff.evaluation import Report, evaluate, features_from_string, vendi
 from retrodiff.evaluation.curves import draw, read_curves
 from retrodiff.evaluation.sampled import read_sampled
 from retrodiff.evaluation.sets import ImageSet
+from retrodiff.model import Model
 from retrodiff.model.generated import to_picture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -157,6 +158,36 @@ def test_samples_of_before_their_database_and_its_neighbors(here, model, tmp_pat
     file.write_text(json.dumps(value))
     assert run(command, "--out", tmp_path / "other") == 2
     assert "generation.json is damaged" in told(capsys)[-1]
+
+
+def test_a_database_for_the_images_of_any_generator(here, model, tmp_path):
+    command = "--images generated --reference held-out --features enc --database d.rdb"
+    assert run(command, "--out", tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["copying"].keys() == {"database"}
+    assert report["copying"]["database"]["excess"] == pytest.approx(30 / 90, abs=0.05)
+    assert any("do not say which rows" in note for note in report["notes"])
+
+
+def test_of_a_large_database_the_neighbors_that_were_used(here, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("retrodiff.evaluation.retrieved.LARGEST", 10)
+    loaded = Model.load(model)
+    made = loaded.sample(n=9, steps=2, k=2)
+    encoder = features_from_string("judge")
+
+    def report(**more):
+        return evaluate(made, "held-out", encoder, progress=False, **more)
+
+    found = report(conditioning=loaded.encoder)
+    assert found.copying.keys() == {"neighbors"}
+    assert found.sources.keys() == {"neighbors"}
+    assert "too few to tell" in found.verdicts()[0][1]
+    assert set(found.neighbors) >= {row for rows in found.sampled.rows for row in rows}
+    blind = report()
+    assert not blind.copying
+    assert any("nothing says which ones held-out" in note for note in blind.notes)
+    with pytest.raises(ValueError, match="conditioning and database disagree"):
+        report(conditioning=encoder, database="d.rdb")
 
 
 def test_in_python_with_prompts(recipe, room, tmp_path):
