@@ -135,7 +135,9 @@ def fit(
             watcher.look(moment)
 
     kept: dict[str, Any] = {"snapshots": earlier} if wanted else {}
-    kept |= {f"watch{i}": watcher for i, watcher in enumerate(watch)}
+    for i, watcher in enumerate(watch):
+        alike = sum(type(other) is type(watcher) for other in watch[:i])
+        kept[f"watch.{type(watcher).__name__}{alike or ''}"] = watcher
 
     losses = optimize(
         objective,
