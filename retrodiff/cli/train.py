@@ -1,4 +1,4 @@
-"""``retrodiff train``: a small retrieval-augmented model on a folder of images."""
+"""``retrodiff train``: a retrieval-augmented model on a folder of images."""
 
 from __future__ import annotations
 
@@ -8,56 +8,132 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrodiff.cli import options as types
+from retrodiff.cli.train_data import Sets, make_sets, read_parts, validation
+from retrodiff.cli.train_network import Network, build_network, read_network
 
 if TYPE_CHECKING:
     from retrodiff.model import Model
+    from retrodiff.training.watching import Watcher
+
+MINUTES = 10.0
+"""Time of a training where neither --steps nor --minutes is given."""
+LOOKS = 10
+"""Sample grids and held-out measurements of a training, about, where no distance is given."""
+RARELY = 25
+"""Least steps between them."""
+PASSED_ON = ("precision", "optimizer", "accumulate", "compile", "workers")
+"""Options that `fit` gets only if they are given."""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("train", help="train a small model on a folder of images")
+    parser = commands.add_parser(
+        "train",
+        help="train a model on a folder of images",
+        description="Trains a retrieval-augmented model on a folder of images. OUT is the model; "
+        "OUT.run shows the training while it goes on: sample grids, curves, metrics.csv and "
+        "TensorBoard events.",
+    )
     parser.add_argument("images", type=types.path, help="folder of training images")
     parser.add_argument("out", type=types.new_folder, help="folder of the model")
-    parser.add_argument(
-        "--database", type=types.path, required=True, help="folder of the database D"
-    )
-    parser.add_argument(
+    parts = parser.add_argument_group("encoder and database")
+    parts.add_argument(
         "--encoder",
-        required=True,
-        help="what D was built with: open_clip:NAME:TAG, timm:NAME or a folder",
+        help="what D was built with: open_clip:NAME:TAG, timm:NAME or a folder, which "
+        "retrodiff train-encoder makes; may be left out with --init",
     )
-    parser.add_argument("--no-pretrained", action="store_true", help="random encoder weights")
-    parser.add_argument(
-        "--size", type=types.integer(4), default=32, help="side of the images, a multiple of 4"
+    parts.add_argument("--no-pretrained", action="store_true", help="random encoder weights")
+    parts.add_argument(
+        "--database",
+        type=types.path,
+        help="the database D; if not given: that of --init, or the training images themselves, as "
+        "OUT.rdb, each without its own row (--exclude-self)",
     )
-    parser.add_argument("--channels", type=types.count, default=96, help="width of the network")
-    parser.add_argument("--k", type=types.count, default=4, help="neighbors per image")
-    parser.add_argument("--steps", type=types.count, default=2000, help="training steps")
-    parser.add_argument("--batch-size", type=types.count, default=32, help="images per step")
-    parser.add_argument(
-        "--lr", type=types.real(most=1e6, above=0), default=1e-3, help="highest learning rate"
-    )
-    parser.add_argument(
-        "--ema", type=types.real(0, 1), default=0.999, help="decay of the weights' average"
-    )
-    parser.add_argument(
-        "--checkpoint-every", type=types.count, default=200, help="steps between checkpoints"
-    )
-    parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
-    parser.add_argument(
-        "--device", type=types.device, default="cpu", help="of encoder and network: cpu, cuda, mps"
-    )
-    parser.add_argument(
+    parts.add_argument(
         "--exclude-self",
         action="store_true",
         help="leave each image's own row out of its neighbors, where the database holds it",
     )
-    parser.add_argument(
+    parts.add_argument(
+        "--validation",
+        type=validation,
+        default=0.1,
+        metavar="SHARE|FOLDER",
+        help="held-out images: a share of the images (0: none), or a folder of others",
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument("--preset", metavar="NAME", help="of retrodiff.presets; else rdm_small")
+    network.add_argument(
+        "--config", type=types.path, metavar="FILE", help="yaml or json file of its arguments"
+    )
+    network.add_argument(
+        "--init",
+        type=types.path,
+        metavar="MODEL",
+        help="start from this trained model, which decides the network (fine-tuning)",
+    )
+    network.add_argument("--size", type=types.integer(4), help="side of the images; else 32")
+    network.add_argument("--channels", type=types.count, help="width of the network; else 96")
+    network.add_argument("--k", type=types.count, help="neighbors per image; else 4")
+    length = parser.add_argument_group("training")
+    time = length.add_mutually_exclusive_group()
+    time.add_argument("--steps", type=types.count, help="training steps")
+    time.add_argument(
+        "--minutes",
+        type=types.real(above=0, most=1e6),
+        help=f"time in place of steps, which are chosen by the measured speed; else {MINUTES:g}",
+    )
+    length.add_argument("--batch-size", type=types.count, default=32, help="images per step")
+    length.add_argument(
+        "--lr", type=types.real(most=1e6, above=0), default=1e-3, help="highest learning rate"
+    )
+    length.add_argument(
+        "--ema",
+        type=types.real(0, 1),
+        nargs="+",
+        default=[0.999],
+        metavar="DECAY",
+        help="decay of the weights' average, or several; else 0.999",
+    )
+    length.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the network's arithmetic; auto: bfloat16 where the device has it",
+    )
+    length.add_argument("--optimizer", choices=("adamw", "muon"), help="else adamw")
+    length.add_argument(
+        "--accumulate",
+        type=types.count,
+        help="passes per step, of which each sees a part of the batch",
+    )
+    length.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
+    length.add_argument("--workers", type=types.integer(0), help="processes that read images")
+    length.add_argument("--seed", type=types.seed, default=0, help="of everything random")
+    length.add_argument(
+        "--device", type=types.device, default="cpu", help="of encoder and network: cpu, cuda, mps"
+    )
+    shown = parser.add_argument_group("what is shown and kept")
+    shown.add_argument(
+        "--sample-every",
+        type=types.integer(0),
+        metavar="STEPS",
+        help=f"steps between sample grids (0: none); else {LOOKS} in all",
+    )
+    shown.add_argument(
+        "--validate-every",
+        type=types.integer(0),
+        metavar="STEPS",
+        help=f"steps between held-out measurements (0: none); else {LOOKS} in all",
+    )
+    shown.add_argument(
+        "--checkpoint-every", type=types.count, default=200, help="steps between checkpoints"
+    )
+    shown.add_argument(
         "--resume",
         action="store_true",
         help="continue an interrupted training; --steps may be more than before",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
+    shown.add_argument("--overwrite", action="store_true", help="replace an earlier model there")
     parser.set_defaults(run=run)
 
 
@@ -65,68 +141,63 @@ def run(options: argparse.Namespace) -> int:
     """Reads, embeds, finds neighbors, trains, saves."""
     import torch
 
-    from retrodiff import presets
-    from retrodiff.databases import open_database
     from retrodiff.disk.files import place
-    from retrodiff.encoders import encoder_from_string
     from retrodiff.model import Model
-    from retrodiff.networks.principal import PrincipalPatches
-    from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
-    from retrodiff.training import FolderImages, TrainingSet, cosine, fit, unfinished
+    from retrodiff.retrieval import NeighborCounts
+    from retrodiff.training import FolderImages, cosine, fit, unfinished
+    from retrodiff.training.run_folder import run_of
 
-    out = place(options.out)
-    if _finished(out, options):
+    out, network = place(options.out), read_network(options)
+    settings = _settings(options, network)
+    if _finished(out, options, settings):
         print(f"{out} was trained with these options already: nothing is left to do")
         return 0
     checkpoint = unfinished.checkpoint_of(out)
-    database = open_database(options.database)
-    encoder = encoder_from_string(
-        options.encoder, pretrained=not options.no_pretrained, device=options.device
-    )
-    images = FolderImages(options.images, options.size)
-    some = images[torch.linspace(0, len(images) - 1, min(len(images), 2000)).long()]
+    parts = read_parts(options, out)
     torch.manual_seed(options.seed)
-    model = presets.rdm_small(
-        encoder=encoder,
-        first_stage=PrincipalPatches.fit(some, patch=4, components=16),
-        database=database,
-        size=options.size,
-        channels=options.channels,
-        k=options.k,
-    ).to(options.device)
-    nearest = NearestNeighbors()
-    retriever = ExcludeSelf(nearest) if options.exclude_self else nearest
-    data = TrainingSet.of(images, encoder, database, retriever, options.k)
-    model = model.replace(proposal=NeighborCounts.from_table(data.table, database))
-    lr = cosine(options.lr, options.steps, min(100, options.steps // 10))
+    model, images = build_network(
+        network, parts, lambda size: FolderImages(options.images, size), options.device
+    )
+    sets = make_sets(options, images, model, parts.exclude_self)
+    model = model.replace(proposal=NeighborCounts.from_table(sets.train.table, parts.database))
+    fitting: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "ema": options.ema[0] if len(options.ema) == 1 else tuple(options.ema),
+        "seed": options.seed,
+        **_passed_on(options),
+    }
+    steps = _steps(options, checkpoint, model, sets, fitting)
+    watch = _watchers(options, run_of(out), sets, steps, {**settings, "steps": steps})
     if not (options.resume and unfinished.is_unfinished(out)):
         unfinished.begin(model, out)
     try:
         trained = fit(
             model,
-            data,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            lr=lr,
-            ema=options.ema,
-            seed=options.seed,
+            sets.train,
+            steps=steps,
+            lr=cosine(options.lr, steps, min(100, steps // 10)),
             checkpoint=checkpoint,
             checkpoint_every=options.checkpoint_every,
             resume=options.resume,
             overwrite=options.overwrite,
+            watch=watch,
+            **fitting,
         ).model
     finally:
         if not checkpoint.exists():
             unfinished.end(out)  # it has learned nothing that could be sampled
     if not (_may_be_saved(out, options) and unfinished.same_weights(trained, Model.load(out))):
-        _save(trained, out, options)
+        _save(trained, out, options, {**settings, "steps": steps})
     unfinished.end(out)
-    print(f"trained on {len(images)} images for {options.steps} steps: {out}")
+    _say_the_end(out, run_of(out), sets, steps, watch)
     return 0
 
 
-def _finished(out: Path, options: argparse.Namespace) -> bool:
-    """Checks, before any work, what is at the places to be written.
+# --- before any work -----------------------------------------------------------------------------
+
+
+def _finished(out: Path, options: argparse.Namespace, settings: dict[str, Any]) -> bool:
+    """Checks what is at the places to be written.
 
     Returns:
         Whether --resume finds that the model is trained already.
@@ -135,20 +206,37 @@ def _finished(out: Path, options: argparse.Namespace) -> bool:
     from retrodiff.disk.files import check_free
     from retrodiff.training import unfinished
     from retrodiff.training.checkpoint import Checkpoint
+    from retrodiff.training.run_folder import check_run, run_of
 
     if not (options.resume and unfinished.is_unfinished(out)):
         unfinished.check_beside(out)
     file = unfinished.checkpoint_of(out)
     state = Checkpoint(file, resume=options.resume, overwrite=options.overwrite).load()
+    at_the_end = False
     if _may_be_saved(out, options):
         if state is None:
             extra = read_description(out).get("extra")
-            if isinstance(extra, dict) and extra.get("training") == _settings(options):
+            before = extra.get("training") if isinstance(extra, dict) else None
+            if isinstance(before, dict) and _same(before, settings):
                 return True
-        elif state.done == options.steps:
-            return False  # killed at the very end, perhaps with the model in its place
-    check_free(out, MARKER, options.overwrite, own_files)
+        else:  # killed at the very end, perhaps with the model in its place
+            at_the_end = state.done == state.run.get("steps")
+            at_the_end &= options.steps in (None, state.done)
+    if not at_the_end:
+        check_free(out, MARKER, options.overwrite, own_files)
+    kept = file.exists() or (out / MARKER).exists()
+    check_run(run_of(out), resume=options.resume, overwrite=options.overwrite, kept=kept)
     return False
+
+
+def _same(before: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a model was trained with these settings; a time stands for any number of steps."""
+    free = {"steps"} if settings["steps"] is None else {"minutes"}
+    mine, theirs = (
+        {name: value for name, value in each.items() if name not in free}
+        for each in (settings, before)
+    )
+    return mine == theirs
 
 
 def _may_be_saved(out: Path, options: argparse.Namespace) -> bool:
@@ -158,16 +246,105 @@ def _may_be_saved(out: Path, options: argparse.Namespace) -> bool:
     return options.resume and not options.overwrite and (out / MARKER).is_file()
 
 
-def _save(model: Model, out: Path, options: argparse.Namespace) -> None:
+def _settings(options: argparse.Namespace, network: Network) -> dict[str, Any]:
+    """The options that decide what is trained, as JSON-able values."""
+    from retrodiff.disk.files import plain_json
+
+    names = ("batch_size", "lr", "ema", "seed", "exclude_self", "validation", "steps", "minutes")
+    settings = {name: getattr(options, name) for name in (*names, *PASSED_ON)}
+    if settings["steps"] is None and settings["minutes"] is None:
+        settings["minutes"] = MINUTES
+    return plain_json({**network.settings(), **settings})
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def _passed_on(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `fit` that are passed only if they are given."""
+    given = {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
+    if given.get("precision") == "auto":
+        from retrodiff.precision import best_precision
+
+        given["precision"] = best_precision(options.device)
+    return given
+
+
+def _steps(
+    options: argparse.Namespace,
+    checkpoint: Path,
+    model: Model,
+    sets: Sets,
+    fitting: dict[str, Any],
+) -> int:
+    """Steps of the training: given, those of the training that goes on, or what the time allows."""
+    from retrodiff.training.checkpoint import read_state
+    from retrodiff.training.grids import Grids
+    from retrodiff.training.held_out import HeldOut
+    from retrodiff.training.pace import measure_pace
+
+    if options.steps is not None:
+        return options.steps
+    if options.resume and checkpoint.exists():
+        return int(read_state(checkpoint).run["steps"])
+    minutes = MINUTES if options.minutes is None else options.minutes
+    looks: list[Any] = []
+    if sets.held_out is not None and options.validate_every != 0:
+        looks.append(HeldOut(sets.held_out, 1, trained=sets.train).measure)
+    if options.sample_every != 0:
+        shown = sets.train if sets.held_out is None else sets.held_out
+        looks.append(Grids(Path.cwd(), shown, 1, trained=sets.train).draw)
+    pace = measure_pace(model, sets.train, looks=looks, lr=options.lr, **fitting)
+    steps = pace.steps(minutes, LOOKS)
+    print(
+        f"{minutes:g} minutes are about {steps:,} steps of {options.batch_size} images here; "
+        f"--steps {steps} repeats this training"
+    )
+    return steps
+
+
+def _watchers(
+    options: argparse.Namespace, folder: Path, sets: Sets, steps: int, settings: dict[str, Any]
+) -> list[Watcher]:
+    """What shows the training."""
+    from retrodiff.training.grids import Grids
+    from retrodiff.training.held_out import HeldOut
+    from retrodiff.training.log import Log
+    from retrodiff.training.outlook import Outlook
+
+    usual = max(RARELY, steps // LOOKS)
+    sample_every, validate_every = (
+        usual if every is None else every
+        for every in (options.sample_every, options.validate_every)
+    )
+    held_out = grids = None
+    if sets.held_out is not None and validate_every:
+        held_out = HeldOut(sets.held_out, validate_every, trained=sets.train)
+    if sample_every:
+        trained = None if sets.held_out is None else sets.train
+        grids = Grids(folder, sets.held_out or sets.train, sample_every, trained=trained)
+    log = Log(folder, held_out=held_out, grids=grids, about={"training": settings})
+    watch = (held_out, grids, log, Outlook(len(sets.train), sets.size))
+    return [watcher for watcher in watch if watcher is not None]
+
+
+def _save(model: Model, out: Path, options: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Saves the model with the options of its training."""
     from retrodiff.checkpoints.native import save_components
 
     parts = {field.name: getattr(model, field.name) for field in fields(model)}
-    extra = {"training": _settings(options)}
-    save_components(parts, out, overwrite=options.overwrite, extra=extra)
+    save_components(parts, out, overwrite=options.overwrite, extra={"training": settings})
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what is trained."""
-    names = ("size", "channels", "k", "steps", "batch_size", "lr", "ema", "seed", "exclude_self")
-    return {name: getattr(options, name) for name in names}
+def _say_the_end(out: Path, folder: Path, sets: Sets, steps: int, watch: list[Watcher]) -> None:
+    """What was trained, how well, and where to look."""
+    from retrodiff.training.grids import Grids
+    from retrodiff.training.held_out import HeldOut
+    from retrodiff.training.run_folder import CURVES
+
+    for watcher in watch:
+        if isinstance(watcher, HeldOut):
+            print(watcher.summary())
+    places = [str(w.file(steps)) for w in watch if isinstance(w, Grids)] + [str(folder / CURVES)]
+    print(f"look at {' and '.join(places)}")
+    print(f"trained on {len(sets.train)} images for {steps} steps: {out}")

@@ -173,7 +173,9 @@ def fit(
             watcher.begin(done)
 
     kept: dict[str, Kept] = {"snapshots": earlier} if wanted else {}
-    kept |= {f"watch{i}": watcher for i, watcher in enumerate(watch)}
+    for i, watcher in enumerate(watch):
+        alike = sum(type(other) is type(watcher) for other in watch[:i])
+        kept[f"watch_{type(watcher).__name__}{alike or ''}"] = watcher
     if compile:
         objective.model.compile()
     with closing(batches):

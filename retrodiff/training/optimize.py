@@ -22,16 +22,12 @@ from torch import Tensor, nn
 from retrodiff.disk.files import plain_json
 from retrodiff.interrupts import Interruption, Postponed, postponed
 from retrodiff.numbers import real, whole
+from retrodiff.precision import best_precision
 from retrodiff.progress import progress_bar
 from retrodiff.randomness import Randomness
 from retrodiff.training.checkpoint import Checkpoint, State
 from retrodiff.training.ema import NamedEMA
-from retrodiff.training.optimizers import (
-    OptimizerName,
-    Optimizers,
-    get_optimizers,
-    multiplies_bfloat16,
-)
+from retrodiff.training.optimizers import OptimizerName, Optimizers, get_optimizers
 from retrodiff.training.processes import Processes
 from retrodiff.training.rates import LARGEST, LearningRate, described, learning_rate
 from retrodiff.training.resuming import Kept, check_same, restore, tensors_of
@@ -274,7 +270,7 @@ def optimize(
 def get_precision(name: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
     """The precision that a name stands for on a device."""
     if name == "auto":
-        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+        return best_precision(device)
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"precision={name!r} is unknown: give 'float32', 'bfloat16' or 'auto'")
     return name

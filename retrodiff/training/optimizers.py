@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from retrodiff.precision import best_precision
+
 Optimizers = Callable[[Mapping[str, nn.Parameter]], Sequence[torch.optim.Optimizer]]
 """Parameters by name -> the optimizers that share them out; each state entry is a tensor."""
 
@@ -91,7 +93,7 @@ def orthogonal(matrices: Tensor, iterations: int = 5, dtype: torch.dtype | None 
         dtype: of the products; None: bfloat16 where the processor multiplies it, else float32.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if multiplies_bfloat16(matrices.device) else torch.float32
+        dtype = getattr(torch, best_precision(matrices.device))
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
@@ -100,17 +102,6 @@ def orthogonal(matrices: Tensor, iterations: int = 5, dtype: torch.dtype | None 
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def multiplies_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32: GPUs, CPUs with AVX512-BF16."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(test() for name in tests if (test := getattr(torch.cpu, name, None)))
-    return False
 
 
 def get_optimizers(name: OptimizerName | Optimizers, weight_decay: float) -> Optimizers:
