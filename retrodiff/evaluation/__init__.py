@@ -13,10 +13,12 @@ from retrodiff.evaluation.metrics import (
     precision_recall,
     vendi,
 )
+from retrodiff.evaluation.reconstruction import Reconstruction, psnr, reconstruction, ssim
 from retrodiff.evaluation.report import Report
 
 __all__ = [
     "Copying",
+    "Reconstruction",
     "Report",
     "Score",
     "authenticity",
@@ -28,5 +30,8 @@ __all__ = [
     "kernel_distance",
     "mind",
     "precision_recall",
+    "psnr",
+    "reconstruction",
+    "ssim",
     "vendi",
 ]

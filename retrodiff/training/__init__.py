@@ -10,21 +10,41 @@ from retrodiff.training.optimize import optimize
 from retrodiff.training.pairing import Pairing
 from retrodiff.training.parts import trainable_modules
 from retrodiff.training.rates import LearningRate, constant, cosine
+from retrodiff.training.stages import (
+    Adversarial,
+    CachedLatents,
+    CodeUse,
+    FeatureDistance,
+    StageResult,
+    encode_latents,
+    fit_autoencoder,
+    lpips_distance,
+    open_latents,
+)
 
 __all__ = [
+    "Adversarial",
+    "CachedLatents",
+    "CodeUse",
+    "FeatureDistance",
     "FitResult",
     "FolderImages",
     "LearningRate",
     "NamedEMA",
     "Objective",
     "Pairing",
+    "StageResult",
     "TrainingSet",
     "constant",
     "cosine",
+    "encode_latents",
     "fit",
+    "fit_autoencoder",
     "fit_clip",
     "fit_views",
     "from_checkpoint",
+    "lpips_distance",
+    "open_latents",
     "optimize",
     "own_rows",
     "trainable_modules",

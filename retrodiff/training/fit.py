@@ -24,6 +24,7 @@ from retrodiff.training.objective import Objective
 from retrodiff.training.optimize import optimize
 from retrodiff.training.parts import TRAINED, copied, trainable_modules
 from retrodiff.training.rates import LearningRate
+from retrodiff.training.stages.cached_latents import on_latents
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def fit(
     if wanted and max(wanted) > steps:
         raise ValueError(f"snapshots={max(wanted)} comes after the last step, steps={steps}")
     _check(model, data)
-    objective = Objective(copied(model))
+    objective = Objective(copied(on_latents(model, data.images)))
     average = NamedEMA(objective, ema)
     earlier = Snapshots(average, wanted)
 
@@ -124,10 +125,13 @@ def fit(
         after=earlier.take,
         progress=progress,
     )
+    trained = objective.model
+    if trained.autoencoder is not model.autoencoder:  # it was trained on latents
+        trained = trained.replace(autoencoder=model.autoencoder)
     return FitResult(
-        _with(objective.model, average.state()),
+        _with(trained, average.state()),
         losses,
-        {step: _with(objective.model, state) for step, state in sorted(earlier.taken.items())},
+        {step: _with(trained, state) for step, state in sorted(earlier.taken.items())},
     )
 
 
