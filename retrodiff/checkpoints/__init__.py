@@ -1,5 +1,6 @@
 """Loads published checkpoints, saves and loads models, and uses the Hugging Face Hub."""
 
+from retrodiff.checkpoints.first_stages import load_autoencoder, save_autoencoder
 from retrodiff.checkpoints.foreign.compvis import load_compvis
 from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 from retrodiff.checkpoints.foreign.load import load_published
@@ -11,8 +12,10 @@ __all__ = [
     "Architecture",
     "PublishedModel",
     "fetch",
+    "load_autoencoder",
     "load_compvis",
     "load_diffusers",
     "load_published",
     "publish",
+    "save_autoencoder",
 ]

@@ -6,6 +6,8 @@ distrust: only this package's own components are made, from arguments that are c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +21,13 @@ from retrodiff.checkpoints.public import PACKAGE
 from retrodiff.checkpoints.sharded import load_shards, save_sharded
 from retrodiff.disk.files import check_free, place, plain_json, write_folder, write_json
 from retrodiff.disk.untrusted import inside, read_json
+from retrodiff.encoders.fingerprint import weights_hash
 from retrodiff.interfaces import Autoencoder
 from retrodiff.text import printable
 
 FORMAT = 1
 MARKER = "first_stage.json"
+SHEET = "reconstructions.png"
 SLOT = "autoencoder"
 
 
@@ -33,6 +37,7 @@ def save_autoencoder(
     *,
     overwrite: bool = False,
     extra: Any = None,
+    sheet: bytes | None = None,
 ) -> Path:
     """Writes a first stage as a folder, whole or not at all.
 
@@ -41,6 +46,7 @@ def save_autoencoder(
         folder: to be written.
         overwrite: replace an earlier one there.
         extra: anything to keep beside it, as plain JSON values; see `read_extra`.
+        sheet: a PNG that shows what it does, kept as ``reconstructions.png``.
 
     Returns:
         The folder.
@@ -67,6 +73,8 @@ def save_autoencoder(
 
     def write(temporary: Path) -> None:
         save_sharded(weights, temporary, "first_stage", metadata={"format": str(FORMAT)})
+        if sheet is not None:
+            (temporary / SHEET).write_bytes(sheet)
         write_json(temporary / MARKER, value)
 
     return write_folder(folder, write, marker=MARKER, own=own_files, overwrite=overwrite)
@@ -96,6 +104,18 @@ def load_autoencoder(folder: str | Path) -> Autoencoder:
     return found
 
 
+def stage_fingerprint(autoencoder: Autoencoder) -> str:
+    """What tells a first stage from every other: its class, its arguments and its weights.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    weights: dict[str, Tensor] = {}
+    described = describe(autoencoder, weights, SLOT)
+    text = json.dumps(described, sort_keys=True) + weights_hash(weights)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def read_extra(folder: str | Path) -> Any:
     """What `save_autoencoder` was given as ``extra``."""
     return _read(Path(folder).expanduser()).get("extra")
@@ -104,7 +124,9 @@ def read_extra(folder: str | Path) -> Any:
 def own_files(folder: Path) -> set[str]:
     """The files of a folder that `save_autoencoder` wrote."""
     weights = re.compile(r"first_stage(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    return {MARKER} | {file.name for file in folder.iterdir() if weights.fullmatch(file.name)}
+    return {MARKER, SHEET} | {
+        file.name for file in folder.iterdir() if weights.fullmatch(file.name)
+    }
 
 
 def _read(folder: Path) -> dict[str, Any]:

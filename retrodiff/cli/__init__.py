@@ -26,6 +26,7 @@ def parser() -> Parser:
         info,
         sample,
         train,
+        train_autoencoder,
         train_encoder,
     )
 
@@ -34,7 +35,17 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"retrodiff {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, database, train_encoder, train, sample, evaluate, info, convert):
+    for module in (
+        demo,
+        database,
+        train_encoder,
+        train_autoencoder,
+        train,
+        sample,
+        evaluate,
+        info,
+        convert,
+    ):
         module.add_parser(commands)
     return top
 

@@ -22,12 +22,14 @@ from retrodiff.evaluation.metrics import (
     mind,
     vendi,
 )
+from retrodiff.evaluation.reconstruction import Reconstruction, psnr, reconstruction, ssim
 from retrodiff.evaluation.report import Report
 
 __all__ = [
     "Copying",
     "FidelityExtractor",
     "Judge",
+    "Reconstruction",
     "Report",
     "Score",
     "authenticity",
@@ -44,7 +46,10 @@ __all__ = [
     "mind",
     "neighbor_echo",
     "precision_recall",
+    "psnr",
+    "reconstruction",
     "register_extractor",
+    "ssim",
     "timm_judge",
     "vendi",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from retrodiff.components import evaluating, where
@@ -112,6 +113,25 @@ def reconstruction(
         math.sqrt(max(0.0, square / count - (total / count) ** 2)),
         torch.cat(kept)[:shown],
     )
+
+
+def comparison_sheet(originals: Tensor, made: Tensor, columns: int = 12) -> Tensor:
+    """Lines of originals, each above a line of their reconstructions, as one picture.
+
+    Args:
+        originals: (n, c, h, w) in [-1, 1].
+        made: their reconstructions.
+        columns: images in a line.
+
+    Returns:
+        (c, height, width) in [-1, 1], white where a last line is not full.
+    """
+    n, c, h, w = originals.shape
+    columns = min(columns, n)
+    lines = -(-n // columns)
+    sheet = originals.new_ones(lines * columns, 2, c, h, w)
+    sheet[:n, 0], sheet[:n, 1] = originals, made
+    return rearrange(sheet, "(l x) two c h w -> c (l two h) (x w)", l=lines)
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:

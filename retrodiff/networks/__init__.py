@@ -2,8 +2,16 @@
 
 from retrodiff.networks.dit import DiT
 from retrodiff.networks.kl import KLAutoencoder
+from retrodiff.networks.patch_discriminator import PatchDiscriminator
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 
-__all__ = ["DiT", "KLAutoencoder", "PrincipalPatches", "UNet", "VQAutoencoder"]
+__all__ = [
+    "DiT",
+    "KLAutoencoder",
+    "PatchDiscriminator",
+    "PrincipalPatches",
+    "UNet",
+    "VQAutoencoder",
+]

@@ -31,6 +31,7 @@ class ResBlock(nn.Module):
         time_width: width of the time embedding; None for a block without one.
         eps: of both norms: 1e-5 in the UNet, 1e-6 in the first stages.
         dropout: probability before the last convolution.
+        groups: of both norms.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class ResBlock(nn.Module):
         time_width: int | None = None,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        groups: int = GROUPS,
     ):
         super().__init__()
-        self.norm1 = GroupNorm(GROUPS, channels, eps)
+        self.norm1 = GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time = None if time_width is None else nn.Linear(time_width, out_channels)
-        self.norm2 = GroupNorm(GROUPS, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
@@ -131,11 +133,11 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def check_channels(channels: int) -> None:
+def check_channels(channels: int, groups: int = GROUPS) -> None:
     """Raises a ValueError where the norms' groups do not divide the channels of a first level."""
-    if channels < 1 or channels % GROUPS:
+    if channels < 1 or channels % groups:
         raise ValueError(
-            f"channels={channels} is not a multiple of {GROUPS}, the groups of every norm: choose "
+            f"channels={channels} is not a multiple of {groups}, the groups of every norm: choose "
             "one that is"
         )
 

@@ -26,11 +26,12 @@ class PixelAttention(nn.Module):
 
     Args:
         channels: c.
+        groups: of the norm.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = GROUPS):
         super().__init__()
-        self.norm = GroupNorm(GROUPS, channels, EPS)
+        self.norm = GroupNorm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -50,13 +51,22 @@ class Resolution(nn.Module):
         widths: channels before the first and after each block.
         attends: attention after every block.
         resize: `Downsample` or `Upsample`; None at the end.
+        groups: of every norm.
     """
 
-    def __init__(self, widths: Sequence[int], attends: bool, resize: nn.Module | None):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        attends: bool,
+        resize: nn.Module | None,
+        groups: int = GROUPS,
+    ):
         super().__init__()
         pairs = list(pairwise(widths))
-        self.blocks = nn.ModuleList([ResBlock(a, b, eps=EPS) for a, b in pairs])
-        self.attentions = nn.ModuleList([PixelAttention(b) for _, b in pairs] if attends else [])
+        self.blocks = nn.ModuleList([ResBlock(a, b, eps=EPS, groups=groups) for a, b in pairs])
+        self.attentions = nn.ModuleList(
+            [PixelAttention(b, groups) for _, b in pairs] if attends else []
+        )
         self.resize = resize
 
     def forward(self, h: Tensor) -> Tensor:
@@ -68,12 +78,12 @@ class Resolution(nn.Module):
         return h if self.resize is None else self.resize(h)
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle(channels: int, groups: int = GROUPS) -> nn.Sequential:
     """Residual block, attention, residual block."""
     return nn.Sequential(
-        ResBlock(channels, channels, eps=EPS),
-        PixelAttention(channels),
-        ResBlock(channels, channels, eps=EPS),
+        ResBlock(channels, channels, eps=EPS, groups=groups),
+        PixelAttention(channels, groups),
+        ResBlock(channels, channels, eps=EPS, groups=groups),
     )
 
 
@@ -87,6 +97,7 @@ class Encoder(nn.Module):
         multipliers: channels of each level as a multiple of ``channels``.
         blocks_per_level: residual blocks of each level.
         attention_factors: downsampling factors with attention; the middle always has it.
+        groups: of every norm.
     """
 
     def __init__(
@@ -98,9 +109,10 @@ class Encoder(nn.Module):
         multipliers: Sequence[int],
         blocks_per_level: int,
         attention_factors: Sequence[int],
+        groups: int = GROUPS,
     ):
         super().__init__()
-        check_channels(channels)
+        check_channels(channels, groups)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         width, last = channels, len(multipliers) - 1
         self.levels = nn.ModuleList()
@@ -108,9 +120,9 @@ class Encoder(nn.Module):
             widths = [width, *[multiplier * channels] * blocks_per_level]
             width = widths[-1]
             shrink = None if level == last else Downsample(width, one_sided=True)
-            self.levels.append(Resolution(widths, 2**level in attention_factors, shrink))
-        self.middle = middle(width)
-        self.norm_out = GroupNorm(GROUPS, width, EPS)
+            self.levels.append(Resolution(widths, 2**level in attention_factors, shrink, groups))
+        self.middle = middle(width, groups)
+        self.norm_out = GroupNorm(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +143,7 @@ class Decoder(nn.Module):
         multipliers: as the encoder's; run from the last to the first.
         blocks_per_level: as the encoder's; the decoder has one more.
         attention_factors: downsampling factors with attention; the middle always has it.
+        groups: of every norm.
     """
 
     def __init__(
@@ -142,18 +155,19 @@ class Decoder(nn.Module):
         multipliers: Sequence[int],
         blocks_per_level: int,
         attention_factors: Sequence[int],
+        groups: int = GROUPS,
     ):
         super().__init__()
         width = multipliers[-1] * channels
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.middle = middle(width)
+        self.middle = middle(width, groups)
         self.levels = nn.ModuleList()
         for level in reversed(range(len(multipliers))):
             widths = [width, *[multipliers[level] * channels] * (blocks_per_level + 1)]
             width = widths[-1]
             grow = Upsample(width) if level else None
-            self.levels.append(Resolution(widths, 2**level in attention_factors, grow))
-        self.norm_out = GroupNorm(GROUPS, width, EPS)
+            self.levels.append(Resolution(widths, 2**level in attention_factors, grow, groups))
+        self.norm_out = GroupNorm(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from retrodiff.interfaces import Autoencoder
+from retrodiff.networks.blocks import GROUPS
 from retrodiff.networks.codec import Decoder, Encoder, check_images, check_latents
 from retrodiff.networks.placed import Placed, at_least_float32
 
@@ -31,6 +32,8 @@ class KLAutoencoder(Placed, Autoencoder):
         feature_channels: channels between encoder and latent; None: ``latent_channels``.
         attention_factors: downsampling factors with attention; the middle always has it.
         image_channels: channels of an image.
+        groups: of every norm; at least four channels each, or a small network cannot tell how
+            bright an image is as a whole: 8 for ``channels=32``.
         scale_factor: latents are the encoder's mean times this number, about one over its standard
             deviation: what `encode` returns and `decode` takes is in the diffusion model's space.
     """
@@ -45,6 +48,7 @@ class KLAutoencoder(Placed, Autoencoder):
         feature_channels: int | None = None,
         attention_factors: Sequence[int] = (),
         image_channels: int = 3,
+        groups: int = GROUPS,
         scale_factor: float = 1.0,
     ):
         super().__init__()
@@ -57,6 +61,7 @@ class KLAutoencoder(Placed, Autoencoder):
             "feature_channels": features,
             "attention_factors": list(attention_factors),
             "image_channels": image_channels,
+            "groups": groups,
         }
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.scale_factor = scale_factor
@@ -65,6 +70,7 @@ class KLAutoencoder(Placed, Autoencoder):
             "multipliers": multipliers,
             "blocks_per_level": blocks_per_level,
             "attention_factors": attention_factors,
+            "groups": groups,
         }
         self.encoder = Encoder(in_channels=image_channels, out_channels=2 * features, **shape)
         self.to_latent = nn.Conv2d(2 * features, 2 * latent_channels, 1)

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.interfaces import Autoencoder
+from retrodiff.networks.blocks import GROUPS
 from retrodiff.networks.codec import Decoder, Encoder, check_images, check_latents
 from retrodiff.networks.placed import Placed, at_least_float32
 from retrodiff.precision import full_precision
@@ -39,6 +40,8 @@ class VQAutoencoder(Placed, Autoencoder):
         feature_channels: channels between encoder and latent; None: ``latent_channels``.
         attention_factors: downsampling factors with attention; the middle always has it.
         image_channels: channels of an image.
+        groups: of every norm; at least four channels each, or a small network cannot tell how
+            bright an image is as a whole: 8 for ``channels=32``.
         scale_factor: latents are the encoder's times this number.
     """
 
@@ -53,6 +56,7 @@ class VQAutoencoder(Placed, Autoencoder):
         feature_channels: int | None = None,
         attention_factors: Sequence[int] = (),
         image_channels: int = 3,
+        groups: int = GROUPS,
         scale_factor: float = 1.0,
     ):
         super().__init__()
@@ -66,6 +70,7 @@ class VQAutoencoder(Placed, Autoencoder):
             "feature_channels": features,
             "attention_factors": list(attention_factors),
             "image_channels": image_channels,
+            "groups": groups,
         }
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.scale_factor = scale_factor
@@ -74,6 +79,7 @@ class VQAutoencoder(Placed, Autoencoder):
             "multipliers": multipliers,
             "blocks_per_level": blocks_per_level,
             "attention_factors": attention_factors,
+            "groups": groups,
         }
         self.encoder = Encoder(in_channels=image_channels, out_channels=features, **shape)
         self.to_latent = nn.Conv2d(features, latent_channels, 1)

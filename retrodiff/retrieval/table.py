@@ -54,7 +54,7 @@ def tabulated(
     Args:
         compute: start and stop, at most ``batch_size`` apart -> those rows.
         shape: of the whole.
-        dtype: int32, int64 or float32.
+        dtype: int32, int64, float32, float16 or bfloat16.
         batch_size: rows at a time.
         what: name of the progress bar.
         progress: show it.
@@ -164,7 +164,7 @@ class Unfinished:
             file.seek(len(self.begin) + done * self.width)
             file.truncate()
             for rows in batches(done):
-                piece = rows.numpy().data
+                piece = rows.reshape(-1).view(torch.uint8).numpy().data
                 file.write(piece)
                 file.flush()
                 digest.update(piece)

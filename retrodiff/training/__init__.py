@@ -14,9 +14,24 @@ from retrodiff.training.pairing import Pairing
 from retrodiff.training.parts import trainable_modules
 from retrodiff.training.rates import LearningRate, constant, cosine
 from retrodiff.training.source_images import SourceImages
+from retrodiff.training.stages import (
+    Adversarial,
+    CachedLatents,
+    CodeUse,
+    FeatureDistance,
+    StageResult,
+    encode_latents,
+    fit_autoencoder,
+    lpips_distance,
+    open_latents,
+)
 
 __all__ = [
+    "Adversarial",
     "Augmentation",
+    "CachedLatents",
+    "CodeUse",
+    "FeatureDistance",
     "FitResult",
     "FolderImages",
     "LearningRate",
@@ -27,13 +42,18 @@ __all__ = [
     "Occasion",
     "Pairing",
     "SourceImages",
+    "StageResult",
     "TrainingSet",
     "constant",
     "cosine",
+    "encode_latents",
     "fit",
+    "fit_autoencoder",
     "fit_clip",
     "fit_views",
     "from_checkpoint",
+    "lpips_distance",
+    "open_latents",
     "optimize",
     "own_rows",
     "trainable_modules",

@@ -211,6 +211,7 @@ def disagreement(
 
 
 _WORDS = {
+    ("images",): "other training images",
     ("data", "images"): "other training images",
     ("data", "embeddings"): "other embeddings of the training images",
     ("data", "table"): "other neighbors of the training images",

@@ -32,6 +32,7 @@ from retrodiff.training.processes import Processes
 from retrodiff.training.rates import LearningRate
 from retrodiff.training.resuming import Kept
 from retrodiff.training.snapshots import Snapshots
+from retrodiff.training.stages.cached_latents import on_latents
 from retrodiff.training.watching import Moment, Watcher
 
 if TYPE_CHECKING:
@@ -137,11 +138,15 @@ def fit(
     _check(model, data)
     processes = Processes(accelerator)
     _check_parts(batch_size, processes.count, whole("accumulate", accumulate))
-    objective = Objective(copied(model))
+    objective = Objective(copied(on_latents(model, data.images)))
     device = _device(objective, processes)
     averages = _averages(objective, ema)
     earlier = Snapshots(averages[0], wanted)
     started = [time.monotonic()]
+
+    def averaged(state: dict[str, Tensor]) -> Model:
+        """The model with averaged weights, and its first stage, even if latents are trained on."""
+        return _with(objective.model.replace(autoencoder=model.autoencoder), state)
 
     batches = Batches(data, model.k, steps, batch_size, seed, workers, processes)
 
@@ -162,7 +167,7 @@ def fit(
                     lr=rate,
                     images=done * batch_size,
                     seconds=time.monotonic() - started[0],
-                    averaged=lambda: _with(objective.model, averages[0].state()),
+                    averaged=lambda: averaged(averages[0].state()),
                 )
             )
 
@@ -202,11 +207,11 @@ def fit(
             processes=processes,
             progress=progress,
         )
-    by_decay = {each.decay: _with(objective.model, each.state()) for each in averages}
+    by_decay = {each.decay: averaged(each.state()) for each in averages}
     return FitResult(
         by_decay[_best(by_decay, watch)],
         losses,
-        {step: _with(objective.model, state) for step, state in sorted(earlier.taken.items())},
+        {step: averaged(state) for step, state in sorted(earlier.taken.items())},
         by_decay,
     )
 

@@ -18,6 +18,7 @@ from retrodiff.numbers import whole
 from retrodiff.randomness import normal
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.seeds import derived
+from retrodiff.training.stages.cached_latents import on_latents
 from retrodiff.training.watching import Moment, is_due, undisturbed
 
 DRAWN = 1 << 16
@@ -150,7 +151,7 @@ class HeldOut:
 
     def _losses(self, model: Model, data: TrainingSet) -> tuple[float, tuple[float, ...]]:
         """Mean loss of a set, and that of each noise level."""
-        n = len(data)
+        model, n = on_latents(model, data.images), len(data)
         chosen = torch.linspace(0, n - 1, min(self.limit, n)).round().long()
         totals = torch.zeros(max(1, len(self.sigmas)), dtype=torch.float64)
         for start in range(0, len(chosen), self.batch_size):

@@ -23,7 +23,7 @@ class Images(Protocol):
     Three more methods are used where a class has them: ``embed(encoder, rows)`` -> (b, d), for
     images whose embeddings come from more than the pixels that are trained on; ``digest()`` -> str,
     a hash of all of them; and ``name(row)`` -> str, where each is read from a file of its own when
-    it is asked for.
+    it is asked for. What has a member ``latents`` gives latents, which may have any values.
     """
 
     def __len__(self) -> int: ...
@@ -83,7 +83,7 @@ def pixels(images: Images, rows: Tensor) -> Tensor:
         return batch  # checked by `as_images`
     worst = batch.detach().abs().flatten(1).amax(1).cpu()
     _refuse(rows, worst.isfinite(), "is not finite: leave it out")
-    if batch.shape[1] in (1, 3):
+    if batch.shape[1] in (1, 3) and not hasattr(images, "latents"):
         most = f"has values up to {float(worst.max()):.4g}, expected -1 to 1"
         _refuse(rows, worst <= 1 + LEEWAY, f"{most}: divide 0 to 255 by 127.5 and subtract 1")
     return batch

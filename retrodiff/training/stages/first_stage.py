@@ -134,11 +134,12 @@ def fit_autoencoder(
     )
     shown = as_images(images)
     check_fit(autoencoder, shown, batch_size)
+    device, _ = where(autoencoder) or (torch.device("cpu"), None)
     objective = StageObjective(
         copy.deepcopy(autoencoder), weights, perceptual, copy.deepcopy(adversarial)
-    ).requires_grad_(True)
+    )
+    objective.to(device).requires_grad_(True)
     trained = objective.autoencoder
-    device, _ = where(trained) or (torch.device("cpu"), None)
     average = NamedEMA(trained, ema)
     parts = LossParts(steps)
 
