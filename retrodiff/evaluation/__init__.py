@@ -13,6 +13,7 @@ from retrodiff.evaluation.metrics import (
     precision_recall,
     vendi,
 )
+from retrodiff.evaluation.recall import text_recall
 from retrodiff.evaluation.report import Report
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "kernel_distance",
     "mind",
     "precision_recall",
+    "text_recall",
     "vendi",
 ]

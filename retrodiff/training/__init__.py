@@ -1,7 +1,9 @@
 """Training: the loop, the data, the average, and small encoders from scratch."""
 
+from retrodiff.training.augmenting import ShiftScaleColor
 from retrodiff.training.contrastive import fit_clip, fit_views
 from retrodiff.training.data import TrainingSet, own_rows
+from retrodiff.training.distillation import Teachers
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.fit import FitResult, fit, from_checkpoint
 from retrodiff.training.folder_images import FolderImages
@@ -18,6 +20,8 @@ __all__ = [
     "NamedEMA",
     "Objective",
     "Pairing",
+    "ShiftScaleColor",
+    "Teachers",
     "TrainingSet",
     "constant",
     "cosine",
