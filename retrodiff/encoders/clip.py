@@ -24,6 +24,7 @@ from retrodiff.encoders.preprocessing import Preprocessing, Size, plain, preproc
 from retrodiff.encoders.prompts import prompt_list, tokens_of
 from retrodiff.encoders.reach import ask_once
 from retrodiff.encoders.trained import of_open_clip
+from retrodiff.encoders.vocabulary import LARGEST, clip_tokenizer
 from retrodiff.interfaces import Fingerprint, TextEncoder
 from retrodiff.numbers import whole
 
@@ -94,7 +95,8 @@ class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatible
 
         Args:
             config: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, if wished, ``quick_gelu``: the
-                arguments of `open_clip.CLIP`.
+                arguments of `open_clip.CLIP`. ``text_cfg.vocab_size`` may be any from 514: the
+                tokenizer then has the first so many tokens of CLIP's 49408.
             preprocessing: None: ``plain``; or ``rdm``, ``openai``, a `Preprocessing`.
             device: where the weights live.
             batch_size: images or prompts per pass.
@@ -104,15 +106,15 @@ class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatible
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         numbers: dict[str, Any] = json.loads(json.dumps(dict(config)))
-        vocabulary = numbers["text_cfg"].setdefault("vocab_size", 49408)
-        if vocabulary < 49408:
-            raise ValueError(
-                f"text_cfg.vocab_size={vocabulary} is less than the tokenizer's 49408 tokens"
-            )
+        text = numbers["text_cfg"]
+        tokenizer = clip_tokenizer(
+            text.setdefault("vocab_size", LARGEST), text.get("context_length", 77)
+        )
         self.name = self.pretrained = self._sized = None
         size = _size_of(numbers)
         chosen = preprocessing_from(preprocessing, size, plain(size))
         self._setup(numbers, chosen, device, batch_size)
+        self._tokenizer = tokenizer
         self.clip = open_clip.CLIP(**numbers).to(self.device)
         return self
 
@@ -201,11 +203,7 @@ class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatible
         if self._tokenizer is None:
             import open_clip
 
-            if self.name is None:
-                length = self._config["text_cfg"].get("context_length", 77)
-                self._tokenizer = open_clip.SimpleTokenizer(context_length=length)
-            else:
-                self._tokenizer = open_clip.get_tokenizer(self.name)
+            self._tokenizer = open_clip.get_tokenizer(self.name)
         return tokens_of(self._tokenizer, prompt_list(prompts), self._cut).to(self.device)
 
     @property

@@ -27,13 +27,20 @@ OURS = ("format", "weights")
 
 
 def save_encoder(
-    encoder: CLIPEncoder | TimmEncoder | Cached, path: str | Path, *, overwrite: bool = False
+    encoder: CLIPEncoder | TimmEncoder | Cached,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the encoder's configuration, weights and fingerprint into a folder.
 
     Args:
         encoder: to be kept; of a `Cached` one the encoder inside.
         path: the folder; it appears whole or not at all.
+        dtype: type of the weights in the file, such as ``torch.float16``; None: their own. They are
+            loaded into the encoder's own type; rounding makes them other weights, so build
+            databases with the encoder that `load_encoder` gives.
         overwrite: replace an earlier encoder there.
 
     Returns:
@@ -48,6 +55,8 @@ def save_encoder(
         )
     module = encoder.model if isinstance(encoder, CLIPEncoder) else encoder.network
     state = plain_state(module)
+    if dtype is not None:
+        state = _narrowed(state, dtype)
     config = {**plain_json(encoder.config()), "weights": weights_hash(state)}
     reason = problem({k: v for k, v in config.items() if k not in (*OURS, "pretrained")})
     if reason is not None:
@@ -62,6 +71,20 @@ def save_encoder(
         write_json(folder / MARKER, {"format": FORMAT, **config})
 
     return write_folder(path, write, marker=MARKER, own=own_files, overwrite=overwrite)
+
+
+def _narrowed(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of another floating type; whole numbers stay.
+
+    Raises:
+        ValueError: a weight is too large for it.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        found[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point() and bool((tensor.isfinite() & found[name].isinf()).any()):
+            raise ValueError(f"{name} has values too large for dtype={dtype}: use torch.bfloat16")
+    return found
 
 
 def own_files(folder: Path) -> set[str]:

@@ -22,6 +22,7 @@ from retrodiff.evaluation.metrics import (
     mind,
     vendi,
 )
+from retrodiff.evaluation.recall import text_recall
 from retrodiff.evaluation.reconstruction import Reconstruction, psnr, reconstruction, ssim
 from retrodiff.evaluation.report import Report
 
@@ -50,6 +51,7 @@ __all__ = [
     "reconstruction",
     "register_extractor",
     "ssim",
+    "text_recall",
     "timm_judge",
     "vendi",
 ]

@@ -1,8 +1,10 @@
 """Training: the loop, the data, the average, and small encoders from scratch."""
 
 from retrodiff.training.augment import Augmentation, Mirrored, Moved
+from retrodiff.training.augmenting import ShiftScaleColor
 from retrodiff.training.contrastive import fit_clip, fit_views
 from retrodiff.training.data import TrainingSet
+from retrodiff.training.distillation import Teachers
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.fit import FitResult, fit, from_checkpoint
 from retrodiff.training.folder_images import FolderImages
@@ -41,8 +43,10 @@ __all__ = [
     "Objective",
     "Occasion",
     "Pairing",
+    "ShiftScaleColor",
     "SourceImages",
     "StageResult",
+    "Teachers",
     "TrainingSet",
     "constant",
     "cosine",

@@ -7,6 +7,8 @@ published CLIP at hand, use that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,15 @@ from torch import Tensor, nn
 from retrodiff.encoders import CLIPEncoder, TimmEncoder
 from retrodiff.interfaces import unit
 from retrodiff.numbers import real, whole
-from retrodiff.training.images import as_images, pixels
+from retrodiff.training.distillation import Taught, Teachers
+from retrodiff.training.ema import NamedEMA
+from retrodiff.training.images import as_images, digest, pixels
 from retrodiff.training.optimize import Part, optimize
+from retrodiff.training.phrasings import Phrasings
 from retrodiff.training.rates import LearningRate
+
+DISTANCE = 10.0
+"""Weight of a cosine distance beside cross-entropies, which are some ten times larger."""
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Images (b, c, h, w) and randomness -> other views of the same images."""
@@ -25,71 +33,128 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 def fit_clip(
     encoder: CLIPEncoder,
-    images: Tensor,
-    captions: Sequence[str],
+    images: Any,
+    captions: Sequence[str] | Sequence[Sequence[str]],
     *,
     steps: int,
     batch_size: int,
     lr: LearningRate | float,
     augment: Augment | None = None,
+    teachers: Teachers | None = None,
+    ema: float | None = None,
     weight_decay: float = 0.1,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Tensor:
     """Trains a CLIP in place (Radford et al. 2021); images of the same caption are all right.
 
-    With few distinct captions a batch holds many correct pairs; their targets share the
-    probability (UniCL, Yang et al. 2022).
+    A batch may hold more than one right caption for an image; their targets share the probability
+    (UniCL, Yang et al. 2022).
 
     Args:
         encoder: made by `CLIPEncoder.from_config`.
-        images: (n, c, h, w) in [-1, 1].
-        captions: n texts.
+        images: (n, c, h, w) in [-1, 1], or whatever `fit` takes as training images.
+        captions: n texts; or n lists of them, of which each step takes one at random. A text that
+            is in the lists of several images is right for all of them.
         steps: steps in all.
         batch_size: pairs per step.
         lr: learning rate: a number, or by step.
         augment: changes the images of a batch.
+        teachers: features of other networks to learn from.
+        ema: decay of an average of the weights, which the encoder has in the end; None: the last
+            weights.
         weight_decay: of AdamW.
         seed: of everything random.
+        checkpoint: file that keeps the state; see `optimize`.
+        checkpoint_every: steps between checkpoints.
+        resume: continue from the checkpoint if it exists.
+        overwrite: replace the checkpoint of another training.
         progress: show a bar.
 
     Returns:
         The loss of every step (steps,).
+
+    Raises:
+        ValueError: not one caption, or one row of the teacher's features, for each image; a
+            checkpoint of other captions, images or teachers.
     """
-    if isinstance(captions, str):
-        raise ValueError("captions is one text: give a list with one for each image")
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images and {len(captions)} captions: give one for each")
     batch_size = whole("batch_size", batch_size)
     shown = as_images(images)
-    distinct = list(dict.fromkeys(captions))
-    number = {text: i for i, text in enumerate(distinct)}
-    which = torch.tensor([number[text] for text in captions])
-    tokens = encoder.tokenize(distinct)
+    phrasings = Phrasings(captions, len(shown))
+    tokens = encoder.tokenize(phrasings.texts)
+    teachers = teachers or Teachers()
+    if teachers.images is not None and len(teachers.images) != len(shown):
+        raise ValueError(
+            f"{len(shown)} images and {len(teachers.images)} rows of the teacher's features of "
+            "them: give one for each"
+        )
+    taught = Taught(encoder, teachers)
+    others = encoder.tokenize(teachers.texts) if taught.text_head is not None else None
+    known = phrasings.numbers_in(teachers.texts)
 
     def loss(_: nn.Module, part: Part) -> Tensor:
         generator = part.generator
-        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        rows = torch.randint(len(shown), (batch_size,), generator=generator)
         batch = pixels(shown, rows)
         batch = batch if augment is None else augment(batch, generator)
-        present, at = which[rows].unique(return_inverse=True)
+        chosen = phrasings.choose(rows, generator)
+        right = phrasings.match(rows, chosen).float().to(encoder.device)
+        present, at = chosen.unique(return_inverse=True)
         image = unit(encoder.image_features(batch))
-        text = unit(encoder.text_features(tokens[present]))[at]
-        logits = encoder.model.logit_scale.exp().clamp(max=100) * image @ text.T
-        same = (at[:, None] == at[None, :]).float()
-        target = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        text = unit(encoder.text_features(tokens[present]))
+        scale = encoder.model.logit_scale.exp().clamp(max=100)
+        total = _contrast(scale * image @ text[at].T, right)
+        total = total + teachers.image_weight * taught.image_loss(image, rows)
+        if others is None:
+            return total
+        place = known[chosen]
+        if bool((here := place >= 0).any()):
+            aimed = taught.text_targets(place[here])
+            guided = _contrast(scale * image @ aimed.T, right[:, here])
+            total = total + teachers.text_weight * guided
+        more = torch.randint(len(others), (batch_size,), generator=generator)
+        told = torch.cat([text[at][here], unit(encoder.text_features(others[more]))])
+        aimed = taught.text_targets(torch.cat([place[here], more])).detach()
+        return total + teachers.text_weight * DISTANCE * (1 - (told * aimed).sum(-1)).mean()
 
-    return optimize(
-        encoder,
+    module = taught if taught.heads() else encoder
+    average = None if ema is None else NamedEMA(module, ema)
+    run: dict[str, Any] = {"batch_size": batch_size}
+    if checkpoint is not None:  # hashes take a while
+        run |= {"images": digest(shown), "captions": phrasings.digest()}
+        run |= {"teachers": teachers.describe()}
+    losses = optimize(
+        module,
         loss,
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,
         seed=seed,
+        ema=[] if average is None else [average],
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+        run=run,
         progress=progress,
         what="CLIP",
     )
+    if average is not None:
+        average.copy_to(module)
+    return losses
+
+
+def _contrast(logits: Tensor, right: Tensor) -> Tensor:
+    """Cross-entropy from images to texts and back; what is right shares the probability."""
+    losses: list[Tensor] = []
+    for scores, target in ((logits, right), (logits.T, right.T)):
+        share = target.sum(1, keepdim=True)
+        losses.append(F.cross_entropy(scores, target / share.clamp(min=1)))
+    return (losses[0] + losses[1]) / 2
 
 
 def fit_views(
