@@ -86,17 +86,17 @@ class Fingerprint:
             raise ValueError(f"{what} is no JSON object")
         given = cast("dict[str, Any]", value)
         if unknown := given.keys() - {*kinds, "scale"}:
-            raise ValueError(f"{what} has an unknown part {_short(min(unknown))}")
+            raise ValueError(f"{what} has an unknown part {_told(min(unknown))}")
         about: dict[str, Any] = {"scale": "raw", "rows": "", **given}
         for name, kind in kinds.items():
             if name not in about:
                 raise ValueError(f"{what} lacks {name!r}")
             if type(about[name]) is not kind:
                 kind = "a whole number" if kind is int else "a text"
-                raise ValueError(f"{what} has {name}={_short(about[name])}, not {kind}")
+                raise ValueError(f"{what} has {name}={_told(about[name])}, not {kind}")
         if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
             raise ValueError(
-                f"{what} has scale={_short(about['scale'])} and dim={_short(about['dim'])}"
+                f"{what} has scale={_told(about['scale'])} and dim={_told(about['dim'])}"
             )
         return cls(**about)
 
@@ -395,6 +395,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _short(value: Any) -> str:
+def _told(value: Any) -> str:
     """A value of a file in an error: one line of it."""
     return printable(repr(value))[:80]
