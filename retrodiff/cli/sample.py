@@ -76,6 +76,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="sample what an unfinished training of the model has learned so far",
     )
+    parser.add_argument(
+        "--attribution",
+        action="store_true",
+        help="record which neighbor painted which region; drawn in attribution.png",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
     parser.set_defaults(run=run)
 
@@ -85,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.databases import open_database
     from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
-    from retrodiff.model.generated import MARKER, own_files
+    from retrodiff.model.generated import ATTRIBUTION, MARKER, own_files
     from retrodiff.retrieval import Uniform
 
     check_free(options.out, MARKER, options.overwrite, own_files)
@@ -107,10 +112,12 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         progress=True,
+        attribution=options.attribution,
     )
     folder = out.save(options.out, overwrite=options.overwrite)
     _save_sheet(folder / SHEET, model, out, asked)
-    print(f"{len(out)} images in {folder}; look at {folder / SHEET}")
+    drawn = f" and {folder / ATTRIBUTION}" if options.attribution else ""
+    print(f"{len(out)} images in {folder}; look at {folder / SHEET}{drawn}")
     return 0
 
 
