@@ -174,6 +174,7 @@ def main() -> None:
     results["composed"]["figures"]["error"] = round(float((made - truth).abs().mean()), 4)
     results["composed"]["figures"]["error_of_black"] = round(float(truth.mean()), 4)
 
+    print(json.dumps(results["composed"]["figures"]), flush=True)
     from retrodiff.demo import digits as demo
 
     with tempfile.TemporaryDirectory() as folder:

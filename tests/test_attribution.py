@@ -187,10 +187,10 @@ def test_an_evaluation_counts_as_much_as_any_other():
     torch.testing.assert_close(recorder.shares, torch.stack(each).mean(0))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0, Interval(ClassifierFree(3.0), 0.1, 10.0)], ids=repr)
+@pytest.mark.parametrize("guidance", [1.0, 3.0, Interval(ClassifierFree(3.0), 0.1, 10.0)], ids=str)
 def test_the_null_branch_takes_no_part(guidance):
     """A learned null attends to tokens of its own; only rows of the condition are recorded."""
-    model = built(small_network(), LearnedNull(NeighborEmbeddings("raw"), 8), guidance)
+    model = built(small_network(), LearnedNull(NeighborEmbeddings("raw"), dim=8), guidance)
     plain = model.sample(n=3)
     out = model.sample(n=3, attribution=True)
     assert torch.equal(out.images, plain.images)
