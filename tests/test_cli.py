@@ -55,6 +55,14 @@ def test_train_info_and_sample(built, pictures, tmp_path, capsys):
     image = str(pictures / "cats" / "0.png")
     assert main([*command, "--image", image, "--n", "2", "--overwrite"]) == 0
     assert sorted(p.name for p in out.glob("*.png")) == ["00000.png", "00001.png", "sheet.png"]
+    capsys.readouterr()
+    assert main([*command, "--image", image, "--attribution", "--overwrite"]) == 0
+    assert "attribution.png" in capsys.readouterr().out
+    names = ["00000.png", "attribution.png", "sheet.png"]
+    assert sorted(p.name for p in out.glob("*.png")) == names
+    described = json.loads((out / "generation.json").read_text())
+    near = described["images"][0]["neighbors"]
+    assert sum(one["share"] for one in near) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_model_moves_with_its_database(built, tmp_path):

@@ -116,6 +116,19 @@ def one_neighbor_attention(
     return join_regions(split_regions(x, one.regions, shape) + added, shape)
 
 
+def one_neighbor_weights(
+    x: Tensor, one: OneNeighbor, heads: int, shape: tuple[int, int] | None = None
+) -> Tensor:
+    """Attention weights (b, h, n, 1) where k = 1: one; zero on the null and where it is hidden."""
+    b, n, _ = x.shape
+    seen = x.new_ones(b, one.regions, 1)
+    if one.hidden is not None:
+        seen[: len(one.hidden)].masked_fill_(one.hidden, 0)
+    seen[b - one.null_rows :] = 0
+    spread = rearrange(seen, "b r 1 -> b r 1 1").expand(-1, -1, n // one.regions, heads)
+    return rearrange(join_regions(spread, shape), "b n h -> b h n 1")
+
+
 def absorb(tokens: Tokens | Tensor, weights: Weights) -> AttentionTables:
     """Neighbors (b, k, d) or (b, r, k, d) and weights -> tables; differentiable in both."""
     near = Neighborhood.of(tokens, weights.key.shape[1])

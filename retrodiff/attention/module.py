@@ -18,6 +18,7 @@ from retrodiff.attention.absorbed import (
     absorbed_weights,
     one_neighbor,
     one_neighbor_attention,
+    one_neighbor_weights,
 )
 from retrodiff.attention.dispatch import STEPS, Choice, Path, Problem, choose
 from retrodiff.attention.fused import fused_attention, refusal, refusal_of
@@ -26,6 +27,7 @@ from retrodiff.attention.reference import (
     Weights,
     keys_values,
     standard_attention,
+    standard_weights,
 )
 from retrodiff.interfaces import Tokens
 from retrodiff.precision import autocast_dtype
@@ -134,13 +136,13 @@ class NeighborAttention(nn.Module):
         shape: tuple[int, int] | None = None,
     ) -> Tensor:
         """Which neighbor painted which position: (b, h, n, k), each row sums to 1 (null: 0)."""
-        if isinstance(context, KeysValues | OneNeighbor):
-            raise ValueError(
-                f"{type(context).__name__} cannot tell the attention weights: hand in the tokens"
-            )
-        if not isinstance(context, AttentionTables):
+        if isinstance(context, Tensor | Tokens):
             context = absorb(context, self.weights)
         self._check(x, context)
+        if isinstance(context, OneNeighbor):
+            return one_neighbor_weights(x, context, self.heads, shape)
+        if isinstance(context, KeysValues):
+            return standard_weights(x, context, self.weights, shape)
         return absorbed_weights(x, context, self.norm.eps, shape)
 
     def explain(

@@ -290,6 +290,26 @@ def keys_values(tokens: Tokens | Tensor, weights: Weights) -> KeysValues:
     )
 
 
+def standard_weights(
+    x: Tensor, cached: KeysValues, weights: Weights, shape: tuple[int, int] | None = None
+) -> Tensor:
+    """Attention weights (b, h, n, k) of positions on neighbors, from keys; zero on the null."""
+    live, h = cached.keys.shape[0], weights.heads
+    y = F.layer_norm(x[:live], x.shape[-1:], weights.gain, weights.shift, weights.eps)
+    q = split_regions(F.linear(y, weights.query), cached.regions, shape)
+    q = rearrange(q, "b r n (h e) -> b r h n e", h=h)
+    keys = rearrange(cached.keys, "b r k (h e) -> b r h e k", h=h).to(q.dtype)
+    scores = q @ keys / math.sqrt(q.shape[-1])
+    if cached.mask is not None:
+        scores = scores.masked_fill(~rearrange(cached.mask, "b r k -> b r 1 1 k"), -torch.inf)
+    attention = scores.softmax(-1)
+    if cached.hidden is not None:
+        attention = attention.masked_fill(rearrange(cached.hidden, "b r k -> b r 1 1 k"), 0)
+    flat = rearrange(attention, "b r h n k -> b r n (h k)")
+    found = rearrange(join_regions(flat, shape), "b n (h k) -> b h n k", h=h)
+    return F.pad(found, (0, 0, 0, 0, 0, 0, 0, cached.null_rows))
+
+
 def standard_attention(
     x: Tensor, cached: KeysValues, weights: Weights, shape: tuple[int, int] | None = None
 ) -> Tensor:

@@ -53,6 +53,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="sample what an unfinished training of the model has learned so far",
     )
+    parser.add_argument(
+        "--attribution",
+        action="store_true",
+        help="record which neighbor painted which region; drawn in attribution.png",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier images there")
     parser.set_defaults(run=run)
 
@@ -90,8 +95,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Loads, samples, saves."""
+    from retrodiff.model.generated import ATTRIBUTION
+
     _, out = sampled(options, options.out)
-    print(f"{len(out)} images in {options.out}; look at {options.out}/{SHEET}")
+    drawn = f" and {options.out}/{ATTRIBUTION}" if options.attribution else ""
+    print(f"{len(out)} images in {options.out}; look at {options.out}/{SHEET}{drawn}")
     return 0
 
 
@@ -122,6 +130,7 @@ def sampled(options: argparse.Namespace, folder: str) -> tuple[Model, Generation
         seed=options.seed,
         batch_size=options.batch_size,
         progress=True,
+        attribution=getattr(options, "attribution", False),
     )
     saved = out.save(folder, overwrite=options.overwrite)
     _save_sheet(saved / SHEET, model, out, asked)

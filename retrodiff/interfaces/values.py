@@ -86,17 +86,17 @@ class Fingerprint:
             raise ValueError(f"{what} is no JSON object")
         given = cast("dict[str, Any]", value)
         if unknown := given.keys() - {*kinds, "scale"}:
-            raise ValueError(f"{what} has an unknown part {_quoted(min(unknown))}")
+            raise ValueError(f"{what} has an unknown part {_told(min(unknown))}")
         about: dict[str, Any] = {"scale": "raw", "rows": "", **given}
         for name, kind in kinds.items():
             if name not in about:
                 raise ValueError(f"{what} lacks {name!r}")
             if type(about[name]) is not kind:
                 kind = "a whole number" if kind is int else "a text"
-                raise ValueError(f"{what} has {name}={_quoted(about[name])}, not {kind}")
+                raise ValueError(f"{what} has {name}={_told(about[name])}, not {kind}")
         if about["scale"] not in ("raw", "unit") or not 0 < about["dim"] < 2**31:
             raise ValueError(
-                f"{what} has scale={_quoted(about['scale'])} and dim={_quoted(about['dim'])}"
+                f"{what} has scale={_told(about['scale'])} and dim={_told(about['dim'])}"
             )
         return cls(**about)
 
@@ -168,15 +168,12 @@ class Neighbors(Value):
         similarity: cosine to the query, same shape.
         embeddings: (b, k, d) or (b, r, k, d), raw scale as stored.
         records: for each of the b queries, one record per neighbor; empty until described.
-        mask: (b, k) or (b, r, k), True where a neighbor takes part; None: all do. Training on a
-            varying number of neighbors fills shorter lists up to k with what does not take part.
     """
 
     indices: Tensor
     similarity: Tensor
     embeddings: Tensor
     records: tuple[tuple[Record, ...], ...] = ()
-    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -201,7 +198,6 @@ class Neighbors(Value):
             self.similarity.gather(-1, columns),
             self.embeddings.gather(-2, wide),
             records,
-            None if self.mask is None else self.mask.gather(-1, columns),
         )
 
     def rows(self, rows: Tensor | slice | list[int]) -> Neighbors:
@@ -210,10 +206,7 @@ class Neighbors(Value):
         if records:
             kept = torch.arange(len(records))[rows].tolist()
             records = tuple(records[i] for i in kept)
-        mask = None if self.mask is None else self.mask[rows]
-        return Neighbors(
-            self.indices[rows], self.similarity[rows], self.embeddings[rows], records, mask
-        )
+        return Neighbors(self.indices[rows], self.similarity[rows], self.embeddings[rows], records)
 
     def to(self, device: torch.device | str) -> Neighbors:
         """The same neighbors on another device."""
@@ -222,7 +215,6 @@ class Neighbors(Value):
             indices=self.indices.to(device),
             similarity=self.similarity.to(device),
             embeddings=self.embeddings.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
         )
 
     @classmethod
@@ -243,14 +235,10 @@ class Neighbors(Value):
     @classmethod
     def cat(cls, parts: Sequence[Neighbors]) -> Neighbors:
         """Several sets of the same queries, joined along k."""
-        mask = None
-        if any(p.mask is not None for p in parts):
-            mask = torch.cat([_mask_of(part) for part in parts], -1)
         return cls(
             torch.cat([p.indices for p in parts], -1),
             torch.cat([p.similarity for p in parts], -1),
             torch.cat([p.embeddings for p in parts], -2),
-            mask=mask,
         )
 
 
@@ -378,12 +366,6 @@ def unit(embedding: Tensor) -> Tensor:
     return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def _mask_of(neighbors: Neighbors) -> Tensor:
-    if neighbors.mask is not None:
-        return neighbors.mask
-    return torch.ones_like(neighbors.indices, dtype=torch.bool)
-
-
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
@@ -413,6 +395,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _quoted(value: Any) -> str:
+def _told(value: Any) -> str:
     """A value of a file in an error: one line of it."""
     return printable(repr(value))[:80]

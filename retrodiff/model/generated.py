@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retrodiff.disk.files import plain_json, write_folder, write_json
 from retrodiff.interfaces import Database, Neighbors, Query, Value
+from retrodiff.model.attribution import Attribution
 from retrodiff.pictures.converting import to_bytes
 from retrodiff.text import printable
 
@@ -26,6 +27,9 @@ FORMAT = 1
 MARKER = "generation.json"
 SHEET = "sheet.png"
 """Query, samples and neighbors in one picture, beside the images."""
+
+ATTRIBUTION = "attribution.png"
+"""Samples tinted by the neighbors that painted them, where that was recorded."""
 
 SHOWN = 16
 """Images that a notebook shows."""
@@ -48,6 +52,7 @@ class Generation(Value):
         settings: mode, k, guidance, steps, seed, fingerprints.
         pictures: those that were asked with, (c, h, w) each; empty where they were texts or rows.
         database: what was retrieved from, to show its pictures; it is not saved.
+        attribution: which neighbor has which part in which region, where that was asked for.
     """
 
     images: Tensor
@@ -57,6 +62,7 @@ class Generation(Value):
     settings: Mapping[str, Any]
     pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
     database: Database | None = field(default=None, compare=False, repr=False)
+    attribution: Attribution | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -102,6 +108,12 @@ class Generation(Value):
                 shown.append(name)
         return " ".join(shown)
 
+    def _share(self, i: int, j: int) -> dict[str, float]:
+        """The share of a neighbor in an image, where it was recorded."""
+        if self.attribution is None or self.neighbors.indices.ndim != 2:
+            return {}
+        return {"share": float(self.attribution.means[i, j])}
+
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """PNG files and ``generation.json`` with everything that is needed to make them again."""
 
@@ -120,6 +132,7 @@ class Generation(Value):
                             {
                                 "row": int(self.neighbors.indices[i].flatten()[j]),
                                 "similarity": float(self.neighbors.similarity[i].flatten()[j]),
+                                **self._share(i, j),
                                 "record": dict(record),
                             }
                             for j, record in enumerate(
@@ -128,6 +141,10 @@ class Generation(Value):
                         ],
                     }
                 )
+            if self.attribution is not None:
+                from retrodiff.model.attribution_sheet import attribution_sheet
+
+                attribution_sheet(self).save(temporary / ATTRIBUTION)
             value = {"format": FORMAT, "settings": dict(self.settings), "images": rows}
             write_json(temporary / MARKER, plain_json(value))
 
@@ -141,7 +158,7 @@ def own_files(folder: Path) -> set[str]:
         images = {row["file"] for row in rows if re.fullmatch(r"\d{5,}\.png", row["file"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         images = set[str]()
-    return {MARKER, SHEET} | images
+    return {MARKER, SHEET, ATTRIBUTION} | images
 
 
 def to_picture(image: Tensor) -> Image:

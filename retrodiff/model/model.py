@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from retrodiff.attention.recording import Measure
 from retrodiff.components import summary
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
@@ -121,6 +122,7 @@ class Model(Saved, Placed):
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
+        attribution: bool | Measure = False,
         **unknown: Any,
     ) -> Generation:
         """Generates images. Give one of prompts, classes, images, query, or n alone.
@@ -148,6 +150,8 @@ class Model(Saved, Placed):
                 others (to rounding).
             batch_size: images per network call (twice that under guidance).
             progress: show a bar.
+            attribution: fill in ``Generation.attribution``, which neighbor has which part where;
+                True, or a measure of `retrodiff.attention.Recorder`. Images stay the same.
             unknown: refused, with the name that the argument has here.
 
         Raises:
@@ -165,7 +169,7 @@ class Model(Saved, Placed):
             batch_size=batch_size,
         )
         generator = self.generating(sampler, guidance)
-        return run(request, self.asker(), generator, progress=progress)
+        return run(request, self.asker(), generator, progress=progress, attribution=attribution)
 
     def sample_latents(
         self,

@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrodiff.attention.recording import Measure
 from retrodiff.components import first_not_finite, summary
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.interfaces import Callback, Context, Denoiser, Generator, Randomness, member
 from retrodiff.model.asking import Asker
+from retrodiff.model.attribution import Attributing, read_measure
 from retrodiff.model.generated import Generation
 from retrodiff.model.request import Request
 from retrodiff.progress import progress_bar
@@ -26,7 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def sample(
-    request: Request, asker: Asker, generator: Generator, *, progress: bool = False
+    request: Request,
+    asker: Asker,
+    generator: Generator,
+    *,
+    progress: bool = False,
+    attribution: bool | Measure = False,
 ) -> Generation:
     """The images of a request, with what conditioned each and the settings that make them again.
 
@@ -35,12 +43,16 @@ def sample(
         asker: finds queries and neighbors, and makes contexts of them.
         generator: makes latents and images of contexts.
         progress: show a bar.
+        attribution: record which neighbor has which part in which region; True, or a measure.
 
     Raises:
         ValueError: the request does not fit the components.
         FloatingPointError: no image is finite.
     """
+    measure = read_measure(attribution)
+    attributing = None if measure is None else Attributing(generator, measure)
     asked = asker.ask(request)
+    neighbors = asked.neighbors
     log.info("sampling %d images with %s", len(request), summary(generator))
     rows: list[int] = []
     images: list[Tensor] = []
@@ -49,27 +61,34 @@ def sample(
         for part in asker.condition(asked, generator, request):
             shape = (len(part.rows), *generator.shape)
             noise = normal(Randomness.of(request.seed, part.rows, "noise"), shape)
-            made = generate(
-                generator,
-                part.context,
-                part.null,
-                noise,
-                steps=request.steps,
-                randomness=Randomness.of(request.seed, part.rows, "sampler"),
-                callback=lambda _, denoised: bar.update(len(denoised)),
-            )
+            watched = nullcontext()
+            if attributing is not None:
+                watched = attributing.part(part.rows, part.context, neighbors)
+            with watched:
+                made = generate(
+                    generator,
+                    part.context,
+                    part.null,
+                    noise,
+                    steps=request.steps,
+                    randomness=Randomness.of(request.seed, part.rows, "sampler"),
+                    callback=lambda _, denoised: bar.update(len(denoised)),
+                )
             rows += part.rows
             latents.append(made.cpu())
             images.append(generator.decode(made).float().cpu())
     back = torch.tensor(rows).argsort()
+    whole = torch.cat(images)[back]
+    size = (int(whole.shape[-2]), int(whole.shape[-1]))
     out = Generation(
-        torch.cat(images)[back],
+        whole,
         torch.cat(latents)[back],
         dataclasses.replace(asked.query, generator=None),
-        asked.neighbors,
+        neighbors,
         _settings(request, asker, generator),
         pictures=tuple(request.value) if request.kind == "images" else (),
         database=asker.database,
+        attribution=None if attributing is None else attributing.result(size, neighbors.k),
     )
     _check_finite(out, generator)
     return out
