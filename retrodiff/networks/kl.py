@@ -32,8 +32,7 @@ class KLAutoencoder(Placed, Autoencoder):
         feature_channels: channels between encoder and latent; None: ``latent_channels``.
         attention_factors: downsampling factors with attention; the middle always has it.
         image_channels: channels of an image.
-        groups: of every norm; at least four channels each, or a small network cannot tell how
-            bright an image is as a whole: 8 for ``channels=32``.
+        groups: of every norm; divides ``channels``.
         scale_factor: latents are the encoder's mean times this number, about one over its standard
             deviation: what `encode` returns and `decode` takes is in the diffusion model's space.
     """
