@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from retrodiff.diffusion import (
 )
 from retrodiff.interfaces import Context, Neighbors, Query
 from retrodiff.model import Model
+from retrodiff.model.attribution import Attribution
+from retrodiff.model.attribution_sheet import attribution_sheet
+from retrodiff.model.generated import Generation
 from retrodiff.networks.dit import DiT
 
 SIDE = 16
@@ -45,7 +48,8 @@ def digits() -> Tensor:
     """The scans (n, 8, 8) in [0, 1]."""
     from sklearn.datasets import load_digits
 
-    return torch.from_numpy(load_digits().images).float() / 16
+    scans: Any = load_digits()
+    return torch.from_numpy(scans.images).float() / 16
 
 
 def composed(n: int, scans: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -127,7 +131,8 @@ def measured(model: Model, embeddings: Tensor, truth: Tensor | None) -> dict[str
     maps: dict[str, Tensor] = {}
     for measure in MEASURES:
         networks = modules(model.denoiser)
-        with recording(networks, b, tuple(whole.shape[-2:]), measure) as recorder:
+        size = (int(whole.shape[-2]), int(whole.shape[-1]))
+        with recording(networks, b, size, measure) as recorder:
             same = images(embeddings)
         assert torch.equal(same, whole)
         maps[measure] = recorder.shares
@@ -151,8 +156,38 @@ def _compared(shares: Tensor, change: Tensor, truth: Tensor | None) -> dict[str,
 def _mean_correlation(a: Tensor, b: Tensor) -> float:
     from scipy.stats import spearmanr
 
-    each = [spearmanr(x.numpy(), y.numpy()).statistic for x, y in zip(a, b, strict=True)]
-    return sum(each) / len(each)
+    pairs: Any = [spearmanr(x.numpy(), y.numpy()) for x, y in zip(a, b, strict=True)]
+    return sum(float(pair.statistic) for pair in pairs) / len(pairs)
+
+
+class Pictures:
+    """Stands for a database in a picture: row (i k) is neighbor k of image i."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        self.pictures = pictures.flatten(0, 1)
+
+    def image(self, row: int) -> Tensor:
+        """The picture of a row."""
+        return self.pictures[row][None].expand(3, -1, -1)
+
+
+def draw(images: Tensor, maps: Tensor, pictures: Tensor, file: Path) -> None:
+    """The sheet of some samples with these maps (b, k, h, w) as shares."""
+    b, k = maps.shape[:2]
+    shares = maps / maps.sum(1, keepdim=True).clamp(min=1e-9)
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    streams = {"neighbors": torch.ones(b, *size)}
+    rows = torch.arange(b * k).view(b, k)
+    out = Generation(
+        images,
+        images,
+        Query(torch.zeros(b, 1)),
+        Neighbors(rows, torch.ones(b, k), torch.zeros(b, k, 1)),
+        {},
+        database=cast("Any", Pictures(pictures)),
+        attribution=Attribution(shares, streams, size, "weights"),
+    )
+    attribution_sheet(out, range(4)).save(file)
 
 
 def main() -> None:
@@ -184,6 +219,7 @@ def main() -> None:
         asked = Query(scanned.encoder.encode_image(split.held_out[0][: options.images]))
         near = scanned.retriever.retrieve(asked, database, 4)
         conditioned = scanned.conditioner.condition(asked, near).streams["neighbors"].values
+        shown = split.database[0][near.indices][:, :, 0]
         results["digits"] = measured(scanned, conditioned, None)
 
     figures = {name: result["figures"] for name, result in results.items()}
@@ -192,10 +228,13 @@ def main() -> None:
         options.out.write_text(json.dumps(figures, indent=2) + "\n")
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {"parts": parts, **{n: {k: v for k, v in r.items()} for n, r in results.items()}},
-            options.pictures / "maps.pt",
-        )
+        pictures = {"composed": 2 * parts - 1, "digits": shown}
+        for name, result in results.items():
+            shares = {**result["maps"], "change": result["change"]}
+            for kind, maps in shares.items():
+                draw(
+                    result["images"], maps, pictures[name], options.pictures / f"{name}-{kind}.png"
+                )
 
 
 if __name__ == "__main__":
