@@ -44,6 +44,7 @@ from retrodiff.interfaces import (
     Sampler,
     Scale,
 )
+from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
@@ -141,7 +142,7 @@ def ldm_imagenet(*, sampler: Sampler | None = None) -> Builder:
 def rdm_small(
     *,
     encoder: Encoder,
-    first_stage: PrincipalPatches | None = None,
+    first_stage: PrincipalPatches | KLAutoencoder | VQAutoencoder | None = None,
     database: Database | None = None,
     retriever: Retriever | None = None,
     size: int = 32,
@@ -156,14 +157,20 @@ def rdm_small(
     Args:
         encoder: what the database was built with.
         first_stage: ``PrincipalPatches.fit(images, patch=4, components=16)`` makes pictures far
-            less noisy after short trainings; None: all 48 numbers of a patch, as they are.
+            less noisy after short trainings; an autoencoder that ``train-autoencoder`` made takes
+            larger pictures; None: all 48 numbers of a patch, as they are.
         database: D; None: to be set before anything is retrieved.
         retriever: which neighbors; None: the nearest.
         size: side of the pictures, a multiple of 4.
         channels: of the UNet, a multiple of 32.
         k: neighbors per picture.
     """
-    patch, width = (4, 48) if first_stage is None else (first_stage.patch, first_stage.components)
+    if first_stage is None:
+        patch, width = 4, 48
+    elif isinstance(first_stage, PrincipalPatches):
+        patch, width = first_stage.patch, first_stage.components
+    else:
+        patch, width = first_stage.factor, first_stage.latent_channels
     if size % patch:
         raise ValueError(f"size={size} is no multiple of {patch}, the side of a patch")
 

@@ -10,6 +10,7 @@ import torch
 from parts import HashingEncoder, small_network
 from torch import Tensor, nn
 
+from retrodiff import presets
 from retrodiff.checkpoints import load_autoencoder, save_autoencoder
 from retrodiff.checkpoints.first_stages import read_extra, stage_fingerprint
 from retrodiff.diffusion import EDMDenoiser, PixelUnshuffle
@@ -224,3 +225,9 @@ def test_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Mine is no first stage of retrodiff"):
         save_autoencoder(Mine(), tmp_path / "stage")  # type: ignore[arg-type]
     assert not (tmp_path / "stage").exists()
+
+
+def test_a_small_preset_takes_the_first_stage_at_its_own_factor(stage: KLAutoencoder) -> None:
+    model = presets.rdm_small(encoder=HashingEncoder(), first_stage=stage, size=16, channels=32)
+    assert model.generating().shape == (1, 8, 8)
+    assert model.autoencoder is stage
