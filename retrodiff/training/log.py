@@ -17,11 +17,12 @@ from torch import Tensor
 
 from retrodiff.disk.files import atomic_write, place
 from retrodiff.numbers import whole
+from retrodiff.progress import say
 from retrodiff.training.curves import Curve, Panel, draw_curves
 from retrodiff.training.grids import Grids
 from retrodiff.training.held_out import Held, HeldOut
 from retrodiff.training.run_folder import CURVES, EVENTS, METRICS, begin_run, mark_run
-from retrodiff.training.watching import Moment, forgiving, say
+from retrodiff.training.watching import Moment, forgiving
 
 if TYPE_CHECKING:
     from PIL.Image import Image
