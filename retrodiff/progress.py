@@ -1,7 +1,8 @@
-"""Progress bars that stay hidden for work of less than a second."""
+"""Progress bars that stay hidden for work of less than a second, and lines above them."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -17,3 +18,14 @@ def progress_bar(total: int | None, what: str, show: bool, **options: Any) -> An
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, disable=not show, delay=1.0, dynamic_ncols=True, **options)
+
+
+def say(line: str) -> None:
+    """Prints a line to standard error, above the bar that is shown there, if one is."""
+    from tqdm import tqdm
+
+    bars: Any = getattr(tqdm, "_instances", ())
+    if any(bar.last_print_t >= bar.start_t + bar.delay for bar in bars if not bar.disable):
+        tqdm.write(line, file=sys.stderr)
+    else:  # tqdm would draw the bars that still wait for their time
+        print(line, file=sys.stderr)

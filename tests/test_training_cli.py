@@ -71,7 +71,9 @@ def stopped(room, monkeypatch):
 
 
 def names(room, out):
-    return sorted(p.name for p in room.iterdir() if p.name.split(".")[0] == out)
+    """What stands at a model's place and beside it, the record of its training aside."""
+    found = sorted(p.name for p in room.iterdir() if p.name.split(".")[0] == out)
+    return [name for name in found if name != f"{out}.run"]
 
 
 def test_what_it_has_learned_so_far_can_be_sampled(room, stopped, capsys):

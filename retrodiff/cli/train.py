@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 MINUTES = 10.0
 """Time of a training where neither --steps nor --minutes is given."""
 LOOKS = 10
-"""Sample grids and held-out measurements of a training, about, where no distance is given."""
-RARELY = 25
-"""Least steps between them."""
+"""Sample grids and held-out measurements of a training, at most, where no distance is given."""
+RARELY = 100
+"""Least steps between them, where steps are given: one of each takes as long as ten steps."""
+MEASURED = 64
+"""Held-out images that are measured."""
 PASSED_ON = ("precision", "optimizer", "accumulate", "compile", "workers")
 """Options that `fit` gets only if they are given."""
 
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "--database",
         type=types.path,
         help="the database D; if not given: that of --init, or the training images themselves, as "
-        "OUT.rdb, each without its own row (--exclude-self)",
+        "OUT.images.rdb, each without its own row (--exclude-self)",
     )
     parts.add_argument(
         "--exclude-self",
@@ -166,8 +168,9 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         **_passed_on(options),
     }
-    steps = _steps(options, checkpoint, model, sets, fitting)
-    watch = _watchers(options, run_of(out), sets, steps, {**settings, "steps": steps})
+    steps, every = _steps(options, out, model, sets, fitting)
+    about = {"training": {**settings, "steps": steps}, "every": every}
+    watch = _watchers(options, run_of(out), sets, every, about)
     if not (options.resume and unfinished.is_unfinished(out)):
         unfinished.begin(model, out)
     try:
@@ -272,39 +275,47 @@ def _passed_on(options: argparse.Namespace) -> dict[str, Any]:
 
 def _steps(
     options: argparse.Namespace,
-    checkpoint: Path,
+    out: Path,
     model: Model,
     sets: Sets,
     fitting: dict[str, Any],
-) -> int:
-    """Steps of the training: given, those of the training that goes on, or what the time allows."""
+) -> tuple[int, int]:
+    """Steps of the training and steps between looks at the model.
+
+    Steps are given, or those of the training that goes on, or what the time allows.
+    """
+    from retrodiff.training import unfinished
     from retrodiff.training.checkpoint import read_state
     from retrodiff.training.grids import Grids
     from retrodiff.training.held_out import HeldOut
     from retrodiff.training.pace import measure_pace
+    from retrodiff.training.run_folder import read_run, run_of
 
     if options.steps is not None:
-        return options.steps
+        return options.steps, max(RARELY, options.steps // LOOKS)
+    checkpoint = unfinished.checkpoint_of(out)
     if options.resume and checkpoint.exists():
-        return int(read_state(checkpoint).run["steps"])
+        steps = int(read_state(checkpoint).run["steps"])
+        every = (read_run(run_of(out)) or {}).get("every")
+        return steps, every if isinstance(every, int) else max(RARELY, steps // LOOKS)
     minutes = MINUTES if options.minutes is None else options.minutes
     looks: list[Any] = []
     if sets.held_out is not None and options.validate_every != 0:
-        looks.append(HeldOut(sets.held_out, 1, trained=sets.train).measure)
+        looks.append(HeldOut(sets.held_out, 1, trained=sets.train, limit=MEASURED).measure)
     if options.sample_every != 0:
         shown = sets.train if sets.held_out is None else sets.held_out
-        looks.append(Grids(Path.cwd(), shown, 1, trained=sets.train).draw)
+        looks.append(Grids(run_of(out), shown, 1, trained=sets.train).draw)
     pace = measure_pace(model, sets.train, looks=looks, lr=options.lr, **fitting)
-    steps = pace.steps(minutes, LOOKS)
+    steps, times = pace.steps(minutes, LOOKS)
     print(
         f"{minutes:g} minutes are about {steps:,} steps of {options.batch_size} images here; "
         f"--steps {steps} repeats this training"
     )
-    return steps
+    return steps, max(1, steps // times)
 
 
 def _watchers(
-    options: argparse.Namespace, folder: Path, sets: Sets, steps: int, settings: dict[str, Any]
+    options: argparse.Namespace, folder: Path, sets: Sets, usual: int, about: dict[str, Any]
 ) -> list[Watcher]:
     """What shows the training."""
     from retrodiff.training.grids import Grids
@@ -312,18 +323,17 @@ def _watchers(
     from retrodiff.training.log import Log
     from retrodiff.training.outlook import Outlook
 
-    usual = max(RARELY, steps // LOOKS)
     sample_every, validate_every = (
         usual if every is None else every
         for every in (options.sample_every, options.validate_every)
     )
     held_out = grids = None
     if sets.held_out is not None and validate_every:
-        held_out = HeldOut(sets.held_out, validate_every, trained=sets.train)
+        held_out = HeldOut(sets.held_out, validate_every, trained=sets.train, limit=MEASURED)
     if sample_every:
         trained = None if sets.held_out is None else sets.train
         grids = Grids(folder, sets.held_out or sets.train, sample_every, trained=trained)
-    log = Log(folder, held_out=held_out, grids=grids, about={"training": settings})
+    log = Log(folder, held_out=held_out, grids=grids, about=about)
     watch = (held_out, grids, log, Outlook(len(sets.train), sets.size))
     return [watcher for watcher in watch if watcher is not None]
 

@@ -95,7 +95,7 @@ def read_parts(options: argparse.Namespace, out: Path) -> Parts:
         )
     if database is not None:
         return Parts(encoder, database, start, options.exclude_self)
-    place = out.with_name(out.name + ".rdb")
+    place = out.with_name(out.name + ".images.rdb")
     print(
         f"no --database is given: neighbors are looked up among the images of {options.images} "
         f"themselves, each without its own row; the database is {place}"

@@ -34,19 +34,18 @@ class Network:
     Args:
         preset: name of a function in `retrodiff.presets`.
         arguments: of it, all plain values.
-        init: folder of a trained model, in whose place no preset is used; None: there is none.
-        k: neighbors per image, if said.
+        init: folder of a trained model, which then takes the place of the preset; None: there is
+            none.
     """
 
     preset: str = "rdm_small"
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     init: str | None = None
-    k: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for two models to be the same."""
         if self.init is not None:
-            return {"init": str(Path(self.init).resolve()), "k": self.k}
+            return {"init": str(Path(self.init).resolve()), "k": self.arguments.get("k")}
         return {"preset": self.preset, **self.arguments}
 
 
@@ -64,9 +63,9 @@ def read_network(options: argparse.Namespace) -> Network:
             if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"{name}={value} and init={options.init} disagree: the network comes from the "
-                    f"trained model; leave {name}=... out"
+                    "trained model; leave it out"
                 )
-        return Network(init=options.init, k=options.k)
+        return Network(arguments=given, init=options.init)
     config = {} if options.config is None else _read(Path(options.config))
     named = config.pop("preset", None)
     if options.preset is not None and named not in (None, options.preset):
@@ -99,8 +98,7 @@ def read_network(options: argparse.Namespace) -> Network:
                 f"{name}={value} and {name}: {config[name]} of {options.config} disagree: give one "
                 "of them"
             )
-    arguments = {**config, **given}
-    return Network(preset, arguments, k=arguments.get("k"))
+    return Network(preset, {**config, **given})
 
 
 def arguments_of(preset: Callable[..., Any]) -> dict[str, str]:
@@ -135,9 +133,15 @@ def build_network(
     from retrodiff.networks.principal import PrincipalPatches
 
     if parts.start is not None:
-        model = parts.start.replace(encoder=parts.encoder, database=parts.database)
-        model = model if network.k is None else model.replace(k=network.k)
-        return model.to(device), images_of(size_of(model))
+        k = network.arguments.get("k", parts.start.k)
+        model = parts.start.replace(encoder=parts.encoder, database=parts.database, k=k)
+        size = size_of(model)
+        if network.arguments.get("size", size) != size:
+            raise ValueError(
+                f"size={network.arguments['size']} and init={network.init} disagree: that model "
+                f"makes images of {size} pixels; leave it out"
+            )
+        return model.to(device), images_of(size)
     preset = getattr(presets, network.preset)
     parameters = inspect.signature(getattr(preset, "recipe", preset)).parameters
     arguments = {**network.arguments, "encoder": parts.encoder, "database": parts.database}

@@ -168,12 +168,15 @@ class Neighbors(Value):
         similarity: cosine to the query, same shape.
         embeddings: (b, k, d) or (b, r, k, d), raw scale as stored.
         records: for each of the b queries, one record per neighbor; empty until described.
+        mask: (b, k) or (b, r, k), True where a neighbor takes part; None: all do. Training on a
+            varying number of neighbors fills shorter lists up to k with what does not take part.
     """
 
     indices: Tensor
     similarity: Tensor
     embeddings: Tensor
     records: tuple[tuple[Record, ...], ...] = ()
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -198,6 +201,7 @@ class Neighbors(Value):
             self.similarity.gather(-1, columns),
             self.embeddings.gather(-2, wide),
             records,
+            None if self.mask is None else self.mask.gather(-1, columns),
         )
 
     def rows(self, rows: Tensor | slice | list[int]) -> Neighbors:
@@ -206,7 +210,10 @@ class Neighbors(Value):
         if records:
             kept = torch.arange(len(records))[rows].tolist()
             records = tuple(records[i] for i in kept)
-        return Neighbors(self.indices[rows], self.similarity[rows], self.embeddings[rows], records)
+        mask = None if self.mask is None else self.mask[rows]
+        return Neighbors(
+            self.indices[rows], self.similarity[rows], self.embeddings[rows], records, mask
+        )
 
     def to(self, device: torch.device | str) -> Neighbors:
         """The same neighbors on another device."""
@@ -215,6 +222,7 @@ class Neighbors(Value):
             indices=self.indices.to(device),
             similarity=self.similarity.to(device),
             embeddings=self.embeddings.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
         )
 
     @classmethod
@@ -235,10 +243,14 @@ class Neighbors(Value):
     @classmethod
     def cat(cls, parts: Sequence[Neighbors]) -> Neighbors:
         """Several sets of the same queries, joined along k."""
+        mask = None
+        if any(p.mask is not None for p in parts):
+            mask = torch.cat([_mask_of(part) for part in parts], -1)
         return cls(
             torch.cat([p.indices for p in parts], -1),
             torch.cat([p.similarity for p in parts], -1),
             torch.cat([p.embeddings for p in parts], -2),
+            mask=mask,
         )
 
 
@@ -364,6 +376,12 @@ class Context(Value):
 def unit(embedding: Tensor) -> Tensor:
     """The embedding(s) divided by their norm along the last axis; zero stays zero."""
     return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _mask_of(neighbors: Neighbors) -> Tensor:
+    if neighbors.mask is not None:
+        return neighbors.mask
+    return torch.ones_like(neighbors.indices, dtype=torch.bool)
 
 
 def _same(one: Any, other: Any) -> bool:

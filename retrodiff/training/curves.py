@@ -41,13 +41,15 @@ class Panel:
         title: above.
         curves: at least one; the first is drawn first.
         x: name of the horizontal axis.
-        mark: x of a dotted vertical line; None: there is none.
+        mark: x of a dashed vertical line; None: there is none.
+        ends: of the horizontal axis; None: those of the curves.
     """
 
     title: str
     curves: Sequence[Curve]
     x: str = "step"
     mark: float | None = None
+    ends: tuple[float, float] | None = None
 
 
 def draw_curves(panels: Sequence[Panel]) -> Image:
@@ -83,7 +85,7 @@ def _draw_panel(draw: Any, panel: Panel, top: int) -> None:
     bottom, ceiling = to(low), to(high)
     margin = (ceiling - bottom) * 0.06 or abs(ceiling) * 0.1 or 1.0
     bottom, ceiling = bottom - margin, ceiling + margin
-    left, right = min(*xs, max(xs)), max(xs)
+    left, right = panel.ends or (min(xs), max(xs))
     right = right if right > left else left + 1
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -53,7 +53,7 @@ class Grids:
         *,
         trained: TrainingSet | None = None,
         lines: int = 4,
-        samples: int = 3,
+        samples: int = 2,
         steps: int | None = None,
         seed: int = 0,
         side: int = 64,

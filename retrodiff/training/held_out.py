@@ -54,9 +54,9 @@ class HeldOut:
     Args:
         data: held-out images with their neighbors in D.
         every: steps between measurements; there is one after the last step, too.
-        trained: training images that are measured beside; None: none are.
+        trained: training images, of which as many are measured beside; None: none are.
         levels: noise levels for each image.
-        limit: most images that are measured of each set, evenly spaced.
+        limit: most images that are measured, evenly spaced.
         batch_size: images per pass.
         seed: of the noise; the same in every training, so that two trainings compare.
 
@@ -72,8 +72,8 @@ class HeldOut:
         every: int,
         *,
         trained: TrainingSet | None = None,
-        levels: int = 8,
-        limit: int = 256,
+        levels: int = 4,
+        limit: int = 128,
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
@@ -151,8 +151,9 @@ class HeldOut:
 
     def _losses(self, model: Model, data: TrainingSet) -> tuple[float, tuple[float, ...]]:
         """Mean loss of a set, and that of each noise level."""
-        model, n = on_latents(model, data.images), len(data)
-        chosen = torch.linspace(0, n - 1, min(self.limit, n)).round().long()
+        model = on_latents(model, data.images)
+        count = min(self.limit, len(self.data), len(data))
+        chosen = torch.linspace(0, len(data) - 1, count).round().long()
         totals = torch.zeros(max(1, len(self.sigmas)), dtype=torch.float64)
         for start in range(0, len(chosen), self.batch_size):
             rows = chosen[start : start + self.batch_size]

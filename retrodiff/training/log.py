@@ -17,11 +17,12 @@ from torch import Tensor
 
 from retrodiff.disk.files import atomic_write, place
 from retrodiff.numbers import whole
+from retrodiff.progress import say
 from retrodiff.training.curves import Curve, Panel, draw_curves
 from retrodiff.training.grids import Grids
 from retrodiff.training.held_out import Held, HeldOut
 from retrodiff.training.run_folder import CURVES, EVENTS, METRICS, begin_run, mark_run
-from retrodiff.training.watching import Moment, forgiving, say
+from retrodiff.training.watching import Moment, forgiving
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -233,13 +234,21 @@ class Log:
         smoothed = Curve("training, smoothed", self._points("loss_smoothed"), "#9db4c8")
         trained = Curve("training, measured alike", self._points("trained"), "#1f77b4", True)
         held_out = Curve("held-out", self._points("held_out"), "#d62728", True)
-        losses = Panel("Loss", [smoothed, trained, held_out], mark=best and best.done)
+        title = "Loss" if best is None else "Loss (dashed line: the least held-out loss)"
+        mark = None if best is None else best.done
+        ends = (self.rows[0]["step"], self.rows[-1]["step"]) if self.rows else None
+        losses = Panel(title, [smoothed, trained, held_out], mark=mark, ends=ends)
         sigmas = () if self.held_out is None else self.held_out.sigmas
         by_level = [
-            Curve(f"noise {sigma:.3g}", self._points(f"held_out_{i + 1}"), _shade(i, len(sigmas)))
-            for i, sigma in enumerate(sigmas)
+            Curve(
+                f"noise {sigma:.3g}",
+                self._points(f"held_out_{i}"),
+                _shade(i, len(sigmas)),
+                marked=True,
+            )
+            for i, sigma in enumerate(sigmas, 1)
         ]
-        return draw_curves([losses, Panel("Held-out loss by noise level", by_level)])
+        return draw_curves([losses, Panel("Held-out loss by noise level", by_level, ends=ends)])
 
     def _points(self, name: str) -> list[tuple[float, float]]:
         return [(row["step"], row[name]) for row in self.rows if name in row]
@@ -287,8 +296,8 @@ def _tag(name: str) -> str:
 
 
 def _shade(i: int, n: int) -> str:
-    """From yellow, least noise, to violet."""
-    share = i / max(1, n - 1)
+    """Color i of n, from yellow, least noise, to violet."""
+    share = (i - 1) / max(1, n - 1)
     ends = ((0xE8, 0xB8, 0x2A), (0xC4, 0x4E, 0x52), (0x3B, 0x1F, 0x7A))
     at = min(int(share * 2), 1)
     mixed = (

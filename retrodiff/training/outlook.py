@@ -17,8 +17,9 @@ from importlib.resources import files
 from torch import Tensor
 
 from retrodiff.numbers import whole
+from retrodiff.progress import say
 from retrodiff.training.log import duration
-from retrodiff.training.watching import Moment, say
+from retrodiff.training.watching import Moment
 
 MEASURED_STEPS = 20
 """Steps whose speed is measured."""

@@ -34,15 +34,18 @@ class Pace:
     step: float
     look: float = 0.0
 
-    def steps(self, minutes: float, looks: int = 0) -> int:
-        """Steps that fit into a time, at least one.
+    def steps(self, minutes: float, most: int = 10, share: float = 0.1) -> tuple[int, int]:
+        """Steps that fit into a time, at least one, and how often there is time to look.
 
         Args:
             minutes: of training.
-            looks: at the model, in that time.
+            most: looks, at most.
+            share: of the time that looks may take; two are there in any case.
         """
-        seconds = 60 * real("minutes", minutes, above=0) - whole("looks", looks, 0) * self.look
-        return max(1, int(seconds / self.step))
+        seconds = 60 * real("minutes", minutes, above=0)
+        looks = most if not self.look else int(share * seconds / self.look)
+        looks = min(max(looks, 2), whole("most", most, 2))
+        return max(1, int((seconds - looks * self.look) / self.step)), looks
 
 
 def measure_pace(

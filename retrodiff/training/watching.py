@@ -6,7 +6,6 @@ same weights with watchers and without.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,10 +110,3 @@ def forgiving(what: str) -> Iterator[None]:
             f"{what} could not be written ({error.strerror or error}); the training goes on",
             stacklevel=4,
         )
-
-
-def say(line: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)
