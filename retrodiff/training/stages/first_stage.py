@@ -21,8 +21,8 @@ from retrodiff.networks import KLAutoencoder, VQAutoencoder
 from retrodiff.numbers import real, whole
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.images import Images, as_images, digest, pixels
+from retrodiff.training.occasion import Order
 from retrodiff.training.optimize import Part, Precision, optimize
-from retrodiff.training.order import epoch_rows
 from retrodiff.training.rates import LearningRate
 from retrodiff.training.stages.adversarial import Adversarial
 from retrodiff.training.stages.codebook import CodeUse
@@ -141,11 +141,11 @@ def fit_autoencoder(
     objective.to(device).requires_grad_(True)
     trained = objective.autoencoder
     average = NamedEMA(trained, ema)
-    parts = LossParts(steps)
+    parts, order = LossParts(steps), Order(len(shown), batch_size, seed)
 
     def loss(module: nn.Module, part: Part) -> Tensor:
         step, generator = part.step, part.generator
-        batch = pixels(shown, epoch_rows(len(shown), step, batch_size, seed))
+        batch = pixels(shown, order.rows(step))
         batch = batch if augment is None else augment(batch, generator)
         value, numbers = module(batch.to(device), step, generator)
         parts.record(step, **numbers)
