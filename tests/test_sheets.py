@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from retrodiff.pictures import Line, Section, draw_sheet
+from retrodiff.training.curves import Curve, Panel, draw_curves
 
 
 def gray(value, side=8):
@@ -55,3 +56,26 @@ def test_nothing_asked_odd_shapes_and_bytes():
     nan = torch.full((3, 8, 8), float("nan"))
     sheet = draw_sheet([Section("t", [Line(None, [wide], [nan], "note")]), Section("", [])])
     assert sheet.size[0] > 3 * 64
+
+
+def test_curves_stand_where_their_numbers_are():
+    """A falling line and a level one, in pixels; points that are not finite are left out."""
+    falling = [(float(i), 2.0 - i / 100) for i in range(101)]
+    level = [(0.0, 1.0), (50.0, float("nan")), (100.0, 1.0)]
+    panel = Panel("t", [Curve("a", falling, "#ff0000"), Curve("b", level, "#0000ff", True)])
+    picture = np.asarray(draw_curves([panel])).astype(int)
+    inside = picture[:, :580]  # without the legend
+    red = (inside[..., 0] - inside[..., 2] > 150).nonzero()
+    blue = (inside[..., 2] - inside[..., 0] > 150).nonzero()
+    first, last = red[0][red[1] < 75].mean(), red[0][red[1] > 570].mean()
+    assert first < last - 200  # large values stand above small ones
+    assert abs(blue[0].mean() - last) < 5  # both end at 1
+    assert np.ptp(blue[0]) <= 8
+
+
+def test_curves_of_nothing_and_of_one_point():
+    assert draw_curves([Panel("t", [Curve("a", [], "#000000")])]).size[0] > 0
+    one = draw_curves([Panel("t", [Curve("a", [(3.0, 0.0)], "#000000")], mark=3.0)])
+    assert np.asarray(one).min() < 50
+    wide = [(1.0, 1e-3), (2.0, 10.0)]  # logarithmic
+    assert draw_curves([Panel("t", [Curve("a", wide, "#000000")], ends=(0, 10))]).size[1] > 0

@@ -292,12 +292,12 @@ def _steps(
     from retrodiff.training.run_folder import read_run, run_of
 
     if options.steps is not None:
-        return options.steps, max(RARELY, options.steps // LOOKS)
+        return options.steps, _often(options.steps)
     checkpoint = unfinished.checkpoint_of(out)
     if options.resume and checkpoint.exists():
         steps = int(read_state(checkpoint).run["steps"])
         every = (read_run(run_of(out)) or {}).get("every")
-        return steps, every if isinstance(every, int) else max(RARELY, steps // LOOKS)
+        return steps, every if isinstance(every, int) else _often(steps)
     minutes = MINUTES if options.minutes is None else options.minutes
     looks: list[Any] = []
     if sets.held_out is not None and options.validate_every != 0:
@@ -311,7 +311,12 @@ def _steps(
         f"{minutes:g} minutes are about {steps:,} steps of {options.batch_size} images here; "
         f"--steps {steps} repeats this training"
     )
-    return steps, max(1, steps // times)
+    return steps, -(-steps // times)
+
+
+def _often(steps: int) -> int:
+    """Steps between looks where a number of steps is given."""
+    return max(RARELY, -(-steps // LOOKS))
 
 
 def _watchers(
