@@ -186,7 +186,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
         rows = out.neighbors.indices[i].flatten().tolist()
         query = "(a row of the database)" if unconditional else _shown(words[i])
         key = (out.query.source[i] if out.query.source else i, *rows)
-        if isinstance(query, torch.Tensor):
+        if isinstance(query, torch.Tensor) and not isinstance(words, int):
             key = (id(words[i]), *rows)
         if (line := lines.get(key)) is not None:
             lines[key] = replace(line, samples=[*line.samples, out.images[i]])
