@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import retrodiff.training
+from retrodiff.checkpoints.first_stages import save_autoencoder
 from retrodiff.cli import main
 from retrodiff.cli.train_network import arguments_of
 from retrodiff.databases import open_database
 from retrodiff.encoders import TimmEncoder, save_encoder
 from retrodiff.model import Model
 from retrodiff.model.generated import to_picture
+from retrodiff.networks import KLAutoencoder
 from retrodiff.presets import rdm_imagenet, rdm_small
 from retrodiff.training import pace
 from retrodiff.training.checkpoint import Checkpoint
@@ -301,14 +303,12 @@ def test_options_of_the_loop_are_passed_on_when_given(room, monkeypatch):
     monkeypatch.setattr(retrodiff.training, "fit", fake)
     names = ("precision", "optimizer", "accumulate", "compile", "workers")
     assert train(room, "k", "--steps 1") == 0
-    assert not set(names) & set(calls[0])
+    assert [calls[0].get(name) for name in names] == ["auto", "muon", None, None, None]
     assert calls[0]["ema"] == 0.999
-    more = "--precision bfloat16 --optimizer muon --accumulate 2 --compile --workers 3"
+    more = "--precision bfloat16 --optimizer adamw --accumulate 2 --compile --workers 3"
     assert train(room, "k2", f"--steps 1 {more} --ema 0.9 0.99") == 0
-    assert [calls[1][name] for name in names] == ["bfloat16", "muon", 2, True, 3]
+    assert [calls[1][name] for name in names] == ["bfloat16", "adamw", 2, True, 3]
     assert calls[1]["ema"] == (0.9, 0.99)
-    assert train(room, "k3", "--steps 1 --precision auto") == 0
-    assert calls[2]["precision"] in ("float32", "bfloat16")
 
 
 def test_records_of_other_trainings_stay(room, capsys):
@@ -321,3 +321,24 @@ def test_records_of_other_trainings_stay(room, capsys):
     os.rename(room / "l2", room / "l2-moved")
     assert "the record of another training" in refused(capsys, train(room, "l2"))
     assert train(room, "l2", "--steps 3 --overwrite") == 0
+
+
+def test_a_trained_first_stage_is_taken(room, capsys):
+    torch.manual_seed(1)
+    stage = KLAutoencoder(
+        channels=32, multipliers=[1, 1], blocks_per_level=1, latent_channels=4, groups=8
+    )
+    save_autoencoder(stage.eval(), room / "stage")
+    small = "--channels 32 --size 8 --batch-size 4 --first-stage stage"
+    assert train(room, "staged", network=small) == 0
+    autoencoder = Model.load(room / "staged").autoencoder
+    assert isinstance(autoencoder, KLAutoencoder)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    assert torch.equal(autoencoder.encode(images), stage.encode(images))
+    capsys.readouterr()
+    more = "--init trained --first-stage stage"
+    assert train(room, "x", more, network="") == 2
+    assert "--first-stage stage and --init trained disagree" in capsys.readouterr().err
+    assert train(room, "x", network="--preset rdm_imagenet --first-stage stage") == 2
+    assert "--first-stage stage has no effect on --preset rdm_imagenet" in capsys.readouterr().err
+    assert not (room / "x").exists()

@@ -74,6 +74,13 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help="start from this trained model, which decides the network (fine-tuning)",
     )
+    network.add_argument(
+        "--first-stage",
+        type=types.path,
+        metavar="FOLDER",
+        help="a trained one, which retrodiff train-autoencoder makes; else one is computed from "
+        "the images",
+    )
     network.add_argument("--size", type=types.integer(4), help="side of the images; else 32")
     network.add_argument("--channels", type=types.count, help="width of the network; else 96")
     network.add_argument("--k", type=types.count, help="neighbors per image; else 4")
@@ -100,9 +107,15 @@ def add_parser(commands: Any) -> None:
     length.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
-        help="of the network's arithmetic; auto: bfloat16 where the device has it",
+        default="auto",
+        help="of the network's arithmetic; auto: bfloat16 where the device is fast in it",
     )
-    length.add_argument("--optimizer", choices=("adamw", "muon"), help="else adamw")
+    length.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="muon",
+        help="muon: Muon for matrices and kernels, AdamW for the rest (default: %(default)s)",
+    )
     length.add_argument(
         "--accumulate",
         type=types.count,
@@ -265,12 +278,7 @@ def _settings(options: argparse.Namespace, network: Network) -> dict[str, Any]:
 
 def _passed_on(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fit` that are passed only if they are given."""
-    given = {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
-    if given.get("precision") == "auto":
-        from retrodiff.precision import best_precision
-
-        given["precision"] = best_precision(options.device)
-    return given
+    return {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
 
 
 def _steps(

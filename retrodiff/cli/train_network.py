@@ -36,17 +36,24 @@ class Network:
         arguments: of it, all plain values.
         init: folder of a trained model, which then takes the place of the preset; None: there is
             none.
+        first_stage: folder of a trained one; None: it is computed from the images.
     """
 
     preset: str = "rdm_small"
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     init: str | None = None
+    first_stage: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for two models to be the same."""
         if self.init is not None:
             return {"init": str(Path(self.init).resolve()), "k": self.arguments.get("k")}
-        return {"preset": self.preset, **self.arguments}
+        stage = self.first_stage and str(Path(self.first_stage).resolve())
+        return {
+            "preset": self.preset,
+            **self.arguments,
+            **({"first_stage": stage} if stage else {}),
+        }
 
 
 def read_network(options: argparse.Namespace) -> Network:
@@ -59,7 +66,7 @@ def read_network(options: argparse.Namespace) -> Network:
 
     given = {name: value for name in NUMBERS if (value := getattr(options, name)) is not None}
     if options.init is not None:
-        for name in ("preset", "config", "channels"):
+        for name in ("preset", "config", "channels", "first_stage"):
             if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"{name}={value} and init={options.init} disagree: the network comes from the "
@@ -98,7 +105,16 @@ def read_network(options: argparse.Namespace) -> Network:
                 f"{name}={value} and {name}: {config[name]} of {options.config} disagree: give one "
                 "of them"
             )
-    return Network(preset, {**config, **given})
+    if options.first_stage is not None and "first_stage" not in _parameters(preset):
+        raise ValueError(f"first_stage={options.first_stage} has no effect on preset={preset}")
+    return Network(preset, {**config, **given}, first_stage=options.first_stage)
+
+
+def _parameters(preset: str) -> Mapping[str, inspect.Parameter]:
+    from retrodiff import presets
+
+    found = getattr(presets, preset)
+    return inspect.signature(getattr(found, "recipe", found)).parameters
 
 
 def arguments_of(preset: Callable[..., Any]) -> dict[str, str]:
@@ -130,6 +146,7 @@ def build_network(
     import torch
 
     from retrodiff import presets
+    from retrodiff.checkpoints.first_stages import load_autoencoder
     from retrodiff.networks.principal import PrincipalPatches
 
     if parts.start is not None:
@@ -142,13 +159,14 @@ def build_network(
                 f"makes images of {size} pixels; leave it out"
             )
         return model.to(device), images_of(size)
-    preset = getattr(presets, network.preset)
-    parameters = inspect.signature(getattr(preset, "recipe", preset)).parameters
+    preset, parameters = getattr(presets, network.preset), _parameters(network.preset)
     arguments = {**network.arguments, "encoder": parts.encoder, "database": parts.database}
     images = None
     if "size" in parameters:
         images = images_of(arguments.get("size", parameters["size"].default))
-    if "first_stage" in parameters and images is not None:
+    if network.first_stage is not None:
+        arguments["first_stage"] = load_autoencoder(network.first_stage)
+    elif "first_stage" in parameters and images is not None:
         n = len(images)
         some = images[torch.linspace(0, n - 1, min(n, LOOKED_AT)).long()]
         arguments["first_stage"] = PrincipalPatches.fit(some, patch=4, components=16)
