@@ -14,7 +14,7 @@ import torch
 from retrodiff.cli import main
 from retrodiff.encoders import TimmEncoder, save_encoder
 from retrodiff.evaluation import Report, evaluate, features_from_string, vendi
-from retrodiff.evaluation.curves import draw, read_curves
+from retrodiff.evaluation.run_curves import draw, read_curves
 from retrodiff.evaluation.sampled import read_sampled
 from retrodiff.evaluation.sets import ImageSet
 from retrodiff.model import Model

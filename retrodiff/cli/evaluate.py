@@ -89,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.disk.files import check_free
     from retrodiff.encoders import encoder_from_string
     from retrodiff.evaluation import evaluate, features_from_string
-    from retrodiff.evaluation.curves import read_curves
     from retrodiff.evaluation.report import MARKER, own_files
+    from retrodiff.evaluation.run_curves import read_curves
 
     if options.images is None and options.model is None:
         raise ValueError("nothing to measure: give --images, or --model to sample first")

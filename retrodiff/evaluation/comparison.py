@@ -13,7 +13,6 @@ from torch import Tensor
 from retrodiff.databases import Images, encode_images, open_database
 from retrodiff.evaluation import fidelity
 from retrodiff.evaluation.copying import Copying, copying, nearest, neighbor_echo
-from retrodiff.evaluation.curves import read_curves
 from retrodiff.evaluation.judges import (
     Judge,
     class_accuracy,
@@ -30,6 +29,7 @@ from retrodiff.evaluation.metrics import (
 )
 from retrodiff.evaluation.report import Report
 from retrodiff.evaluation.retrieved import Retrieved, read_retrieved
+from retrodiff.evaluation.run_curves import read_curves
 from retrodiff.evaluation.sampled import Sampled, read_sampled
 from retrodiff.evaluation.sets import (
     ImageSet,

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from retrodiff.evaluation.copying import Copying
-from retrodiff.evaluation.curves import draw
+from retrodiff.evaluation.run_curves import draw
 from retrodiff.evaluation.sets import ImageSet, license_of
 from retrodiff.text import printable
 

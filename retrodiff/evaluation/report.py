@@ -9,8 +9,8 @@ from typing import Any
 
 from retrodiff.disk.files import plain_json, write_folder, write_json
 from retrodiff.evaluation.copying import Copying
-from retrodiff.evaluation.curves import Curve
 from retrodiff.evaluation.metrics import Score
+from retrodiff.evaluation.run_curves import Curve
 from retrodiff.evaluation.sampled import Sampled
 from retrodiff.evaluation.sets import ImageSet, license_of
 
