@@ -177,6 +177,20 @@ if __name__ == "__main__":
 """
 
 
+PROGRAMS = []
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    """Programs of a test that failed end with it."""
+    yield
+    while PROGRAMS:
+        program = PROGRAMS.pop()
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+
+
 def started(tmp_path, *arguments):
     """A program that reads batches with two workers, and the numbers of those."""
     script = tmp_path / "slow.py"
@@ -188,6 +202,7 @@ def started(tmp_path, *arguments):
         text=True,
         start_new_session=True,
     )
+    PROGRAMS.append(program)
     first = program.stdout.readline().split()
     assert first[0] == "running", program.stderr.read()
     return program, [int(number) for number in first[1:]]

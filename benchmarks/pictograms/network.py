@@ -187,7 +187,9 @@ def build(folder: Path, encoder: Any) -> EmbeddingDatabase:
     parts = [pq.read_table(folder / f"{style}.parquet") for style in STYLES]
     table = pa.concat_tables(parts)
     pq.write_table(table.filter(pc.not_equal(table["split"], "held-out")), file)
-    return build_database(path, ParquetImages(file), encoder, thumbnails=64, progress=False)
+    return build_database(
+        path, ParquetImages(file), encoder, thumbnails=64, resume=True, progress=False
+    )
 
 
 def training_data(
