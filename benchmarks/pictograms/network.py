@@ -29,6 +29,7 @@ from torch import Tensor
 from retrodiff import presets
 from retrodiff.checkpoints.first_stages import load_autoencoder
 from retrodiff.databases import EmbeddingDatabase, ParquetImages, build_database
+from retrodiff.disk.files import atomic_write
 from retrodiff.encoders import load_encoder
 from retrodiff.model import Model
 from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
@@ -184,9 +185,10 @@ def build(folder: Path, encoder: Any) -> EmbeddingDatabase:
     path, file = folder / "database", folder / "database.parquet"
     if path.exists():
         return EmbeddingDatabase.open(path)
-    parts = [pq.read_table(folder / f"{style}.parquet") for style in STYLES]
-    table = pa.concat_tables(parts)
-    pq.write_table(table.filter(pc.not_equal(table["split"], "held-out")), file)
+    if not file.exists():
+        table = pa.concat_tables([pq.read_table(folder / f"{style}.parquet") for style in STYLES])
+        with atomic_write(file) as partial:
+            pq.write_table(table.filter(pc.not_equal(table["split"], "held-out")), partial)
     return build_database(
         path, ParquetImages(file), encoder, thumbnails=64, resume=True, progress=False
     )
