@@ -21,7 +21,9 @@ def report(encoder: CLIPEncoder, sets: Pictograms) -> dict[str, Any]:
     for split in ("held-out", "database", "train"):
         of_split = sets.where(lambda row, s=split: row["split"] == s)
         for names, styles in (("three styles", STYLES[:3]), ("openmoji", STYLES[3:])):
-            those = sets.where(lambda row, s=split, w=styles: row["split"] == s and row["style"] in w)
+            those = sets.where(
+                lambda row, s=split, w=styles: row["split"] == s and row["style"] in w
+            )
             everywhere = sets.where(lambda row, w=styles: row["style"] in w)
             titles = {concepts[i]: sets.rows[i]["title"] for i in those.tolist()}
             texts = unit(encoder.encode_text(list(titles.values())))
