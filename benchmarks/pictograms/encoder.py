@@ -12,7 +12,7 @@ packages: EfficientNet-Lite0 for pictures, MiniLM for phrases (``teachers.py``).
 the same network without them, for comparison.
 
 Run it again to continue; what is done is not done again. It writes ``encoder`` (a folder that
-`load_encoder` takes) and ``encoder.json`` (the report).
+`load_encoder` takes), ``encoder.json`` (the report) and ``encoder.png`` (what prompts find).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import report
+from report import report, sheet
 from sets import CLIPART, STYLES, Pictograms
 from teachers import phrase_features, picture_features, whole_words
 from torch import Tensor
@@ -77,6 +77,7 @@ def main() -> None:
     assert isinstance(encoder, CLIPEncoder)
     found = report(encoder, sets)
     options.out.joinpath(f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    sheet(encoder, sets).save(options.out / f"{options.name}.png")
     print(json.dumps(found, indent=1))
 
 
