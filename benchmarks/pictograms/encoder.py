@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from redrawing import Redrawn
 from report import report, sheet
 from sets import CLIPART, STYLES, Pictograms
 from teachers import phrase_features, picture_features, whole_words
@@ -33,7 +34,7 @@ from torch import Tensor
 from retrodiff.disk.tensors import map_tensors, write_hashed_tensors
 from retrodiff.encoders import CLIPEncoder, load_encoder, save_encoder
 from retrodiff.pictures.converting import to_float
-from retrodiff.training import ShiftScaleColor, Teachers, cosine, fit_clip
+from retrodiff.training import Teachers, cosine, fit_clip
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 192,
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pictograms"))
     parser.add_argument("--name", default="encoder", help="of the folder in --out")
     parser.add_argument("--plain", action="store_true", help="without teachers, for comparison")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -115,7 +116,7 @@ def train(options: argparse.Namespace, sets: Pictograms, seen: Tensor, target: P
         steps=options.steps,
         batch_size=options.batch_size,
         lr=cosine(options.lr, options.steps, options.steps // 20),
-        augment=ShiftScaleColor(scale=0.2, color=0.15),
+        augment=Redrawn(),
         teachers=teachers,
         ema=0.99,
         weight_decay=0.1,
