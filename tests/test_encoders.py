@@ -380,7 +380,7 @@ def test_encoder_string_without_pretrained_weights():
 
 def test_from_config_refuses_a_vocabulary_that_is_too_small():
     config = {**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 100}}
-    with pytest.raises(ValueError, match="less than the 514 tokens"):
+    with pytest.raises(ValueError, match="vocab_size=100 is less than the 514 tokens"):
         CLIPEncoder.from_config(config)
 
 

@@ -84,3 +84,53 @@ def _styles(images: Tensor, sets: Pictograms, held: Tensor, concepts: list[str])
         right = probe.score(x[some].numpy(), style[some].numpy())
         found[f"style read by a linear probe, {names}"] = round(float(right), 3)
     return found
+
+
+PROMPTS = (
+    "a robot wearing a hat",
+    "red fruit",
+    "sad face",
+    "something to drink",
+    "a big cat",
+    "winter sport",
+    "musical instrument",
+    "a heart in blue",
+    "vehicle on rails",
+    "birthday party",
+)
+
+
+def sheet(encoder: CLIPEncoder, sets: Pictograms, held: int = 8) -> Any:
+    """Free prompts and titles of held-out concepts, each with the pictures nearest to it.
+
+    Six are from the three styles, then two from OpenMoji. Below a picture stand its title, the
+    similarity, and a star where its concept is held out.
+
+    Returns:
+        A PIL image.
+    """
+    from retrodiff.databases import contact_sheet
+    from retrodiff.pictures.converting import to_float
+
+    where = [
+        (sets.where(lambda row: row["style"] in STYLES[:3]), 6),
+        (sets.where(lambda row: row["style"] == "openmoji"), 2),
+    ]
+    unseen = sorted({row["title"] for row in sets.rows if row["split"] == "held-out"})
+    prompts = [*PROMPTS, *unseen[:: max(1, len(unseen) // held)][:held]]
+    texts = unit(encoder.encode_text(prompts))
+    pictures: list[list[Tensor]] = [[] for _ in prompts]
+    captions: list[list[str]] = [[] for _ in prompts]
+    for candidates, count in where:
+        if not len(candidates):
+            continue
+        similarity = texts @ unit(encoder.encode_image(sets.images[candidates])).T
+        values, places = similarity.topk(count)
+        for i, (row, at) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            for value, place in zip(row, at, strict=True):
+                number = int(candidates[place])
+                about = sets.rows[number]
+                star = "*" if about["split"] == "held-out" else ""
+                pictures[i].append(to_float(sets.images[number]))
+                captions[i].append(f"{value:.2f}{star} {about['style']}\n{about['title'][:18]}")
+    return contact_sheet(prompts, pictures, captions, side=96)

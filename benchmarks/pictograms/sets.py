@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 STYLES = ("noto", "fluent", "twemoji", "openmoji")
+CLIPART = "clipart"
+"""Drawings of many hands beside the four sets, where ``clipart.py`` has fetched them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +26,14 @@ class Pictograms:
 
     @classmethod
     def read(cls, folder: Path) -> Pictograms:
-        """All sets that are in a folder, one after the other."""
+        """All sets that are in a folder, one after the other, and clip art behind them."""
         import pyarrow.parquet as pq
         from PIL import Image
 
         images: list[Tensor] = []
         rows: list[dict[str, Any]] = []
-        for style in STYLES:
+        there = [n for n in (*STYLES, CLIPART) if (folder / f"{n}.parquet").exists()]
+        for style in there:
             for row in pq.read_table(folder / f"{style}.parquet").to_pylist():
                 with Image.open(io.BytesIO(row.pop("image"))) as picture:
                     pixels = np.array(picture.convert("RGB"))
@@ -45,11 +48,12 @@ class Pictograms:
     def names(self, i: int) -> list[str]:
         """Title and keywords of a picture."""
         row = self.rows[i]
-        keywords = [word for word in row["keywords"].split(", ") if word]
-        return [row["title"], *(word for word in keywords if word != row["title"])]
+        return [
+            name for name in dict.fromkeys([row["title"], *row["keywords"].split(", ")]) if name
+        ]
 
     def phrasings(self, i: int) -> list[str]:
-        """Captions of a picture: the title three times as often as a keyword."""
+        """Captions of a picture: the title in several forms, and each keyword."""
         title, *keywords = self.names(i)
         both = [f"{title}, {', '.join(keywords[:3])}"] if keywords else []
         return [title, f"a {title}", f"picture of {title}", *both, *keywords]

@@ -108,7 +108,7 @@ def fit_clip(
         text = unit(encoder.text_features(tokens[present]))
         scale = encoder.model.logit_scale.exp().clamp(max=100)
         total = _contrast(scale * image @ text[at].T, right)
-        total = total + teachers.image_weight * taught.image_loss(image, rows)
+        total = total + DISTANCE * teachers.image_weight * taught.image_loss(image, rows)
         if others is None:
             return total
         place = known[chosen]
@@ -116,10 +116,10 @@ def fit_clip(
             aimed = taught.text_targets(place[here])
             guided = _contrast(scale * image @ aimed.T, right[:, here])
             total = total + teachers.text_weight * guided
-        more = torch.randint(len(others), (batch_size,), generator=generator)
+        more = torch.randint(len(others), (teachers.texts_per_step,), generator=generator)
         told = torch.cat([text[at][here], unit(encoder.text_features(others[more]))])
         aimed = taught.text_targets(torch.cat([place[here], more])).detach()
-        return total + teachers.text_weight * DISTANCE * (1 - (told * aimed).sum(-1)).mean()
+        return total + DISTANCE * teachers.text_weight * (1 - (told * aimed).sum(-1)).mean()
 
     module = taught if taught.heads() else encoder
     average = None if ema is None else NamedEMA(module, ema)
@@ -168,6 +168,10 @@ def fit_views(
     temperature: float = 0.2,
     weight_decay: float = 1e-4,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Tensor:
     """Trains an encoder in place so that two views of an image lie close (SimCLR: Chen 2020).
@@ -182,6 +186,10 @@ def fit_views(
         temperature: of the contrast.
         weight_decay: of AdamW.
         seed: of everything random.
+        checkpoint: file that keeps the state; see `optimize`.
+        checkpoint_every: steps between checkpoints.
+        resume: continue from the checkpoint if it exists.
+        overwrite: replace the checkpoint of another training.
         progress: show a bar.
 
     Returns:
@@ -206,6 +214,9 @@ def fit_views(
         other = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
         return F.cross_entropy(logits, other)
 
+    run: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature}
+    if checkpoint is not None:
+        run["images"] = digest(shown)
     return optimize(
         encoder,
         loss,
@@ -213,6 +224,11 @@ def fit_views(
         lr=lr,
         weight_decay=weight_decay,
         seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+        run=run,
         progress=progress,
         what="encoder",
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from retrodiff.encoders import CLIPEncoder
 from retrodiff.interfaces import unit
-from retrodiff.numbers import real
+from retrodiff.numbers import real, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,15 @@ class Teachers:
     """What `fit_clip` learns from beside its pairs.
 
     Args:
-        images: (n, f) features of the training images, in their order; None: no teacher.
+        images: (n, f) features of the training images, in their order; None: no teacher. A column
+            counts as its variance does.
         texts: phrases that have features: captions, and as many others as are at hand, such as a
             list of words. Those teach the text tower about words that no caption holds.
         text_features: (m, g), one row for each of ``texts``; None: no teacher.
-        image_weight: of the image teacher's loss beside the contrastive one.
-        text_weight: of the text teacher's two losses.
+        image_weight: of the image teacher's loss beside the contrastive one; 1 makes them about
+            equal.
+        text_weight: of the text teacher's two losses, contrast and distance.
+        texts_per_step: of ``texts``, drawn for every step beside the captions of its images.
 
     Raises:
         ValueError: features that are not finite, or not one row for each text.
@@ -42,10 +45,12 @@ class Teachers:
     text_features: Tensor | None = None
     image_weight: float = 1.0
     text_weight: float = 1.0
+    texts_per_step: int = 256
 
     def __post_init__(self) -> None:
         real("image_weight", self.image_weight, 0)
         real("text_weight", self.text_weight, 0)
+        whole("texts_per_step", self.texts_per_step)
         given = 0 if self.text_features is None else len(self.text_features)
         if isinstance(self.texts, str) or len(self.texts) != given:
             raise ValueError(
@@ -71,6 +76,7 @@ class Teachers:
             "texts": hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:16],
             "text_features": _hash(self.text_features) if self.text_features is not None else None,
             "weights": [self.image_weight, self.text_weight],
+            "texts_per_step": self.texts_per_step,
         }
 
 
@@ -120,10 +126,10 @@ class Taught(nn.Module):
 
 
 def _standardized(features: Tensor) -> Tensor:
-    """Features of mean 0 and mean square 1 in every column that varies."""
+    """Features of mean 0, scaled as a whole: how much a column counts is the caller's choice."""
     features = features.float()
     centered = features - features.mean(0)
-    return centered / centered.square().mean(0).sqrt().clamp(min=1e-6)
+    return centered / centered.square().mean().sqrt().clamp(min=1e-6)
 
 
 def _hash(features: Tensor) -> str:
