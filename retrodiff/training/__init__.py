@@ -1,7 +1,6 @@
 """Training: the loop, the data, the average, what shows it, and small encoders from scratch."""
 
-from retrodiff.training.augment import Augmentation, Mirrored, Moved
-from retrodiff.training.augmenting import ShiftScaleColor
+from retrodiff.training.augment import Augmentation, Mirrored, Moved, ShiftScaleColor
 from retrodiff.training.contrastive import fit_clip, fit_views
 from retrodiff.training.data import TrainingSet
 from retrodiff.training.distillation import Teachers

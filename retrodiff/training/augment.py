@@ -1,9 +1,9 @@
-"""Augmentation that cannot leak into samples: pictures that could have been in the data.
+"""Augmentation of training images; `Mirrored` and `Moved` cannot leak into samples.
 
 A shifted or smaller picture on a plain background of the same color, and the mirror image of a
 picture without letters, are as good as the original, so a network that draws them is not wrong.
 What changes the distribution (rotations, cut-outs, colors) would have to be told to the network
-(Karras et al. 2022, appendix F.2) and is not here.
+(Karras et al. 2022, appendix F.2): `ShiftScaleColor` is for encoders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retrodiff.numbers import real, whole
@@ -121,3 +122,43 @@ def _source(size: int, shift: Tensor, scale: Tensor) -> Tensor:
     """Where (b, size) each row or column of the result comes from, from -1 to 1."""
     at = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
     return (at - 2 * shift.unsqueeze(1) / size) / scale.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class ShiftScaleColor:
+    """Moves, scales and tints each picture of a batch a little; what is bared repeats the border.
+
+    For encoders, which should not care; a diffusion model would draw such pictures.
+
+    Args:
+        shift: largest move to each side, as a share of the picture's side.
+        scale: largest change of size, up or down, as a share.
+        color: largest change of brightness, contrast and each channel's gain, as a share.
+        flip: mirror half of the pictures; wrong where left and right mean something, as in letters,
+            arrows and clocks.
+    """
+
+    shift: float = 0.06
+    scale: float = 0.15
+    color: float = 0.1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "scale", "color"):
+            real(name, getattr(self, name), 0, 0.9)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] -> images of the same shape, in [-1, 1]."""
+        b, c = images.shape[:2]
+        draw = uniform(generator, (b, 6 + c)) * 2 - 1
+        size = (1 + self.scale) ** draw[:, 0]
+        mirrored = torch.where(draw[:, 1] < 0, -1.0, 1.0) if self.flip else torch.ones(b)
+        place = torch.zeros(b, 2, 3)
+        place[:, 0, 0], place[:, 1, 1] = mirrored / size, 1 / size
+        place[:, :, 2] = draw[:, 2:4] * 2 * self.shift
+        grid = F.affine_grid(place, list(images.shape), align_corners=False).to(images)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        tint = (1 + self.color * draw[:, 4:]).to(images)[:, :, None, None]
+        contrast, brightness, gain = tint[:, :1], tint[:, 1:2], tint[:, 2:]
+        bright = (moved + 1) * brightness * gain - 1
+        return (bright * contrast).clamp(-1, 1)

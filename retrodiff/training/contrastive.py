@@ -6,7 +6,7 @@ published CLIP at hand, use that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from retrodiff.encoders import CLIPEncoder, TimmEncoder
 from retrodiff.interfaces import unit
 from retrodiff.numbers import real, whole
+from retrodiff.training.augment import Augmentation
 from retrodiff.training.distillation import Taught, Teachers
 from retrodiff.training.ema import NamedEMA
 from retrodiff.training.images import as_images, digest, pixels
@@ -27,9 +28,6 @@ from retrodiff.training.rates import LearningRate
 DISTANCE = 10.0
 """Weight of a cosine distance beside cross-entropies, which are some ten times larger."""
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""Images (b, c, h, w) and randomness -> other views of the same images."""
-
 
 def fit_clip(
     encoder: CLIPEncoder,
@@ -39,7 +37,7 @@ def fit_clip(
     steps: int,
     batch_size: int,
     lr: LearningRate | float,
-    augment: Augment | None = None,
+    augment: Augmentation | None = None,
     teachers: Teachers | None = None,
     ema: float | None = None,
     weight_decay: float = 0.1,
@@ -160,7 +158,7 @@ def _contrast(logits: Tensor, right: Tensor) -> Tensor:
 def fit_views(
     encoder: TimmEncoder,
     images: Tensor,
-    augment: Augment,
+    augment: Augmentation,
     *,
     steps: int,
     batch_size: int,
@@ -234,7 +232,7 @@ def fit_views(
     )
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Three quarters of each image at a random place, half of them mirrored: views for `fit_views`.
 
     Args:
