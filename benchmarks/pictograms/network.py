@@ -3,9 +3,10 @@
     python benchmarks/pictograms/data.py         # once: gets the pictures
     python benchmarks/pictograms/first_stage.py  # pictures to latents and back
     python benchmarks/pictograms/encoder.py      # pictures and titles to embeddings
-    python benchmarks/pictograms/network.py --pictures 1000000 --threads 2
+    torchrun --nproc_per_node 2 benchmarks/pictograms/network.py --pictures 1000000 --threads 1
 
-The same command continues after an interruption. D holds the concepts of the splits ``train`` and
+The same command continues after an interruption. Two processes of one thread share a batch; they
+are faster than one process of two threads. D holds the concepts of the splits ``train`` and
 ``database`` in three styles; the network is trained on ``train``, each picture left out of its own
 neighbors. Half of the time neighbors come from the picture's own style only, so that style follows
 the database. Each picture is trained with neighbors, with one of its captions and neighbors, or
@@ -34,6 +35,7 @@ from retrodiff.encoders import load_encoder
 from retrodiff.model import Model
 from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
 from retrodiff.training import TrainingSet, cosine, fit
+from retrodiff.training.processes import Processes
 
 STYLES = ("noto", "fluent", "twemoji")
 MODES = {"neighbors": 0.45, "text+neighbors": 0.4, "text": 0.15}
@@ -172,6 +174,8 @@ def main() -> None:
         watch=[Log(options.out.with_suffix(".log.jsonl"), held_out, options.log_every)],
         progress=False,
     )
+    if not Processes().main:
+        return
     print(f"{time.perf_counter() - started:.0f} s", flush=True)
     finish(fitted.model, first_stage, data, options)
 
