@@ -188,7 +188,7 @@ def build(folder: Path, encoder: Any) -> EmbeddingDatabase:
 
     path, file = folder / "database", folder / "database.parquet"
     if path.exists():
-        return EmbeddingDatabase.open(path)
+        return EmbeddingDatabase.at(path)
     if not file.exists():
         table = pa.concat_tables([pq.read_table(folder / f"{style}.parquet") for style in STYLES])
         with atomic_write(file) as partial:
