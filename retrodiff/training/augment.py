@@ -24,7 +24,7 @@ from retrodiff.randomness import uniform
 class Augmentation(Protocol):
     """Changes training images, each by randomness of its own."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] -> changed ones of the same shape.
 
         Args:
