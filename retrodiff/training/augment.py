@@ -95,7 +95,7 @@ class Moved:
 
 
 def augmented(
-    augment: tuple[Augmentation, ...], images: Tensor, generator: torch.Generator | None
+    augment: tuple[Augmentation, ...], images: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Images of a step, changed by one augmentation after the other.
 
