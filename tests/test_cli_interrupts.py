@@ -55,17 +55,17 @@ def test_while_packages_load(after, number, pictures):
 
 
 def test_advice_names_resume_only_where_there_is_one(pictures, monkeypatch, capsys):
-    from retrodiff.cli import database, train_encoder
+    from retrodiff.cli import database, info
 
     def interrupted(options):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(pictures)
     monkeypatch.setattr(database, "_build", interrupted)
-    monkeypatch.setattr(train_encoder, "run", interrupted)
+    monkeypatch.setattr(info, "run", interrupted)
     assert main(["database", "build", "p", "d", "--encoder", "e"]) == 130
     assert "--resume" in capsys.readouterr().err
-    assert main(["train-encoder", "p", "e"]) == 130
+    assert main(["info", "p"]) == 130
     assert "--resume" not in capsys.readouterr().err
 
 

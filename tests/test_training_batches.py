@@ -188,7 +188,7 @@ def none_left():
         program = PROGRAMS.pop()
         if program.poll() is None:
             os.killpg(program.pid, signal.SIGKILL)
-            program.wait()
+            program.communicate()
 
 
 def started(tmp_path, *arguments):
