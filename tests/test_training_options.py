@@ -184,3 +184,10 @@ def test_a_loss_that_is_no_scalar_is_refused(path):
     module, _, options = linear(path)
     with pytest.raises(ValueError, match=r"the loss has shape \(8, 1\): give its mean, a scalar"):
         optimize(module, lambda module, part: module(torch.ones(8, 3)), **options)
+
+
+def test_a_loss_that_is_nan_names_step_and_images(recipe, data):
+    rows = data.rows_at(2, 8, 0).tolist()
+    named = ", ".join(map(str, rows))
+    with pytest.raises(FloatingPointError, match=rf"at step 2: .*training images {named}$"):
+        run(recipe, data, lr=lambda step: 1e6 if step == 1 else 1e-3, ema=0.5)

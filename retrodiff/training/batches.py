@@ -45,7 +45,7 @@ class Batches:
             done, steps, batch_size=batch_size, seed=seed, part=share, k=k, workers=workers
         )
         self._iterator: Iterator[Batch] = iter(())
-        self._step, self._batch = -1, cast("Batch", None)
+        self.step, self._batch = -1, cast("Batch", None)
 
     def begin(self, done: int) -> None:
         """Starts reading at the step after those that are done."""
@@ -53,8 +53,8 @@ class Batches:
 
     def part(self, part: Part) -> Batch:
         """Images, queries and neighbors of one part; steps must come in order."""
-        if part.step != self._step:
-            self._step, self._batch = part.step, next(self._iterator)
+        if part.step != self.step:
+            self.step, self._batch = part.step, next(self._iterator)
         images, query, neighbors = self._batch
         count = part.count // self.processes.count
         if count == 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -183,7 +183,7 @@ def fit(
         kept[f"watch_{type(watcher).__name__}{alike or ''}"] = watcher
     if compile:
         objective.model.compile()
-    with closing(batches):
+    with closing(batches), _naming_images(batches, data, batch_size, seed):
         losses = optimize(
             objective,
             loss,
@@ -266,6 +266,21 @@ def _with(model: Model, average: dict[str, Tensor], path: Path | None = None) ->
     if hasattr(twin.denoiser, "untrained"):
         twin.denoiser.untrained = False  # type: ignore[attr-defined]
     return twin
+
+
+@contextmanager
+def _naming_images(
+    batches: Batches, data: TrainingSet, batch_size: int, seed: int
+) -> Iterator[None]:
+    """Adds to an error of numbers which training images the step had."""
+    try:
+        yield
+    except FloatingPointError as error:
+        if batches.step < 0:
+            raise
+        rows = data.rows_at(batches.step, batch_size, seed).tolist()
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise FloatingPointError(f"{error}; the step had the training images {shown}") from None
 
 
 def _averages(objective: Objective, decays: float | Sequence[float]) -> list[NamedEMA]:
