@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         f"{SHEET} (query | neighbors | samples) into a folder.",
     )
     parser.add_argument(
-        "model", type=types.path, help="folder of a saved model, or pictograms, the one that ships"
+        "model", type=types.path, help="folder of a saved model, or the name of one with a package"
     )
     parser.add_argument("out", type=types.new_folder, help="folder for the images")
     asked = parser.add_mutually_exclusive_group(required=True)

@@ -24,7 +24,7 @@ def shipped(name: str | Path) -> Path | None:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(
-            f"{name} is a model with a package of its own, which is not installed: pip install "
-            f"'retrodiff[{name}]', or name the folder of another model"
+            f"{name} is a model with a package of its own, {package}, which is not installed: "
+            "install it, or name the folder of another model"
         )
     return Path(next(iter(found.submodule_search_locations))) / "model"
