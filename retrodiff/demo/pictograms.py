@@ -1,8 +1,8 @@
 """Shows what one small trained network draws when it is shown other databases; nothing is trained.
 
-The model is that of the package ``retrodiff-pictograms``, whose weights are still being trained; the
-demo does not call this yet. Its network has seen three
-styles; which style and which thing it draws is what the database and the prompt say.
+The model is that of the package ``retrodiff-pictograms``, whose weights are still being trained, so
+the demo does not call this yet. Its network has seen three styles; which style and which thing it
+draws is what the database and the prompt say.
 """
 
 from __future__ import annotations
