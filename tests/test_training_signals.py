@@ -1,18 +1,16 @@
 """Signals and kills: a step is finished, the state is kept, the same bits come out."""
 
+import multiprocessing
 import os
 import random
 import signal
 import threading
-import time
-import warnings
 
 import pytest
 import torch
-from trainings import run, same, small_data, weights
+from trainings import made, run, same, small_data, train_slowly, weights
 
 from retrodiff import interrupts
-from retrodiff.training import TrainingSet
 from retrodiff.training import checkpoint as checkpoints
 from retrodiff.training.checkpoint import read_state
 
@@ -102,31 +100,31 @@ def test_other_threads_can_train(recipe, data):
     assert len(results) == 1
 
 
-def test_killed_at_random_moments_resumes_to_the_same_bits(recipe, data, path):
-    """A short version of benchmarks/training_kill.py: SIGKILL, in a process of its own."""
+def test_killed_at_random_moments_resumes_to_the_same_bits(path):
+    """A short version of benchmarks/training_kill.py: SIGKILL, in a process of its own.
+
+    Processes are forked from one that has trained nothing: a backward pass may start threads, after
+    which a fork cannot go on.
+    """
     torch.set_num_threads(1)
     options = {"steps": 60, "checkpoint": path, "checkpoint_every": 5, "resume": True}
-    whole = run(recipe, data, steps=60)
-    draw, kills = random.Random(0), 0
-
-    def slowly(self, *arguments, real=TrainingSet.rows_at):
-        time.sleep(0.06)  # 60 steps take more than 3.6 s, so that kills come in the middle
-        return real(self, *arguments)
-
+    whole = run(*made(), steps=60)
+    draw, ends = random.Random(0), []
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["trainings"])
+    first = processes.Process(target=torch.set_num_threads, args=(1,))
+    first.start()
+    first.join()  # what the others are forked from has imported
     for _ in range(6):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-            child = os.fork()
-        if child == 0:
-            try:
-                TrainingSet.rows_at = slowly
-                run(recipe, data, **options)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0.1, 0.8))
-        os.kill(child, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert kills >= 2  # a child that goes on near the end may finish first
-    resumed = run(recipe, data, **options)
+        child = processes.Process(target=train_slowly, kwargs=options)
+        child.start()
+        child.join(draw.uniform(0.1, 0.8))
+        child.kill()
+        child.join()
+        ends.append(child.exitcode)
+    # 60 steps take more than 3.6 s; one that goes on near the end may finish before it is killed.
+    assert set(ends) <= {0, -signal.SIGKILL}, ends
+    assert ends.count(-signal.SIGKILL) >= 2, ends
+    resumed = run(*made(), **options)
     assert same(weights(whole.model), weights(resumed.model))
     assert torch.equal(whole.losses, resumed.losses)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from parts import HashingEncoder, small_network, small_recipe
 from torch import nn
@@ -31,6 +33,18 @@ def run(recipe, data, **options):
     model.denoiser.network.load_state_dict(small_network().state_dict())
     settings = {"steps": 12, "batch_size": 8, "lr": constant(1e-2), "ema": 0.9, "progress": False}
     return fit(model, data, **{**settings, **options})
+
+
+def train_slowly(**options):
+    """The training of `made` in a process of its own, which takes 60 ms for each step."""
+
+    def slowly(self, *arguments, real=TrainingSet.rows_at):
+        time.sleep(0.06)
+        return real(self, *arguments)
+
+    torch.set_num_threads(1)
+    TrainingSet.rows_at = slowly
+    run(*made(), **options)
 
 
 def weights(model):

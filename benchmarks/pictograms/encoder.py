@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outlines import Outlined
 from report import report, sheet
-from sets import CLIPART, STYLES, Pictograms
+from sets import CLIPART, STYLES, Pictograms, styled
 from teachers import phrase_features, picture_features, whole_words
 from torch import Tensor
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/pictograms"))
     parser.add_argument("--name", default="encoder", help="of the folder in --out")
+    parser.add_argument("--init", help="another encoder in --out whose weights are the first ones")
     parser.add_argument("--plain", action="store_true", help="without teachers, for comparison")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -101,6 +103,9 @@ def train(options: argparse.Namespace, sets: Pictograms, seen: Tensor, target: P
         )
     torch.manual_seed(options.seed)
     encoder = CLIPEncoder.from_config(CONFIG)
+    if options.init:
+        first: Any = load_encoder(options.out / options.init)
+        encoder.model.load_state_dict(first.model.state_dict())
     encoder.model.visual.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     # Pictograms twice as often as clip art: they are what will be searched.
     own = torch.tensor([sets.rows[i]["style"] in STYLES for i in seen.tolist()])
@@ -113,11 +118,11 @@ def train(options: argparse.Namespace, sets: Pictograms, seen: Tensor, target: P
     fit_clip(
         encoder,
         sets.images[seen],
-        [sets.phrasings(i) for i in seen.tolist()],
+        [captions(sets, i) for i in seen.tolist()],
         steps=options.steps,
         batch_size=options.batch_size,
         lr=cosine(options.lr, options.steps, options.steps // 20),
-        augment=ShiftScaleColor(scale=0.2, color=0.15),
+        augment=Outlined(ShiftScaleColor(scale=0.2, color=0.15)),
         teachers=teachers,
         ema=0.99,
         weight_decay=0.1,
@@ -127,6 +132,13 @@ def train(options: argparse.Namespace, sets: Pictograms, seen: Tensor, target: P
         resume=True,
     )
     save_encoder(encoder, target, dtype=torch.float16)
+
+
+def captions(sets: Pictograms, i: int) -> list[str]:
+    """What a picture is called, with and without its style: so that prompts may ask for one."""
+    row = sets.rows[i]
+    named = [] if row["style"] == CLIPART else styled(row["title"], row["style"])
+    return [*sets.phrasings(i), *named]
 
 
 def parts(encoder: CLIPEncoder) -> list[tuple[str, Any]]:

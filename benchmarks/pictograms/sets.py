@@ -17,6 +17,11 @@ CLIPART = "clipart"
 """Drawings of many hands beside the four sets, where ``clipart.py`` has fetched them."""
 
 
+def styled(title: str, style: str) -> list[str]:
+    """Captions that name the style of a picture."""
+    return [f"{title}, {style} style", f"{style} {title}", f"{title} in the style of {style}"]
+
+
 @dataclass(frozen=True, eq=False)
 class Pictograms:
     """Pictures (n, 3, 64, 64) in bytes and a record for each."""
