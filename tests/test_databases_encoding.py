@@ -160,3 +160,32 @@ def test_small_pictures_wait_as_bytes():
     [row] = reader(0)  # pyright: ignore
     assert row.pixels.dtype == torch.uint8
     assert not row.prepared
+
+
+def test_thumbnails_of_a_quality(tmp_path):
+    """WebP files, smaller than PNG, of nearly the same pixels; the encoder sees the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(6, 3, 6, 6, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, (48, 48), mode="bilinear") * 2 - 1
+    options = {"thumbnails": 48, "progress": False}
+    plain = build_database(tmp_path / "a", Images(images), Pooled(), **options)
+    small = build_database(
+        tmp_path / "b", Images(images), Pooled(), thumbnail_quality=80, **options
+    )
+    assert torch.equal(plain.embeddings(torch.arange(6)), small.embeddings(torch.arange(6)))
+    sizes = [next(d.path.glob("thumbnails-*")).stat().st_size for d in (plain, small)]
+    assert sizes[1] < sizes[0] / 3
+    difference = small.image(2) - images[2]
+    assert difference.square().mean().sqrt() < 0.1
+    assert small.manifest.settings["thumbnail_quality"] == 80
+    with pytest.raises(FileExistsError):
+        build_database(tmp_path / "b", Images(images), Pooled(), **options)
+
+
+def test_a_quality_that_means_nothing(tmp_path):
+    images = Images(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="give thumbnails=SIDE"):
+        build_database(tmp_path / "a", images, Pooled(), thumbnail_quality=80)
+    with pytest.raises(ValueError, match="thumbnail_quality=101"):
+        build_database(tmp_path / "a", images, Pooled(), thumbnails=8, thumbnail_quality=101)
+    assert not (tmp_path / "a").exists()

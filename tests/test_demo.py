@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
-pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
+pytest.importorskip("retrodiff_pictograms", reason="pip install packages/pictograms")
 
 from retrodiff import demo
-from retrodiff.demo import digits, photographs
+from retrodiff.demo import digits, pictograms
+from retrodiff.demo.poster import Cell, Grid, draw_poster
 
 SMALL = demo.Settings(
-    photographs.Settings(
-        encoder_steps=2, steps=3, samples=6, stride=16, sampling_steps=2, channels=32
-    ),
+    pictograms.Settings(prompts=["robot"], modes=["crown"], filmed=["robot", "crown"], steps=2),
     digits.Settings(clip_steps=3, steps=4, sampling_steps=2, per_mode=32, unseen_per_mode=4),
 )
 
@@ -34,16 +34,15 @@ def ran(tmp_path_factory):
 def test_it_writes_everything(ran):
     folder, report = ran
     assert json.loads((folder / "report.json").read_text()) == report
-    for name in ("samples.png", "neighbors.png", "digits/model.json", "photographs/model.json"):
+    for name in ("samples.png", "attribution.png", "demo.gif", "digits.png", "digits/model.json"):
         assert (folder / name).is_file()
-    for name in ("digits.rdb", "photographs.rdb", "photographs-never-trained.rdb"):
-        assert (folder / name / "manifest.json").is_file()
+    assert (folder / "digits.rdb" / "manifest.json").is_file()
     for key in ("text", "text_neighbors", "neighbors", "class"):
         assert 0 <= report["accuracy"][key] <= 1
     for key in (
         "swap",
         "unseen",
-        "color",
+        "pictograms",
         "loss_gap",
         "seconds",
         "peak_rss_mb",
@@ -52,6 +51,32 @@ def test_it_writes_everything(ran):
     ):
         assert key in report
     assert "text + k-1 neighbors" in demo.table(report)
+
+
+def test_the_film_shows_every_step_and_every_neighbor(ran):
+    folder, _ = ran
+    with Image.open(folder / "demo.gif") as film:
+        # Two databases; each of its acts has two steps, the end, and the light on three neighbors.
+        assert film.n_frames == 2 * (2 + 1 + 3)
+        assert film.info["loop"] == 0
+
+
+def test_a_poster_is_as_wide_as_asked_and_holds_its_pictures():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 8, 8)
+    cells = [Cell([red] * 99, [-red]), Cell([], [])]  # more samples than there is room for
+    poster = draw_poster("heading", [Grid("title", ["one", "two"], [("a", cells)])], width=700)
+    assert poster.width == 700
+    colors = {color for _, color in poster.getcolors(10**6)}
+    assert {(255, 0, 0), (0, 255, 255)} <= colors
+    right = poster.crop((104 + (700 - 104) // 2, 0, 700, poster.height))
+    assert (255, 0, 0) not in {color for _, color in right.getcolors(10**6)}
+
+
+def test_without_the_models_package_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrodiff.disk.shipped.SHIPPED", {"pictograms": "no_such_package"})
+    with pytest.raises(FileNotFoundError, match="install no-such-package"):
+        demo.run(tmp_path / "out", settings=SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_is_left_alone(ran, tmp_path):
@@ -73,21 +98,6 @@ def test_saved_models_sample_again(ran):
     again = Model.load(folder / "digits").sample(prompts=[digits.caption(3)], progress=False)
     assert torch.equal(out.images, again.images)
     assert model.sample(n=1, progress=False).images.shape == (1, 1, 8, 8)
-
-
-def test_photograph_tiles_share_no_pixel():
-    covered = []
-    for parity in (0, 1):
-        _, records = photographs.patches(photographs.TRAINED, 16, parity)
-        pixels = set()
-        for record in records:
-            x1, y1, x2, y2 = record["box"]
-            pixels |= {(record["file"], x, y) for x in range(x1, x2) for y in range(y1, y2)}
-        covered.append(pixels)
-    assert covered[0]
-    assert covered[1]
-    assert not covered[0] & covered[1]
-    assert not set(photographs.TRAINED) & set(photographs.NEVER_TRAINED)
 
 
 def test_the_digits_are_split_without_overlap():
@@ -115,13 +125,3 @@ def test_the_judge_knows_real_digits_and_not_noise():
     assert judge.share(parts.training[0], parts.training[1].tolist()) > 0.97
     noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert judge.share(noise, [i % 10 for i in range(200)]) < 0.3
-
-
-def test_likeness_tells_own_neighbors_from_others():
-    generator = torch.Generator().manual_seed(0)
-    neighbors = torch.rand(12, 4, 3, 32, 32, generator=generator) * 0.2
-    neighbors += torch.rand(12, 1, 3, 1, 1, generator=generator)
-    close = photographs.likeness(neighbors.mean(1), neighbors)
-    assert close["mean_color.ratio"] > 2
-    shuffled = photographs.likeness(neighbors.mean(1).roll(3, 0), neighbors)
-    assert shuffled["mean_color.ratio"] < 1.1

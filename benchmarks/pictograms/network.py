@@ -10,7 +10,7 @@ are faster than one process of two threads. D holds the concepts of the splits `
 ``database`` in three styles; the network is trained on ``train``, each picture left out of its own
 neighbors. Half of the time neighbors come from the picture's own style only, so that style follows
 the database. Each picture is trained with neighbors, with one of its captions and neighbors, or
-with a caption alone, so that every mode of sampling is trained.
+with a caption alone, so that every mode of sampling is trained; some captions name the style.
 
 It writes runs/pictograms/network (the model with the averaged weights), network.log.jsonl (loss of
 training and of held-out concepts), and network.samples.png: prompts down, databases across.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sets import styled
 from torch import Tensor
 
 from retrodiff import presets
@@ -145,6 +146,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     encoder: Any = load_encoder(options.data / "encoder")
     first_stage: Any = load_autoencoder(options.data / "first_stage")
+    processes = Processes()
+    if processes.main:
+        build(options.data, encoder)
+    processes.wait()  # for the one that builds it
     database = build(options.data, encoder)
     data, held_out = training_data(options, encoder, first_stage, database)
     torch.manual_seed(options.seed)
@@ -174,7 +179,7 @@ def main() -> None:
         watch=[Log(options.out.with_suffix(".log.jsonl"), held_out, options.log_every)],
         progress=False,
     )
-    if not Processes().main:
+    if not processes.main:
         return
     print(f"{time.perf_counter() - started:.0f} s", flush=True)
     finish(fitted.model, first_stage, data, options)
@@ -237,9 +242,10 @@ def training_data(
 
 
 def captions(record: Any) -> list[str]:
-    """What a picture may be asked for: its title, and its title with some of its keywords."""
+    """What a picture may be asked for: its title, alone and with a keyword or its style."""
     title, words = str(record["title"]), [w for w in str(record["keywords"]).split(", ") if w]
-    return [title, title, f"a {title}", *(f"{title}, {word}" for word in words[:4])]
+    plain = [title, title, f"a {title}", *(f"{title}, {word}" for word in words[:4])]
+    return plain + styled(title, str(record["style"]))
 
 
 def encode(first_stage: Any, images: Tensor) -> Tensor:

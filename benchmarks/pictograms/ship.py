@@ -3,9 +3,9 @@
     python benchmarks/pictograms/network.py --report   # of a training that is still going on
     python benchmarks/pictograms/ship.py
 
-Reads runs/pictograms/{network,encoder,database}; writes pictograms/retrodiff_pictograms/model (the
-model with D inside) and .../held_out (a database of concepts that were never trained on, for the
-demo). Prints the size of every part.
+Reads runs/pictograms/{network,encoder,database}. Into packages/pictograms/retrodiff_pictograms it
+writes ``model`` (the model with D inside) and ``held_out`` (a database of concepts that were never
+trained on, for the demo). Prints the size of every part.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from network import STYLES
 
 from retrodiff.databases import ParquetImages, build_database
+from retrodiff.encoders import load_encoder, save_encoder
 from retrodiff.model import Model
 
 UNSEEN = 16
@@ -33,14 +34,31 @@ def main() -> None:
     """Loads, narrows, saves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("runs/pictograms"))
-    parser.add_argument("--out", type=Path, default=Path("pictograms/retrodiff_pictograms"))
+    package = Path("packages/pictograms/retrodiff_pictograms")
+    parser.add_argument("--out", type=Path, default=package)
     options = parser.parse_args()
     model = Model.load(options.data / "network").to(dtype=torch.float16)
+    model = model.replace(database=small_pictures(options.data, model.encoder))
     model.save(options.out / "model", overwrite=True, include_database=True)
+    folder = options.out / "model" / "encoder"
+    save_encoder(load_encoder(folder), folder, dtype=torch.float16, overwrite=True)
     unseen(options.data, options.out / "held_out", model.encoder)
     for part in ("model", "model/encoder", "model/database", "held_out"):
         files = [f for f in (options.out / part).rglob("*") if f.is_file()]
         print(f"{part}: {sum(f.stat().st_size for f in files) / 1e6:.2f} MB")
+
+
+def small_pictures(data: Path, encoder: Any) -> Any:
+    """D as it is, its thumbnails a fifth as large."""
+    return build_database(
+        data / "shipped_database",
+        ParquetImages(data / "database.parquet"),
+        encoder,
+        thumbnails=64,
+        thumbnail_quality=80,
+        overwrite=True,
+        progress=False,
+    )
 
 
 def unseen(data: Path, out: Path, encoder: Any) -> None:
@@ -56,7 +74,9 @@ def unseen(data: Path, out: Path, encoder: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "held_out.parquet"
         pq.write_table(table, file)
-        build_database(out, ParquetImages(file), encoder, thumbnails=64, progress=False)
+        build_database(
+            out, ParquetImages(file), encoder, thumbnails=64, thumbnail_quality=80, progress=False
+        )
 
 
 if __name__ == "__main__":

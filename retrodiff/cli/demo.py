@@ -1,4 +1,4 @@
-"""``retrodiff demo``: from pictures to generated pictures, from scratch."""
+"""``retrodiff demo``: a trained model and its databases, and a training from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "demo",
-        help="train and sample two small models from scratch, on photographs and on digits",
+        help="sample a trained model from several databases, then train one from scratch",
     )
     parser.add_argument(
         "--out", type=types.new_folder, default="runs/demo", help="folder to be written"
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"retrodiff: {error}", file=sys.stderr)
         return 1
     print(demo.table(report))
-    print(f"look at {options.out}/samples.png and {options.out}/neighbors.png")
+    print(f"look at {options.out}/samples.png, demo.gif, attribution.png and digits.png")
     return 0

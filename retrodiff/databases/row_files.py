@@ -1,8 +1,8 @@
 """Writes and maps the files that hold a database's rows.
 
 A shard is three files: ``vectors`` (float16 embeddings and float32 norms of the stored values,
-safetensors), ``records`` (parquet), and, if wanted, ``thumbnails`` (PNG or JPEG bytes with offsets,
-safetensors).
+safetensors), ``records`` (parquet), and, if wanted, ``thumbnails`` (bytes of PNG, JPEG or
+WebP files with offsets, safetensors).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def map_shard(path: Path, rows: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class Thumbnails:
-    """The small pictures of a shard: bytes of PNG or JPEG files, mapped and not read.
+    """The small pictures of a shard: bytes of PNG, JPEG or WebP files, mapped and not read.
 
     Args:
         path: a thumbnails file.

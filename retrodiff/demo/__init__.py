@@ -1,6 +1,6 @@
-"""Trains and samples two small models from scratch on real pictures: `retrodiff demo`.
+"""`retrodiff demo`: a trained model and its databases, then a small model trained from scratch.
 
-Color photographs, then digits; see `retrodiff.demo.photographs` and `retrodiff.demo.digits`.
+See `retrodiff.demo.pictograms` and `retrodiff.demo.digits`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from retrodiff.databases import EmbeddingDatabase, captions_of, contact_sheet
-from retrodiff.demo import digits, photographs
+from retrodiff.databases import EmbeddingDatabase
+from retrodiff.demo import digits, pictograms
 from retrodiff.disk.files import check_free, place, write_json
+from retrodiff.disk.shipped import shipped
 from retrodiff.model.generated import Generation
 from retrodiff.pictures.sheet import Line, Section, draw_sheet
 
@@ -29,7 +30,7 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "torch-ema", "safetensors", "sci
 class Settings:
     """Sizes of both halves."""
 
-    color: photographs.Settings = field(default_factory=photographs.Settings)
+    pictograms: pictograms.Settings = field(default_factory=pictograms.Settings)
     digits: digits.Settings = field(default_factory=digits.Settings)
 
 
@@ -45,7 +46,10 @@ def run(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains, samples and measures; writes databases, models, pictures and ``report.json``.
+    """Samples, trains and measures; writes databases, models, pictures and ``report.json``.
+
+    ``samples.png``, ``attribution.png`` and the film ``demo.gif`` come first, of the shipped model;
+    ``digits.png`` is of the model that is trained.
 
     Args:
         out: folder to be written.
@@ -58,8 +62,10 @@ def run(
         The report.
 
     Raises:
+        FileNotFoundError: the package of the pictogram model is not installed.
         CopyingError: samples copy above the null; the report is written all the same.
     """
+    shipped("pictograms")
     out = place(out)
     check_free(out, MARKER, overwrite, None)  # parts are replaced one by one
     out.mkdir(parents=True, exist_ok=True)
@@ -67,21 +73,19 @@ def run(
     settings = settings or Settings()
     start = time.perf_counter()
 
-    color = photographs.run(out, settings.color, seed, progress)
-    color.model.save(out / "photographs", overwrite=True)
-    color_seconds = time.perf_counter() - start
-    _neighbors_sheet(color).save(out / "neighbors.png")
+    shown = pictograms.run(out, settings.pictograms, seed=seed)
+    if progress:
+        print(f"pictograms: {shown['images']} images in {shown['seconds']:.0f} s; look at {out}")
 
     numbers = digits.run(out, settings.digits, seed, progress)
     numbers.model.save(out / "digits", overwrite=True)
-    draw_sheet(sections(color, numbers)).save(out / "samples.png")
+    draw_sheet(sections(numbers)).save(out / "digits.png")
 
     report: dict[str, Any] = {
+        "pictograms": shown,
         **numbers.report,
-        "color": color.report,
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),
-        "seconds_color": round(color_seconds, 1),
         "peak_rss_mb": peak_rss_mb(),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -106,27 +110,9 @@ def peak_rss_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-def sections(color: photographs.Color, numbers: digits.Digits) -> list[Section]:
-    """What ``samples.png`` shows: color first, then digits by mode."""
-    titles = {
-        "trained": "Color photographs: neighbors from database D (tiles that were not trained on)",
-        "never_trained": "The same weights, the database swapped: photographs never trained on",
-    }
+def sections(numbers: digits.Digits) -> list[Section]:
+    """What ``digits.png`` shows: every mode of sampling."""
     made: list[Section] = []
-    for name, title in titles.items():
-        queries, near, out = color.shown[name]
-        model = color.model if name == "trained" else color.swapped
-        more = [
-            model.sample(images=queries[:5], seed=seed, progress=False) for seed in range(101, 105)
-        ]
-        lines = [
-            Line(
-                queries[i], near[i], [out.images[i], *(g.images[i] for g in more)], _source(out, i)
-            )
-            for i in range(5)
-        ]
-        made.append(Section(title, lines))
-
     database = numbers.model.database
     assert isinstance(database, EmbeddingDatabase)
     shown = {
@@ -186,12 +172,8 @@ def table(report: dict[str, Any]) -> str:
         f"{'duplicates, samples/real':28}{copying['share']:9.3f}{copying['share_of_real']:10.3f}",
         f"{'shuffled neighbors, loss':28}{gap['ratio']:+9.1%}  ({gap['standard_errors']:.0f} s.e.)",
     ]
-    for name in ("trained", "never_trained"):
-        part = report["color"][name]
-        lines.append(
-            f"{'color, ' + name.replace('_', ' '):28}{part['mean_color.ratio']:9.2f}"
-            f"{part['layout_8x8.ratio']:10.2f}  (shuffled / own: mean color, 8x8 layout)"
-        )
+    shown = report["pictograms"]
+    lines.append(f"pictograms: {shown['images']} images in {shown['seconds']:.0f} s, no training")
     lines.append(f"{report['seconds']:.0f} s, peak {report['peak_rss_mb']:.0f} MB")
     return "\n".join(lines)
 
@@ -219,20 +201,3 @@ def _lines(
             line = Line(source, near, list(samples))
         lines.append(line)
     return lines
-
-
-def _source(out: Generation, i: int) -> str:
-    files = dict.fromkeys(str(record["file"]) for record in out.neighbors.records[i])
-    return "from " + ", ".join(files)
-
-
-def _neighbors_sheet(color: photographs.Color) -> Any:
-    """Queries of both databases beside their neighbors, with file, patch box and similarity."""
-    queries: list[Any] = []
-    pictures: list[Any] = []
-    captions: list[list[str]] = []
-    for shown, near, out in color.shown.values():
-        queries += list(shown[:6])
-        pictures += [list(row) for row in near[:6]]
-        captions += captions_of(out.neighbors.rows(slice(0, 6)))
-    return contact_sheet(queries, pictures, captions)

@@ -1,24 +1,28 @@
 """Shows what one small trained network draws when it is shown other databases; nothing is trained.
 
-The model is that of the package ``retrodiff-pictograms``, whose weights are still being trained, so
-the demo does not call this yet. Its network has seen three styles; which style and which thing it
-draws is what the database and the prompt say.
+The model is that of the package ``retrodiff-pictograms``. Its network has seen three styles; which
+style and which thing it draws is what the database and the prompt say.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retrodiff.databases import Searchable, Union, open_database
+from retrodiff.demo.film import filmed, write_film
+from retrodiff.demo.poster import Cell, Grid, draw_poster
+from retrodiff.disk.files import atomic_write
 from retrodiff.disk.shipped import shipped
 from retrodiff.interfaces import Mode
 from retrodiff.model import Model
+from retrodiff.model.attribution_sheet import attribution_sheet
 from retrodiff.model.generated import Generation
-from retrodiff.pictures import Line, Section
 from retrodiff.retrieval import NeighborCounts, TopM, Uniform
 
 STYLES = {"noto": "Noto", "fluent": "Fluent 3D", "twemoji": "Twemoji"}
@@ -27,6 +31,8 @@ MODES: dict[Mode, str] = {
     "text+neighbors": "the prompt and 3 neighbors",
     "neighbors": "4 neighbors of the prompt",
 }
+SCALES = (1.0, 2.0, 4.0)
+NEIGHBORS = (1, 2, 8)
 
 
 @dataclass(frozen=True)
@@ -34,37 +40,34 @@ class Settings:
     """What is asked.
 
     Args:
-        prompts: of the first two sections.
-        unseen: concepts that neither network nor encoder was trained on, in no style.
-        samples: images of each line.
+        prompts: of the database swap.
+        modes: prompts that are asked in every mode.
+        unseen: concepts that neither network nor encoder was trained on, in no style; those whose
+            pictures come with the package.
+        filmed: prompts of the film.
         steps: of the sampler; None: the model's.
+        swapped_in: folders of more databases by name, made with the model's encoder; such as one
+            of a style that the network was never trained on.
     """
 
-    prompts: Sequence[str] = ("robot", "red apple", "cat face", "guitar")
+    prompts: Sequence[str] = ("robot", "red apple", "cat face", "guitar", "rocket")
+    modes: Sequence[str] = ("crown", "tropical fish")
     unseen: Sequence[str] = ()
-    samples: int = 5
+    filmed: Sequence[str] = ("robot", "tropical fish", "red apple", "rocket")
     steps: int | None = None
+    swapped_in: Mapping[str, Path] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Told:
-    """The sections of a sheet, and what it took.
-
-    Args:
-        sections: queries, neighbors and samples.
-        report: counts and seconds, as JSON-able values.
-    """
-
-    sections: Sequence[Section]
-    report: dict[str, Any]
-
-
-def run(settings: Settings | None = None, *, seed: int = 0) -> Told:
+def run(out: Path, settings: Settings | None = None, *, seed: int = 0) -> dict[str, Any]:
     """Samples the shipped model in every mode and from every database.
 
     Args:
+        out: folder for ``samples.png``, ``attribution.png`` and ``demo.gif``.
         settings: fewer images are for tests.
         seed: of everything random.
+
+    Returns:
+        Counts and seconds, as JSON-able values.
 
     Raises:
         FileNotFoundError: the package of the model is not installed.
@@ -73,94 +76,153 @@ def run(settings: Settings | None = None, *, seed: int = 0) -> Told:
     start = time.perf_counter()
     model = Model.load("pictograms")
     loaded = time.perf_counter() - start
-    sections = list(story(model, settings, seed))
-    images = sum(len(line.samples) for section in sections for line in section.lines)
-    seconds = time.perf_counter() - start
-    return Told(
-        sections,
-        {
-            "images": images,
-            "seconds": round(seconds, 1),
-            "seconds_to_load": round(loaded, 1),
-            "rows": len(_database(model)),
-        },
+    story = Story(model, settings, seed)
+    grids = story.grids()
+    weights = sum(p.numel() for p in model.denoiser.parameters())  # type: ignore[union-attr]
+    heading = f"One network of {weights / 1e6:.1f} million weights; the database says what, and how"
+    _save(draw_poster(heading, grids), out / "samples.png")
+    sampled = time.perf_counter() - start
+
+    acts = [
+        filmed(story.styled(style), STYLES[style], settings.filmed, seed)
+        for style in ("fluent", "noto")
+    ]
+    write_film(out / "demo.gif", acts)
+    explained = story.styled("fluent").sample(
+        prompts=list(settings.filmed), steps=settings.steps, seed=seed, attribution=True
     )
+    _save(attribution_sheet(explained), out / "attribution.png")
+    return {
+        "images": story.images,
+        "rows": len(story.database),
+        "parameters": weights,
+        "seconds_to_load": round(loaded, 1),
+        "seconds_to_samples": round(sampled, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
-def story(model: Model, settings: Settings, seed: int) -> Iterator[Section]:
-    """The sections, one after the other.
+class Story:
+    """Asks a model and makes grids of what it answers.
 
     Args:
         model: of the pictograms.
         settings: what is asked.
         seed: of everything random.
     """
-    database = _database(model)
-    asked = Asked(model, settings, seed)
-    fluent = model.replace(database=database.where("style == 'fluent'"), proposal=None)
-    yield Section(
-        "Three ways to ask, one network",
-        [asked.line(fluent, settings.prompts[0], mode, note) for mode, note in MODES.items()],
-    )
-    lines = [
-        asked.line(_styled(model, database, style), prompt, "text+neighbors", name)
-        for prompt in settings.prompts
-        for style, name in STYLES.items()
-    ]
-    yield Section("The database swapped: same prompt, same seed, same weights", lines)
-    unseen = held_out()
-    if unseen is not None and settings.unseen:
-        both = Union(database, unseen)
-        lines = []
-        for prompt in settings.unseen:
-            for rows, note in ((database, "before"), (both, "after its pictures are in D")):
-                with_rows = model.replace(database=rows, proposal=None)
-                lines.append(asked.line(with_rows, prompt, "neighbors", note))
-        yield Section("Concepts that were never trained on", lines)
-    yield Section("Nothing asked: rows drawn from the database", asked.unconditional())
-    scales = [
-        asked.line(fluent, settings.prompts[-1], "text+neighbors", f"guidance {scale:g}", scale)
-        for scale in (1.0, 2.0, 4.0)
-    ]
-    yield Section("Guidance: how strongly the condition acts", scales)
-
-
-class Asked:
-    """Asks a model and makes lines of what it answers.
-
-    Args:
-        model: of the pictograms.
-        settings: how many samples.
-        seed: of everything random.
-    """
 
     def __init__(self, model: Model, settings: Settings, seed: int) -> None:
-        self.model, self.settings, self.seed = model, settings, seed
+        assert isinstance(model.database, Searchable)
+        self.model, self.database = model, model.database
+        self.settings, self.seed = settings, seed
+        self.images = 0
 
-    def line(
-        self, model: Model, prompt: str, mode: Mode, note: str, guidance: float | None = None
-    ) -> Line:
-        """Samples of one prompt beside the neighbors that they were made from."""
-        out = model.sample(
-            prompts=[prompt] * self.settings.samples,
-            mode=mode,
-            guidance=guidance,
-            steps=self.settings.steps,
-            seed=self.seed,
+    def grids(self) -> list[Grid]:
+        """The whole story, one grid after the other."""
+        unseen = held_out()
+        return [
+            self.swap(),
+            self.modes(),
+            *([self.before_and_after(unseen)] if unseen is not None else []),
+            self.unconditional(),
+            self.sweeps(),
+        ]
+
+    def swap(self) -> Grid:
+        """The same prompts, seeds and weights with one database after the other."""
+        columns = {name: self.styled(style) for style, name in STYLES.items()}
+        for name, folder in self.settings.swapped_in.items():
+            columns[name] = self.model.replace(database=open_database(folder), proposal=None)
+        prompts = self.settings.prompts
+        cells = [self.cells(m, prompts, "text+neighbors") for m in columns.values()]
+        rows = [(prompts[i], [column[i] for column in cells]) for i in range(len(prompts))]
+        title = "The database swapped: same prompts, same seeds, same weights"
+        return Grid(title, [f"database: {name}" for name in columns], rows)
+
+    def modes(self) -> Grid:
+        """Three ways to ask for the same."""
+        prompts = self.settings.modes
+        cells = [self.cells(self.styled("fluent"), prompts, mode) for mode in MODES]
+        rows = [(prompts[i], [column[i] for column in cells]) for i in range(len(prompts))]
+        return Grid("Three ways to ask, one network", list(MODES.values()), rows)
+
+    def before_and_after(self, unseen: Searchable) -> Grid:
+        """Concepts that were never trained on, without and with their pictures in D."""
+        titles = [str(record["title"]) for record in unseen.records(torch.arange(len(unseen)))]
+        shown = list(self.settings.unseen) or sorted(set(titles))[:3]
+        before = self.cells(self.model, shown, "neighbors")
+        both = self.model.replace(database=Union(self.database, unseen), proposal=None)
+        after = self.cells(both, shown, "neighbors")
+        rows = [
+            (
+                title,
+                [
+                    Cell([unseen.image(i) for i, t in enumerate(titles) if t == title]),
+                    before[n],
+                    after[n],
+                ],
+            )
+            for n, title in enumerate(shown)
+        ]
+        return Grid(
+            "Concepts that neither network nor encoder was trained on",
+            ["what it looks like", "before it is in the database", "after"],
+            rows,
         )
-        return Line(f"“{prompt}”", _neighbors(model, out, 0), list(out.images), note)
 
-    def unconditional(self) -> list[Line]:
-        """Samples of rows that are drawn: from all that were neighbors, then from the top tenth."""
+    def unconditional(self) -> Grid:
+        """Rows drawn from the database in place of a query."""
         proposal = self.model.proposal or Uniform()
         top = TopM(proposal, 0.1) if isinstance(proposal, NeighborCounts) else proposal
-        lines: list[Line] = []
-        for chosen, note in ((proposal, "drawn from p_D"), (top, "from its top tenth")):
+        cells: list[Cell] = []
+        for chosen in (proposal, top):
             model = self.model.replace(proposal=chosen)
-            out = model.sample(n=self.settings.samples, steps=self.settings.steps, seed=self.seed)
-            near = [_neighbors(model, out, i)[0] for i in range(len(out))]
-            lines.append(Line(None, near[:4], list(out.images), note))
-        return lines
+            out = model.sample(n=6, steps=self.settings.steps, seed=self.seed)
+            self.images += len(out)
+            cells.append(Cell(list(out.images)))
+        columns = ["rows drawn as often as they were neighbors", "from the top tenth of them"]
+        return Grid("Nothing asked: neighbors of rows of the database", columns, [("", cells)])
+
+    def sweeps(self) -> Grid:
+        """Guidance and the number of neighbors."""
+        model, prompt = self.styled("twemoji"), self.settings.prompts[-1]
+        cells = [
+            self.cells(model, [prompt], "text+neighbors", 2, guidance=scale)[0] for scale in SCALES
+        ]
+        cells += [self.cells(model, [prompt], "neighbors", 2, k=k)[0] for k in NEIGHBORS]
+        columns = [f"guidance {scale:g}" for scale in SCALES] + [
+            f"{k} neighbor{'s' * (k > 1)}" for k in NEIGHBORS
+        ]
+        strip = [Cell(cell.samples, cell.neighbors[:4]) for cell in cells]
+        return Grid(
+            "How strongly the condition acts, and how many neighbors", columns, [(prompt, strip)]
+        )
+
+    def cells(
+        self, model: Model, prompts: Sequence[str], mode: Mode, samples: int = 4, **options: Any
+    ) -> list[Cell]:
+        """Samples of each prompt with the neighbors that they were made from."""
+        out = model.sample(
+            prompts=[prompt for prompt in prompts for _ in range(samples)],
+            mode=mode,
+            steps=self.settings.steps,
+            seed=self.seed,
+            **options,
+        )
+        self.images += len(out)
+        return [
+            Cell(
+                list(out.images[i * samples : (i + 1) * samples]),
+                [] if mode == "text" else _neighbors(model, out, i * samples),
+            )
+            for i in range(len(prompts))
+        ]
+
+    def styled(self, style: str) -> Model:
+        """The model with the pictures of one style as its database."""
+        return self.model.replace(
+            database=self.database.where(f"style == '{style}'"), proposal=None
+        )
 
 
 def held_out() -> Searchable | None:
@@ -173,15 +235,12 @@ def held_out() -> Searchable | None:
     return database
 
 
-def _styled(model: Model, database: Searchable, style: str) -> Model:
-    return model.replace(database=database.where(f"style == '{style}'"), proposal=None)
-
-
-def _database(model: Model) -> Searchable:
-    assert isinstance(model.database, Searchable)
-    return model.database
-
-
 def _neighbors(model: Model, out: Generation, i: int) -> list[Any]:
+    assert isinstance(model.database, Searchable)
     rows = out.neighbors.indices[i].tolist()
-    return [_database(model).image(row) for row in rows if row >= 0]
+    return [model.database.image(row) for row in rows if row >= 0]
+
+
+def _save(picture: Any, file: Path) -> None:
+    with atomic_write(file) as partial:
+        picture.save(partial, "PNG")

@@ -12,8 +12,14 @@ from retrodiff.pictures.decoding import UnreadableImage, from_pil, read_image
 __all__ = ["UnreadableImage", "from_pil", "read_image", "thumbnail", "to_bytes", "to_float"]
 
 
-def thumbnail(image: Tensor, side: int) -> bytes:
-    """A small copy of an image (c, h, w): PNG where nothing is lost by it, else JPEG."""
+def thumbnail(image: Tensor, side: int, quality: int | None = None) -> bytes:
+    """A small copy of an image (c, h, w).
+
+    Args:
+        image: bytes, or in [-1, 1].
+        side: the longest side of the copy.
+        quality: of a WebP file, 1 to 100; None: PNG up to 64 pixels, larger ones JPEG.
+    """
     from PIL import Image
 
     channels = []
@@ -23,7 +29,9 @@ def thumbnail(image: Tensor, side: int) -> bytes:
         channels.append(small)
     small = Image.merge("RGB", channels)
     out = io.BytesIO()
-    if max(small.size) <= 64:
+    if quality is not None:
+        small.save(out, "WEBP", quality=quality, method=6)
+    elif max(small.size) <= 64:
         small.save(out, "PNG")
     else:
         small.save(out, "JPEG", quality=90)

@@ -74,10 +74,17 @@ class Reader:
         encoder: what will take them. For one with ``preprocessing`` (or ``prepare``) and
             ``encode_prepared`` large pictures are brought to its size at once.
         side: longest side of the thumbnails; None: there are none.
+        quality: of the thumbnails; see `build_database`.
     """
 
-    def __init__(self, source: Source, encoder: Encoder, side: int | None = None):
-        self.source, self.side = source, side
+    def __init__(
+        self,
+        source: Source,
+        encoder: Encoder,
+        side: int | None = None,
+        quality: int | None = None,
+    ):
+        self.source, self.side, self.quality = source, side, quality
         self.prepare = preparation(encoder)
 
     def __call__(self, i: int) -> list[Row] | str:
@@ -104,7 +111,7 @@ class Reader:
     def _row(self, item: Item) -> Row:
         image = item.image
         h, w = image.shape[-2:]
-        small = thumbnail(image, self.side) if self.side else None
+        small = thumbnail(image, self.side, self.quality) if self.side else None
         if self.prepare is None or h * w <= SMALL_PIXELS:
             return Row(image, False, item.record, small)
         return Row(self.prepare(image[None]), True, item.record, small)
@@ -142,7 +149,7 @@ def encode_here(
         workers: processes that decode ahead.
     """
     most = whole("batch_size", settings["batch_size"])
-    reader = Reader(source, encoder, settings["thumbnails"])
+    reader = Reader(source, encoder, settings["thumbnails"], settings.get("thumbnail_quality"))
     rows: list[Row] = []
     skipped: list[tuple[str, str]] = []
     done = 0

@@ -32,6 +32,7 @@ def build_database(
     *,
     batch_size: int = 64,
     thumbnails: int | None = None,
+    thumbnail_quality: int | None = None,
     shard_rows: int = SHARD_ROWS,
     workers: int = 0,
     engine: Engine = "local",
@@ -52,6 +53,8 @@ def build_database(
         batch_size: pictures per call of the encoder.
         thumbnails: longest side of a small copy kept of every picture; None: none is kept, the
             source's files are read again when a row is shown.
+        thumbnail_quality: 1 to 100: thumbnails are WebP files of this quality, a fifth of the size;
+            None: they are PNG files up to 64 pixels, JPEG files above.
         shard_rows: rows per file; a killed build loses at most the shard it was filling.
         workers: processes that decode ahead; 0: none. With Ray: actors that hold the encoder.
         engine: ``local``: in this process; ``ray``: as a Ray Data job on the Ray cluster that is
@@ -65,6 +68,10 @@ def build_database(
         "shard_rows": whole("shard_rows", shard_rows),
         "thumbnails": None if thumbnails is None else whole("thumbnails", thumbnails),
     }
+    if thumbnail_quality is not None:
+        if thumbnails is None:
+            raise ValueError("thumbnail_quality= is of thumbnails: give thumbnails=SIDE, too")
+        settings["thumbnail_quality"] = whole("thumbnail_quality", thumbnail_quality, most=100)
     plan = Manifest(encoder.fingerprint, settings=settings, sources=(source.describe(),))
     build = Build(source, encoder, workers=workers, engine=engine, progress=progress)
     options = {"resume": resume, "overwrite": overwrite, "state": state_of(source)}

@@ -43,7 +43,8 @@ def encode_with_ray(
         return
     actors = max(workers, 1)
     # Handed over as references inside a list, which Ray leaves to us to resolve: once per process.
-    there, model = [ray.put(Reader(source, encoder, side))], [ray.put(encoder)]
+    reader = Reader(source, encoder, side, settings.get("thumbnail_quality"))
+    there, model = [ray.put(reader)], [ray.put(encoder)]
     runs = ray.data.range(total - first, override_num_blocks=min(total - first, RUNS_AT_MOST))
     read = runs.map(_read, fn_args=(there, first, size))
     done = read.map(
