@@ -44,6 +44,7 @@ from retrodiff.interfaces import (
     Sampler,
     Scale,
 )
+from retrodiff.model import Model
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
@@ -210,11 +211,16 @@ def rdm_pictograms(
     proposal: ProposalDistribution | None = None,
     channels: int = 64,
     k: int = 4,
+    pretrained: bool = False,
 ) -> Builder:
     """Pictograms of 64x64 pixels: what to draw and in which style is what the database says.
 
-    A UNet of 4.9 million weights on latents of 4 x 16 x 16, EDM preconditioning, prompt and
-    neighbors as two streams; fresh weights.
+    A UNet of 4.8 million weights on latents of 4 x 16 x 16, EDM preconditioning, prompt and
+    neighbors as two streams.
+
+    Example:
+        >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
+        >>> model.sample(prompts=["a robot wearing a hat"]).save("out")  # doctest: +SKIP
 
     Args:
         encoder: a small CLIP; None: to be set before prompts or images are asked.
@@ -224,7 +230,23 @@ def rdm_pictograms(
         proposal: distribution of the queries of unconditional sampling.
         channels: of the UNet's first level, a multiple of 32.
         k: neighbors of a picture; in the text modes the prompt is one of them.
+        pretrained: the trained model of the package ``retrodiff-pictograms``, with its encoder,
+            first stage and database, unless others are given; False: fresh weights.
+
+    Raises:
+        FileNotFoundError: ``pretrained``, and the package is not installed.
+        ValueError: ``pretrained`` and other ``channels`` than the trained network has.
     """
+    given = {"encoder": encoder, "database": database, "proposal": proposal}
+    given = {slot: part for slot, part in given.items() if part is not None}
+    if pretrained:
+        if channels != 64:
+            raise ValueError(
+                f"channels={channels}, but the pretrained network has 64: leave one of the two out"
+            )
+        first = {} if first_stage is None else {"autoencoder": first_stage}
+        model = Model.load("pictograms").replace(**given, **first, k=k)
+        return Builder().set(**{s: part for s, part in model.parts().items() if part is not None})
     width = 256 if encoder is None else encoder.dim
 
     def denoiser() -> EDMDenoiser:
@@ -251,8 +273,7 @@ def rdm_pictograms(
         .guidance(ClassifierFree(2.0))
         .defaults(k=k, steps=24, prompt_template="{}")
     )
-    given = {"encoder": encoder, "database": database, "proposal": proposal}
-    return recipe.set(**{slot: part for slot, part in given.items() if part is not None})
+    return recipe.set(**given)
 
 
 def from_published(

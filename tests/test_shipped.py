@@ -2,11 +2,14 @@
 
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
 from parts import HashingEncoder
 
+from retrodiff import presets
+from retrodiff.cli import main
 from retrodiff.databases import EmbeddingDatabase, open_database
 from retrodiff.databases.build.imports import Part, import_embeddings
 from retrodiff.disk import shipped as room
@@ -43,6 +46,8 @@ def test_a_name_stands_for_the_folder_in_the_package(package):
 def test_a_folder_of_that_name_goes_first(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
+    assert room.shipped("small") is not None  # a folder of something else
+    (tmp_path / "small" / "model.json").write_text("{}")
     assert room.shipped("small") is None
     assert room.shipped("another") is None
 
@@ -51,7 +56,7 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(room.SHIPPED, "small", "shipped_nowhere")
     for opened in (Model.load, open_database):
         with pytest.raises(
-            FileNotFoundError, match="shipped_nowhere, which is not installed"
+            FileNotFoundError, match="not installed: install shipped-nowhere"
         ) as caught:
             opened("small")
         assert "\n" not in str(caught.value)
@@ -70,3 +75,84 @@ def test_a_model_with_its_database_is_replaced_as_a_whole(package, model):
     with pytest.raises(ValueError, match="a ArrayDatabase, which lies in no folder"):
         model.save(package / "other", include_database=True)
     assert not (package / "other").exists()
+
+
+# --- the package of the pictograms, where it is installed --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictograms():
+    pytest.importorskip("retrodiff_pictograms", reason="pip install packages/pictograms")
+    return presets.rdm_pictograms(pretrained=True)
+
+
+@pytest.mark.parametrize("mode", ["text", "neighbors", "text+neighbors"])
+def test_pictograms_are_sampled_in_every_mode(pictograms, mode):
+    out = pictograms.sample(prompts=["red apple"], mode=mode, steps=2)
+    assert out.images.shape == (1, 3, 64, 64)
+    if mode == "neighbors":
+        assert "apple" in str(out.neighbors.records[0][0]["title"])
+
+
+def test_pictograms_without_a_question_come_from_what_is_drawn(pictograms):
+    assert pictograms.sample(n=2, steps=2).images.shape == (2, 3, 64, 64)
+
+
+def test_the_database_of_the_pictograms_tells_license_and_credit(pictograms):
+    table = pictograms.database.table(["style", "license", "credit"])
+    assert set(table["style"].to_pylist()) == {"noto", "fluent", "twemoji"}
+    assert set(table["license"].to_pylist()) == {"Apache-2.0", "MIT", "CC-BY-4.0"}
+    assert all(table["credit"].to_pylist())
+
+
+def test_parts_of_the_pretrained_preset_can_be_others(pictograms):
+    noto = pictograms.database.where("style == 'noto'")
+    other = presets.rdm_pictograms(pretrained=True, database=noto, k=2)
+    assert len(other.database) == len(noto)
+    assert other.k == 2
+    assert other.proposal is None  # it was of the whole database
+    with pytest.raises(ValueError, match="the pretrained network has 64"):
+        presets.rdm_pictograms(pretrained=True, channels=32)
+
+
+def test_a_prompt_of_no_known_word_is_answered_with_a_warning(pictograms):
+    with pytest.warns(
+        UserWarning, match=r"no word of the prompt 'xyzzy' .* similarity 0\."
+    ) as told:
+        out = pictograms.sample(prompts=["xyzzy", "red apple"], steps=1)
+    assert len(told) == 1
+    assert (out.neighbors.indices[0, 1:] >= 0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictograms.sample(prompts=["two robots"], steps=1)
+
+
+def test_the_command_line_knows_pictograms_by_name(pictograms, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "pictograms", "out", "--prompt", "a robot", "--steps", "2"]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2  # the image and the sheet
+    search = [
+        "database",
+        "search",
+        "pictograms",
+        "--text",
+        "guitar",
+        "--out",
+        "found.png",
+        "--k",
+        "2",
+    ]
+    assert main(search) == 0
+    assert "guitar" in capsys.readouterr().out
+    assert main([*search[:3], "--text", "xyzzy", "--out", "b.png"]) == 0
+    assert "no word of the prompt 'xyzzy'" in capsys.readouterr().err
+
+
+def test_a_database_without_a_package_asks_for_its_encoder(tmp_path, monkeypatch, capsys, package):
+    assert main(["database", "search", str(package / "model" / "database"), "--text", "a"]) != 0
+    assert "give --encoder" in capsys.readouterr().err
+
+
+def test_a_database_of_another_encoder_is_refused(pictograms, database):
+    with pytest.raises(ValueError, match="encoder"):
+        pictograms.replace(database=database)

@@ -36,10 +36,12 @@ from retrodiff.databases.sources.folders import Source
 from retrodiff.databases.sources.formats import FORMATS
 from retrodiff.databases.sources.skipped import SkippedPictures, skipped_message
 from retrodiff.disk.files import atomic_write
+from retrodiff.disk.shipped import shipped
 from retrodiff.encoders import encoder_from_string
 from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
 from retrodiff.pictures.thumbnails import to_float
+from retrodiff.retrieval.known_words import warning_of_strange
 
 
 def add_parser(subparsers: Any) -> None:
@@ -127,7 +129,11 @@ def add_parser(subparsers: Any) -> None:
         help="the contact sheet; if not given: neighbors.png, or neighbors-2.png and so on",
     )
     search.add_argument("--overwrite", action="store_true", help="replace the file of --out")
-    _encoder_options(search)
+    _encoder_options(
+        search,
+        "as for build; not needed for the database of a model with a package, such as pictograms",
+        required=False,
+    )
     search.set_defaults(run=_search)
 
 
@@ -164,8 +170,9 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
 def _encoder_options(
     parser: argparse.ArgumentParser,
     help: str = "open_clip:NAME:TAG, timm:NAME, or a folder with an encoder of your own",
+    required: bool = True,
 ) -> None:
-    parser.add_argument("--encoder", required=True, help=help)
+    parser.add_argument("--encoder", required=required, help=help)
     parser.add_argument(
         "--preprocessing",
         help="how pictures are resized for it: rdm, openai or plain; its default if not given",
@@ -365,6 +372,10 @@ def _search(options: argparse.Namespace) -> int:
     out = _sheet_file(options)
     opened = open_database(options.database, options.index)
     database = opened.where(options.where) if options.where else opened
+    if options.encoder is None:
+        if shipped(options.database) is None:
+            raise ValueError(f"give --encoder, that {options.database} was made with")
+        options.encoder = options.database
     encoder = _encoder(options)
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
         raise ValueError(f"--encoder and {options.database} disagree: {what}")
@@ -390,4 +401,7 @@ def _search(options: argparse.Namespace) -> int:
     with atomic_write(out) as partial:
         contact_sheet(queries, pictures, captions).save(partial, format=types.picture_format(out))
     print(f"contact sheet: {out}")
+    asked = found.rows(slice(0, len(options.text)))
+    if (told := warning_of_strange(encoder, options.text, database, asked)) is not None:
+        print(f"retrodiff: {told}", file=sys.stderr)
     return 0

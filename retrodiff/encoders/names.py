@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from retrodiff.disk.shipped import shipped
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.folder import load_encoder
 from retrodiff.encoders.timm import TimmEncoder, timm_name
@@ -31,7 +32,8 @@ def encoder_from_string(
         text: ``open_clip:NAME:TAG`` with the tag of its weights, or with a checkpoint file in its
             place; ``timm:NAME``, also with a tag (``timm:resnet18.a1_in1k``); either with
             ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER`` as NAME, of which open_clip needs no TAG.
-            Or the folder of `save_encoder`, also as ``folder:PATH``. Behind a name may stand
+            Or the folder of `save_encoder`, also as ``folder:PATH``, or the name of a model that
+            comes in a package, such as ``pictograms``. Behind a name may stand
             ``,preprocessing=rdm`` and ``,image_size=384``.
         pretrained: False: random weights, the same ones each time, whatever the name says.
         device: where the weights live.
@@ -67,6 +69,8 @@ def encoder_from_string(
     if kind == "timm" and rest:
         return _seeded(lambda: TimmEncoder(rest, pretrained, device=device, **options))
     folder = Path(rest if kind == "folder" and rest else text).expanduser()
+    if (model := shipped(text)) is not None:
+        folder = model / "encoder"
     if not folder.exists():
         raise FileNotFoundError(_unknown(text))
     if options:

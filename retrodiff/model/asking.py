@@ -38,6 +38,7 @@ from retrodiff.interfaces import (
 from retrodiff.model.checks import check_context, encoder_disagreement
 from retrodiff.model.request import Request
 from retrodiff.pictures.converting import PixelRange
+from retrodiff.retrieval.known_words import warning_of_strange
 from retrodiff.retrieval.retriever import RandomOfTop
 
 
@@ -114,6 +115,11 @@ class Asker:
         for mode in modes:
             rows = [i for i, other in enumerate(request.modes) if other == mode]
             found[mode] = rows, self.neighbors(query.rows(rows), mode, request.k)
+            if request.kind == "prompts":
+                prompts = [request.value[i] for i in rows]
+                told = warning_of_strange(self.encoder, prompts, self.database, found[mode][1])
+                if told is not None:
+                    warnings.warn(told, stacklevel=5)
         if len({neighbors.indices.ndim for _, neighbors in found.values()}) > 1:
             raise ValueError(
                 f"modes {' and '.join(modes)} give neighbors of different shapes for several "

@@ -1,0 +1,371 @@
+"""Measures the pictogram model: concept, style, unseen concepts, copying, fidelity, seconds.
+
+    python benchmarks/pictograms/figures.py
+    python benchmarks/pictograms/figures.py --model runs/pictograms/half --out runs/half_figures
+
+The judges know nothing of the model's encoder. *Concept*: features of EfficientNet-Lite0; a picture
+is of the concept whose mean over the other styles is nearest, among all concepts of the sets.
+*Style*: a logistic regression on the same features and on edges, trained on real held-out pictures
+of four styles. Both are asked about real pictures, too: that is the ceiling.
+
+Writes ``figures.json``, ``best_and_worst.png`` and ``copies.png`` (the twenty nearest pairs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from sets import STYLES, Pictograms
+from teachers import picture_features
+from torch import Tensor
+
+from retrodiff.databases import ArrayDatabase, Union
+from retrodiff.demo.poster import Cell, Grid, draw_poster
+from retrodiff.evaluation.copying import copying
+from retrodiff.evaluation.fidelity import kernel_distance
+from retrodiff.evaluation.metrics import mind
+from retrodiff.interfaces import unit
+from retrodiff.model import Model
+from retrodiff.pictures import to_bytes
+
+OWN = STYLES[:3]
+MODES = ("text", "neighbors", "text+neighbors")
+
+
+class Judges:
+    """Names concept and style of pictures, by features that the model does not use.
+
+    Args:
+        sets: all pictures.
+    """
+
+    def __init__(self, sets: Pictograms) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        self.sets = sets
+        self.rows = sets.where(lambda row: row["style"] in STYLES)
+        raw = picture_features(sets.images[self.rows])
+        self.center = raw.mean(0)
+        self.features = unit(raw - self.center)
+        records = [sets.rows[i] for i in self.rows.tolist()]
+        self.style = torch.tensor([STYLES.index(r["style"]) for r in records])
+        self.names = sorted({r["concept"] for r in records})
+        number = {name: i for i, name in enumerate(self.names)}
+        self.concept = torch.tensor([number[r["concept"]] for r in records])
+        self.split = [r["split"] for r in records]
+        self.means = {style: self._means(style) for style in range(len(STYLES))}
+        held = torch.tensor([s == "held-out" for s in self.split])
+        looks = self.looks(raw, sets.images[self.rows])
+        self.styles: Any = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+        self.styles.fit(looks[held].numpy(), self.style[held].numpy())
+        train = torch.tensor([s == "train" for s in self.split])
+        told = torch.from_numpy(self.styles.predict(looks[train].numpy()))
+        self.ceiling = {
+            name: float((told == self.style[train])[self.style[train] == i].float().mean())
+            for i, name in enumerate(STYLES)
+        }
+
+    def _means(self, style: int) -> Tensor:
+        """Means (concepts, f) over the other styles; zeros where a concept has none."""
+        sums = torch.zeros(len(self.names), self.features.shape[1])
+        others = self.style != style
+        sums.index_add_(0, self.concept[others], self.features[others])
+        return torch.nn.functional.normalize(sums, dim=1)
+
+    @staticmethod
+    def looks(raw: Tensor, images: Tensor) -> Tensor:
+        """What tells styles apart: features, and how strong edges are in dark and in light."""
+        x = images.float() / 255
+        edges = (x[..., 1:, 1:] - x[..., :-1, 1:]).abs().amax(1).flatten(1).sort(1).values
+        values = x.amin(1).flatten(1).sort(1).values
+        return torch.cat([raw, edges[:, ::63] * 4, values[:, ::64] * 4], 1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Bytes (n, 3, h, w) -> features of unit norm."""
+        return unit(picture_features(images) - self.center)
+
+    def concept_rank(self, features: Tensor, concepts: Tensor, style: int) -> Tensor:
+        """How many concepts are nearer than the asked one (n,)."""
+        scores = features @ self.means[style].T
+        return (scores > scores.gather(1, concepts[:, None])).sum(1)
+
+    def style_of(self, images: Tensor) -> Tensor:
+        """Numbers of the styles that pictures look like (n,)."""
+        looks = self.looks(picture_features(images), images)
+        return torch.from_numpy(self.styles.predict(looks.numpy()))
+
+
+class Asked:
+    """Concepts of a split, and what the model draws for them.
+
+    Args:
+        judges: which know the pictures.
+        split: of the concepts.
+        n: how many; None: all.
+    """
+
+    def __init__(self, judges: Judges, split: str, n: int | None) -> None:
+        there = {
+            (r["concept"], r["style"])
+            for r in judges.sets.rows
+            if r["split"] == split and r["style"] in STYLES
+        }
+        whole = sorted({c for c, _ in there if all((c, style) in there for style in STYLES)})
+        drawn = random.Random(0).sample(whole, len(whole) if n is None else min(n, len(whole)))
+        title = {r["concept"]: r["title"] for r in judges.sets.rows}
+        self.titles = [title[c] for c in drawn]
+        self.concepts = torch.tensor([judges.names.index(c) for c in drawn])
+
+    def sample(self, model: Model, mode: Any, seed: int, steps: int | None) -> Tensor:
+        """One picture of each concept in bytes (n, 3, 64, 64)."""
+        out = model.sample(prompts=self.titles, mode=mode, seed=seed, steps=steps)
+        return to_bytes(out.images)
+
+
+def main() -> None:
+    """Samples, judges, writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("runs/pictograms"))
+    parser.add_argument("--model", default="pictograms", help="a name or a folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/pictograms/figures"))
+    parser.add_argument("--concepts", type=int, default=200, help="trained ones")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of the sampler")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    sets = Pictograms.read(options.data)
+    judges = Judges(sets)
+    model = Model.load(options.model)
+    measured = Measured(options, sets, judges, model)
+    found = measured.all()
+    (options.out / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+class Measured:
+    """All figures of one model.
+
+    Args:
+        options: of the command line.
+        sets: all pictures.
+        judges: of them.
+        model: with D as its database.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, sets: Pictograms, judges: Judges, model: Model
+    ) -> None:
+        self.options, self.sets, self.judges, self.model = options, sets, judges, model
+        self.database: Any = model.database
+        self.trained = Asked(judges, "train", options.concepts)
+        self.unseen = Asked(judges, "held-out", None)
+        self.made: dict[tuple[str, str], list[Tensor]] = {}
+
+    def all(self) -> dict[str, Any]:
+        """Every figure, with its N and what it was measured on."""
+        seconds = self.seconds()
+        self.draw()
+        return {
+            "date": str(date.today()),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "steps": self.options.steps or self.model.steps,
+            "seeds": self.options.seeds,
+            "concept among the top 5": self.concepts(),
+            "style of the database": self.styles(),
+            "unseen concepts, top 5": self.before_and_after(),
+            "copying": self.copying(),
+            "against held-out pictures": self.fidelity(),
+            "seconds for 16 pictures": seconds,
+        }
+
+    def seconds(self) -> float:
+        """Of sampling 16 pictures, the database searched, the second time."""
+        prompts = self.trained.titles[:16]
+        for _ in range(2):
+            start = time.perf_counter()
+            self.model.sample(prompts=prompts, steps=self.options.steps)
+        return round(time.perf_counter() - start, 2)
+
+    def draw(self) -> None:
+        """Samples of the trained concepts: every mode, style and seed."""
+        for style in STYLES:
+            asked = self.model.replace(database=self.of_style(style), proposal=None)
+            for mode in MODES if style in OWN else MODES[1:]:
+                seeds = self.options.seeds if mode != "text" else self.options.seeds[:1]
+                self.made[style, mode] = [
+                    self.trained.sample(asked, mode, seed, self.options.steps) for seed in seeds
+                ]
+                print(style, mode, flush=True)
+
+    def of_style(self, style: str) -> Any:
+        """D of one style; of OpenMoji one made here, as a user would."""
+        if style in OWN:
+            return self.database.where(f"style == '{style}'")
+        rows = self.sets.where(lambda row: row["style"] == style and row["split"] != "held-out")
+        return self.rows_of(rows)
+
+    def rows_of(self, rows: Tensor) -> ArrayDatabase:
+        """Pictures as a database in memory."""
+        images, encoder = self.sets.images[rows], self.model.encoder
+        assert encoder is not None
+        records = [self.sets.rows[i] for i in rows.tolist()]
+        return ArrayDatabase(encoder.encode_image(images), encoder.fingerprint, records=records)
+
+    def concepts(self) -> dict[str, Any]:
+        """Shares whose asked concept is among the five nearest, and of real pictures."""
+        found: dict[str, Any] = {}
+        for mode in MODES:
+            hits = [
+                self.hit(images, self.trained, STYLES.index(style))
+                for style in OWN
+                for images in self.made[style, mode]
+            ]
+            found[mode] = summary(torch.stack([h.float().mean() for h in hits]), hits)
+        real = [self.hit(self.real(self.trained, s), self.trained, STYLES.index(s)) for s in OWN]
+        found["real pictures"] = summary(torch.stack([h.float().mean() for h in real]), real)
+        return found
+
+    def hit(self, images: Tensor, asked: Asked, style: int) -> Tensor:
+        """Whether each picture's concept is among the five nearest."""
+        features = self.judges.embed(images)
+        return self.judges.concept_rank(features, asked.concepts, style) < 5
+
+    def real(self, asked: Asked, style: str) -> Tensor:
+        """The real pictures of concepts in a style."""
+        at = {r["concept"]: i for i, r in enumerate(self.sets.rows) if r["style"] == style}
+        names = [self.judges.names[c] for c in asked.concepts.tolist()]
+        return self.sets.images[torch.tensor([at[name] for name in names])]
+
+    def styles(self) -> dict[str, Any]:
+        """Shares that look like the style of their database, by mode and style."""
+        found: dict[str, Any] = {"real pictures of trained concepts": self.judges.ceiling}
+        for mode in ("neighbors", "text+neighbors"):
+            found[mode] = {}
+            for style in STYLES:
+                right = [
+                    self.judges.style_of(images) == STYLES.index(style)
+                    for images in self.made[style, mode]
+                ]
+                found[mode][style] = round(float(torch.cat(right).float().mean()), 3)
+        found["n per style"] = len(self.options.seeds) * len(self.trained.titles)
+        return found
+
+    def before_and_after(self) -> dict[str, Any]:
+        """Unseen concepts by their neighbors, before and after their pictures are in D."""
+        rows = self.sets.where(lambda row: row["split"] == "held-out" and row["style"] in OWN)
+        new, found = self.rows_of(rows), {}
+        for name, whole in (("before", self.database), ("after", Union(self.database, new))):
+            for mode in ("neighbors", "text+neighbors"):
+                hits: list[Tensor] = []
+                for style in OWN:
+                    those = whole.where(f"style == '{style}'")
+                    asked = self.model.replace(database=those, proposal=None)
+                    for seed in self.options.seeds:
+                        images = self.unseen.sample(asked, mode, seed, self.options.steps)
+                        hits.append(self.hit(images, self.unseen, STYLES.index(style)))
+                        if name == "after" and mode == "neighbors":
+                            self.made.setdefault((style, "unseen"), []).append(images)
+                found[f"{name}, {mode}"] = summary(
+                    torch.stack([h.float().mean() for h in hits]), hits
+                )
+                print(name, mode, flush=True)
+        real = [self.hit(self.real(self.unseen, s), self.unseen, STYLES.index(s)) for s in OWN]
+        found["real pictures"] = summary(torch.stack([h.float().mean() for h in real]), real)
+        return found
+
+    def copying(self) -> dict[str, Any]:
+        """Near-duplicates of pictures of D and X above held-out real pictures; draws the worst."""
+        source = self.sets.where(lambda row: row["split"] != "held-out" and row["style"] in OWN)
+        held = self.sets.where(lambda row: row["split"] == "held-out" and row["style"] in OWN)
+        ours, others = (self.judges.embed(self.sets.images[rows]) for rows in (source, held))
+        found: dict[str, Any] = {}
+        for mode in MODES:
+            images = torch.cat([x for style in OWN for x in self.made[style, mode]])
+            report = copying(self.judges.embed(images), others, {"D and X": ours})["D and X"]
+            found[mode] = {
+                "share": round(report.rate, 3),
+                "real held-out pictures": round(report.null_rate, 3),
+                "excess": round(report.excess, 3),
+                "n": len(images),
+            }
+            if mode == "text+neighbors":
+                pairs = report.worst(20)
+                self.pairs(images, source, pairs)
+        return found
+
+    def pairs(self, images: Tensor, source: Tensor, pairs: list[tuple[int, int, float]]) -> None:
+        """Draws samples, each beside the picture that it is nearest to."""
+        cells = [Cell([images[i], self.sets.images[source[row]]]) for i, row, _ in pairs]
+        rows = [("", cells[i : i + 5]) for i in range(0, len(cells), 5)]
+        grid = Grid(
+            "Each pair: a sample, and the picture of D that it is nearest to", [""] * 5, rows
+        )
+        draw_poster("The twenty nearest pairs", [grid]).save(self.options.out / "copies.png")
+
+    def fidelity(self) -> dict[str, Any]:
+        """MIND and KID against held-out real pictures, by mode; real training pictures beside."""
+        held = self.sets.where(lambda row: row["split"] == "held-out" and row["style"] in OWN)
+        reference = self.judges.embed(self.sets.images[held])
+        found: dict[str, Any] = {}
+        sets = {m: torch.cat([self.made[s, m][0] for s in OWN]) for m in MODES}
+        sets["real pictures"] = torch.cat([self.real(self.trained, style) for style in OWN])
+        for name, images in sets.items():
+            features = self.judges.embed(images)
+            found[name] = {
+                "MIND": round(mind(features, reference).value, 5),
+                "KID": round(kernel_distance(features, reference).value, 5),
+                "n": len(images),
+            }
+        found["n of held-out pictures"] = len(held)
+        self.extremes()
+        return found
+
+    def extremes(self) -> None:
+        """Draws the samples whose concept is told best, and worst, of one seed."""
+        ranked: list[tuple[float, Tensor, str]] = []
+        for style in OWN:
+            images = self.made[style, "text+neighbors"][0]
+            features = self.judges.embed(images)
+            scores = features @ self.judges.means[STYLES.index(style)].T
+            own = scores.gather(1, self.trained.concepts[:, None])[:, 0]
+            ranked += list(zip(own.tolist(), images, self.trained.titles, strict=True))
+        ranked.sort(key=lambda one: -one[0])
+        grids = [
+            Grid(
+                f"The {name}, by the judge",
+                [""] * 8,
+                [
+                    (" ", [Cell([image]) for _, image, _ in those[i : i + 8]])
+                    for i in range(0, len(those), 8)
+                ],
+            )
+            for name, those in (("best 24", ranked[:24]), ("worst 24", ranked[-24:]))
+        ]
+        poster = draw_poster(f"Of {len(ranked)} samples of one seed, text+neighbors", grids)
+        poster.save(self.options.out / "best_and_worst.png")
+
+
+def summary(means: Tensor, hits: list[Tensor]) -> dict[str, Any]:
+    """Share, spread over seeds and styles, and N."""
+    spread = float(means.std()) if len(means) > 1 else 0.0
+    return {
+        "share": round(float(means.mean()), 3),
+        "deviation over seeds and styles": round(spread, 3),
+        "n": sum(map(len, hits)),
+    }
+
+
+if __name__ == "__main__":
+    main()
