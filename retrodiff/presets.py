@@ -10,6 +10,7 @@ one; without it they have fresh weights, and sampling from them warns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -24,11 +25,14 @@ from retrodiff.diffusion import (
     EDMDenoiser,
     EpsDenoiser,
     FlowDenoiser,
+    Folded,
     Heun,
     Identity,
     NeighborEmbeddings,
     PixelUnshuffle,
+    Pooled,
     PromptAndNeighbors,
+    Rescaled,
     ScaledLinear,
     Unconditional,
 )
@@ -210,6 +214,8 @@ def rdm_pictograms(
     database: Database | None = None,
     proposal: ProposalDistribution | None = None,
     channels: int = 64,
+    multipliers: Sequence[int] = (1, 1, 2),
+    fold: int = 1,
     k: int = 4,
     pretrained: bool = False,
 ) -> Builder:
@@ -229,6 +235,8 @@ def rdm_pictograms(
         database: D; None: only text-only sampling works.
         proposal: distribution of the queries of unconditional sampling.
         channels: of the UNet's first level, a multiple of 32.
+        multipliers: channels of each level as a multiple of these.
+        fold: side of the square of latents that becomes one position of the network.
         k: neighbors of a picture; in the text modes the prompt is one of them.
         pretrained: the trained model of the package ``retrodiff-pictograms``, with its encoder,
             first stage and database, unless others are given; False: fresh weights.
@@ -251,23 +259,24 @@ def rdm_pictograms(
 
     def denoiser() -> EDMDenoiser:
         network = UNet(
-            in_channels=4,
-            out_channels=4,
-            size=16,
+            in_channels=4 * fold**2,
+            out_channels=4 * fold**2,
+            size=16 // fold,
             channels=channels,
-            multipliers=(1, 1, 2),
+            multipliers=multipliers,
             blocks_per_level=1,
-            attention_factors=(2, 4),
+            attention_factors=(2, 4) if fold == 1 else (1, 2),
             context_width=width,
             streams=("query", "neighbors"),
+            vector_width=2 * width,
         )
         return EDMDenoiser(network, sigma_data=1.0, mean=-0.4, sigma_min=0.01, sigma_max=40.0)
 
     recipe = (
         Builder()
         .retriever(NearestNeighbors())
-        .conditioner(Dropped(PromptAndNeighbors("unit"), 0.1))
-        .autoencoder(first_stage or Identity())
+        .conditioner(Dropped(Rescaled(Pooled(PromptAndNeighbors("unit")), width**0.5), 0.1))
+        .autoencoder(Folded(first_stage or Identity(), fold))
         .denoiser(denoiser)
         .sampler(DPMpp2M())
         .guidance(ClassifierFree(2.0))

@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 1, 2])
+    parser.add_argument("--fold", type=int, default=1)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--own-style", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -153,7 +155,13 @@ def main() -> None:
     database = build(options.data, encoder)
     data, held_out = training_data(options, encoder, first_stage, database)
     torch.manual_seed(options.seed)
-    model = presets.rdm_pictograms(encoder=encoder, database=database, channels=options.channels)
+    model = presets.rdm_pictograms(
+        encoder=encoder,
+        database=database,
+        channels=options.channels,
+        multipliers=options.multipliers,
+        fold=options.fold,
+    )
     steps = options.pictures // options.batch_size
     checkpoint = options.out.with_name(options.out.name + ".training.safetensors")
     if options.report:

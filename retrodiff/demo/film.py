@@ -109,9 +109,9 @@ def write_film(file: Path, acts: Sequence[Sequence[Scene]]) -> None:
         file: to be written.
         acts: scenes that are seen side by side; as many of the same number of steps in each.
     """
-    from PIL import Image
+    from PIL.Image import Dither
 
-    frames: list[Image.Image] = []
+    frames: list[Image] = []
     times: list[int] = []
     for scenes in acts:
         for step in range(len(scenes[0].frames)):
@@ -123,7 +123,7 @@ def write_film(file: Path, acts: Sequence[Sequence[Scene]]) -> None:
             times.append(LIT)
     # One palette for all frames: what does not change is then not stored again.
     palette = _palette(frames)
-    reduced = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    reduced = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     with atomic_write(file) as partial:
         reduced[0].save(
             partial,

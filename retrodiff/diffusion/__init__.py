@@ -1,13 +1,15 @@
 """Denoisers, schedules, samplers, guidance and conditioners."""
 
-from retrodiff.diffusion.autoencoder import Identity, PixelUnshuffle
+from retrodiff.diffusion.autoencoder import Folded, Identity, PixelUnshuffle
 from retrodiff.diffusion.conditioner import (
     Dropped,
     NeighborEmbeddings,
+    Pooled,
     PromptAndNeighbors,
     QueryAndNeighbors,
     QueryOnly,
     QueryVector,
+    Rescaled,
     Unconditional,
     Wrapper,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "Euler",
     "EulerAncestral",
     "FlowDenoiser",
+    "Folded",
     "Heun",
     "Identity",
     "Interval",
@@ -58,12 +61,14 @@ __all__ = [
     "LogSpaced",
     "NeighborEmbeddings",
     "PixelUnshuffle",
+    "Pooled",
     "Preconditioned",
     "Projected",
     "PromptAndNeighbors",
     "QueryAndNeighbors",
     "QueryOnly",
     "QueryVector",
+    "Rescaled",
     "ScaledLinear",
     "Step",
     "Stepwise",

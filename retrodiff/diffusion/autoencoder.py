@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -21,6 +22,39 @@ class Identity(Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as they are."""
         return latents
+
+
+@dataclass(frozen=True)
+class Folded(Autoencoder):
+    """The latents of another autoencoder, folded into fewer positions of more channels.
+
+    A network then works on fewer positions, as one that cuts its input into patches does.
+
+    Args:
+        autoencoder: makes the latents.
+        factor: side of the square of positions that becomes one.
+    """
+
+    autoencoder: Autoencoder
+    factor: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the inner autoencoder."""
+        return self.autoencoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As the inner autoencoder."""
+        return self.autoencoder.device
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images -> (b, c * factor², h / factor, w / factor) of latents (b, c, h, w)."""
+        return PixelUnshuffle(self.factor).encode(self.autoencoder.encode(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`."""
+        return self.autoencoder.decode(PixelUnshuffle(self.factor).decode(latents))
 
 
 @dataclass(frozen=True)
