@@ -111,6 +111,7 @@ class Log:
         n = len(self.held_out)
         generator = torch.Generator().manual_seed(0)
         images, query, neighbors = self.held_out.batch(torch.arange(n), model.k)
+        images = model.generating().encode(images)  # type: ignore[attr-defined]
         levels = torch.linspace(-2.2, 2.2, n)[torch.randperm(n, generator=generator)]
         noise = torch.randn(images.shape, generator=generator)
         context = model.conditioner.condition(query, neighbors)
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 1, 2])
@@ -176,7 +178,7 @@ def main() -> None:
         data,
         steps=steps,
         batch_size=options.batch_size,
-        lr=cosine(options.lr, steps, min(500, steps // 10)),
+        lr=cosine(options.lr, steps, min(options.warmup, steps // 10)),
         optimizer=options.optimizer,
         precision=options.precision,
         ema=options.ema,
