@@ -10,7 +10,6 @@ one; without it they have fresh weights, and sampling from them warns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -213,16 +212,15 @@ def rdm_pictograms(
     first_stage: Autoencoder | None = None,
     database: Database | None = None,
     proposal: ProposalDistribution | None = None,
-    channels: int = 64,
-    multipliers: Sequence[int] = (1, 1, 2),
-    fold: int = 1,
+    channels: int = 96,
     k: int = 4,
     pretrained: bool = False,
 ) -> Builder:
     """Pictograms of 64x64 pixels: what to draw and in which style is what the database says.
 
-    A UNet of 4.8 million weights on latents of 4 x 16 x 16, EDM preconditioning, prompt and
-    neighbors as two streams.
+    A UNet of 3.5 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
+    preconditioning; prompt and neighbors as two streams of tokens, and their means beside the
+    timestep.
 
     Example:
         >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
@@ -234,9 +232,7 @@ def rdm_pictograms(
             latents already, as in training on latents that were encoded before.
         database: D; None: only text-only sampling works.
         proposal: distribution of the queries of unconditional sampling.
-        channels: of the UNet's first level, a multiple of 32.
-        multipliers: channels of each level as a multiple of these.
-        fold: side of the square of latents that becomes one position of the network.
+        channels: of both levels of the UNet, a multiple of 96.
         k: neighbors of a picture; in the text modes the prompt is one of them.
         pretrained: the trained model of the package ``retrodiff-pictograms``, with its encoder,
             first stage and database, unless others are given; False: fresh weights.
@@ -248,9 +244,9 @@ def rdm_pictograms(
     given = {"encoder": encoder, "database": database, "proposal": proposal}
     given = {slot: part for slot, part in given.items() if part is not None}
     if pretrained:
-        if channels != 64:
+        if channels != 96:
             raise ValueError(
-                f"channels={channels}, but the pretrained network has 64: leave one of the two out"
+                f"channels={channels}, but the pretrained network has 96: leave one of the two out"
             )
         first = {} if first_stage is None else {"autoencoder": first_stage}
         model = Model.load("pictograms").replace(**given, **first, k=k)
@@ -259,13 +255,13 @@ def rdm_pictograms(
 
     def denoiser() -> EDMDenoiser:
         network = UNet(
-            in_channels=4 * fold**2,
-            out_channels=4 * fold**2,
-            size=16 // fold,
-            channels=channels,
-            multipliers=multipliers,
+            in_channels=16,
+            out_channels=16,
+            size=8,
+            channels=channels // 3,
+            multipliers=(3, 3),
             blocks_per_level=1,
-            attention_factors=(2, 4) if fold == 1 else (1, 2),
+            attention_factors=(1, 2),
             context_width=width,
             streams=("query", "neighbors"),
             vector_width=2 * width,
@@ -276,7 +272,7 @@ def rdm_pictograms(
         Builder()
         .retriever(NearestNeighbors())
         .conditioner(Dropped(Rescaled(Pooled(PromptAndNeighbors("unit")), width**0.5), 0.1))
-        .autoencoder(Folded(first_stage or Identity(), fold))
+        .autoencoder(Folded(first_stage or Identity(), 2))
         .denoiser(denoiser)
         .sampler(DPMpp2M())
         .guidance(ClassifierFree(2.0))

@@ -111,8 +111,8 @@ def test_parts_of_the_pretrained_preset_can_be_others(pictograms):
     assert len(other.database) == len(noto)
     assert other.k == 2
     assert other.proposal is None  # it was of the whole database
-    with pytest.raises(ValueError, match="the pretrained network has 64"):
-        presets.rdm_pictograms(pretrained=True, channels=32)
+    with pytest.raises(ValueError, match="the pretrained network has 96"):
+        presets.rdm_pictograms(pretrained=True, channels=192)
 
 
 def test_a_prompt_of_no_known_word_is_answered_with_a_warning(pictograms):
@@ -156,3 +156,16 @@ def test_a_database_without_a_package_asks_for_its_encoder(tmp_path, monkeypatch
 def test_a_database_of_another_encoder_is_refused(pictograms, database):
     with pytest.raises(ValueError, match="encoder"):
         pictograms.replace(database=database)
+
+
+def test_half_the_bytes_of_a_model_are_loaded_as_float32(model, tmp_path):
+    model.save(tmp_path / "whole")
+    model.save(tmp_path / "half", dtype=torch.float16)
+    sizes = [(tmp_path / n / "weights.safetensors").stat().st_size for n in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = Model.load(tmp_path / "half", encoder=HashingEncoder(), database=model.database)
+    before, after = (m.denoiser.state_dict() for m in (model, loaded))
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor.half().float()), name
+    assert loaded.sample(prompts=["a"], seed=0).images.dtype == torch.float32

@@ -31,6 +31,7 @@ from torch import Tensor
 from retrodiff import presets
 from retrodiff.checkpoints.first_stages import load_autoencoder
 from retrodiff.databases import EmbeddingDatabase, ParquetImages, build_database
+from retrodiff.diffusion import Folded
 from retrodiff.disk.files import atomic_write
 from retrodiff.encoders import load_encoder
 from retrodiff.model import Model
@@ -133,13 +134,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pictograms/network"))
     parser.add_argument("--pictures", type=int, default=1_000_000, help="seen in all")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 1, 2])
-    parser.add_argument("--fold", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=96)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--own-style", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -157,13 +156,7 @@ def main() -> None:
     database = build(options.data, encoder)
     data, held_out = training_data(options, encoder, first_stage, database)
     torch.manual_seed(options.seed)
-    model = presets.rdm_pictograms(
-        encoder=encoder,
-        database=database,
-        channels=options.channels,
-        multipliers=options.multipliers,
-        fold=options.fold,
-    )
+    model = presets.rdm_pictograms(encoder=encoder, database=database, channels=options.channels)
     steps = options.pictures // options.batch_size
     checkpoint = options.out.with_name(options.out.name + ".training.safetensors")
     if options.report:
@@ -280,7 +273,7 @@ def finish(model: Model, first_stage: Any, data: TrainingSet, options: argparse.
 
     database: Any = model.database
     proposal = NeighborCounts.from_table(data.table, database)
-    model = model.replace(autoencoder=first_stage, proposal=proposal)
+    model = model.replace(autoencoder=Folded(first_stage, 2), proposal=proposal)
     model.save(options.out, overwrite=True)
     columns = []
     for style in STYLES:

@@ -37,10 +37,12 @@ def main() -> None:
     package = Path("packages/pictograms/retrodiff_pictograms")
     parser.add_argument("--out", type=Path, default=package)
     options = parser.parse_args()
-    model = Model.load(options.data / "network").to(dtype=torch.float16)
+    model = Model.load(options.data / "network")
     model = model.replace(database=small_pictures(options.data, model.encoder))
-    model.save(options.out / "model", overwrite=True, include_database=True)
-    folder = options.out / "model" / "encoder"
+    where = options.out / "model"
+    model.save(where, overwrite=True, include_database=True, dtype=torch.float16)
+    # The encoder's weights are numbers of float16 already, so nothing is rounded here.
+    folder = where / "encoder"
     save_encoder(load_encoder(folder), folder, dtype=torch.float16, overwrite=True)
     unseen(options.data, options.out / "held_out", model.encoder)
     for part in ("model", "model/encoder", "model/database", "held_out"):

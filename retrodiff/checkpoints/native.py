@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from retrodiff.checkpoints.database_place import (
@@ -56,6 +57,7 @@ def save_components(
     *,
     overwrite: bool = False,
     include_database: bool = False,
+    dtype: torch.dtype | None = None,
     extra: Any = None,
 ) -> Path:
     """Writes ``model.json`` and ``weights.safetensors``; the folder appears whole or not at all.
@@ -67,6 +69,8 @@ def save_components(
         folder: to be written.
         overwrite: replace an earlier model there.
         include_database: copy the database into the folder.
+        dtype: of float32 weights in the file, encoders apart; None: their own. They are loaded as
+            float32.
         extra: anything to keep beside it, as plain JSON values.
 
     Returns:
@@ -108,12 +112,16 @@ def save_components(
             "cannot be loaded again",
             stacklevel=3,
         )
+    narrowed = [name for name, tensor in weights.items() if tensor.dtype == torch.float32]
+    narrowed = [] if dtype in (None, torch.float32) else narrowed
+    weights |= {name: weights[name].to(dtype) for name in narrowed}
     value = {
         "format": FORMAT,
         "library": PACKAGE,
         "components": described,
         "fingerprint": None if encoder is None else vars(member(encoder, Encoder, "identity")),
         "extra": plain_json(extra),
+        **({"narrowed": str(dtype).removeprefix("torch.")} if narrowed else {}),
     }
 
     def write(temporary: Path) -> None:
@@ -200,6 +208,12 @@ def load_components(
     value = read_description(folder)
     described: dict[str, Any] = value["components"]
     weights = load_shards(folder, "weights")
+    if (narrow := value.get("narrowed")) is not None:
+        wide = torch.float32
+        weights = {
+            name: tensor.to(wide) if str(tensor.dtype) == f"torch.{narrow}" else tensor
+            for name, tensor in weights.items()
+        }
     extra = sorted(name for name in weights if name.split(".")[0] not in described)
     if extra:
         raise ValueError(

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import torch
+
 from retrodiff.checkpoints.card import model_card
 from retrodiff.checkpoints.database_place import shared_address
 from retrodiff.checkpoints.hub import SAVED, fetch, publish
@@ -25,7 +27,12 @@ class Saved:
         raise NotImplementedError
 
     def save(
-        self, folder: str | Path, overwrite: bool = False, *, include_database: bool = False
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        *,
+        include_database: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Path:
         """Saves the model as a folder of safetensors and JSON.
 
@@ -36,9 +43,16 @@ class Saved:
             folder: to be made.
             overwrite: replace an earlier model there.
             include_database: copy the database into the folder, which can then be moved anywhere.
+            dtype: of the weights in the file, such as ``torch.float16``, for half the bytes; they
+                are loaded as float32. None: their own. The encoder keeps its weights, since other
+                ones would not fit its databases.
         """
         save_components(
-            self.parts(), Path(folder), overwrite=overwrite, include_database=include_database
+            self.parts(),
+            Path(folder),
+            overwrite=overwrite,
+            include_database=include_database,
+            dtype=dtype,
         )
         return Path(folder).expanduser()
 
