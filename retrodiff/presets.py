@@ -266,7 +266,9 @@ def rdm_pictograms(
             streams=("query", "neighbors"),
             vector_width=2 * width,
         )
-        return EDMDenoiser(network, sigma_data=1.0, mean=-0.4, sigma_min=0.01, sigma_max=40.0)
+        return EDMDenoiser(
+            network, sigma_data=1.0, mean=0.3, std=1.4, sigma_min=0.01, sigma_max=40.0
+        )
 
     recipe = (
         Builder()
