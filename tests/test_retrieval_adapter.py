@@ -428,6 +428,8 @@ def test_networks_and_neighbors_that_do_not_fit_are_refused():
     adapter = RetrievalAdapter(unet(), DIM)
     with pytest.raises(ValueError, match="the neighbors are 9 wide, but the adapter takes 8"):
         output(adapter, "unet", neighbors=torch.zeros(2, 1, 9))
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3, 8\) are given, but the adapter takes"):
+        output(adapter, "unet", neighbors=torch.zeros(2, 4, 3, 8))
     with pytest.raises(ValueError, match="called with 2 rows, but neighbors are given for 3"):
         output(adapter, "unet", neighbors=near(3))
     with adapter.attending(near()), pytest.raises(ValueError, match="attends to neighbors already"):
@@ -439,6 +441,7 @@ def test_networks_and_neighbors_that_do_not_fit_are_refused():
     adapter.base.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="gradient checkpointing computes the base again"):
         adapter(**inputs("unet"), neighbors=near())
+    assert output(adapter, "unet", neighbors=near()).isfinite().all()  # nothing is computed again
     with pytest.raises(ValueError, match="scale='cosine' is neither"):
         RetrievalAdapter(unet(), DIM, scale="cosine")
 

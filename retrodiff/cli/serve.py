@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         from retrodiff.model import Model
         from retrodiff.retrieval import Uniform
 
-        parts = {} if encoder is None else {"encoder": encoder}
+        parts: dict[str, Any] = {} if encoder is None else {"encoder": encoder}
         model = Model.load(options.model, database=database, proposal=Uniform(), **parts)
         model = model.to(options.device)
     limits = ServerLimits(

@@ -110,11 +110,6 @@ class OwnQueries(nn.Module):
         """Keys and values of neighbors (b, k, d), once for all evaluations."""
         del positions, steps
         near = Neighborhood.of(tokens, self.dim)
-        if near.values.shape[1] != 1:
-            raise ValueError(
-                f"neighbors for {near.values.shape[1]} regions are given, but this network's "
-                "positions have no regions: give (b, k, d)"
-            )
         keys, values = self.to_k(near.values), self.to_v(near.values)
         return KeysValues(
             keys=keys, values=values, mask=near.mask, hidden=near.hidden, null_rows=near.null_rows

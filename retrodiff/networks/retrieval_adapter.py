@@ -142,16 +142,11 @@ class RetrievalAdapter(nn.Module):
 
         Raises:
             ValueError: the base is called with another number of rows; it attends to others
-                already; or its activations are checkpointed, which would compute them again without
-                neighbors.
+                already; or it is trained with gradient checkpointing, which would compute its
+                activations again without neighbors.
         """
         if self._attending:
             raise ValueError("the network attends to neighbors already: end that block first")
-        if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing computes the base again where it no longer attends to "
-                "neighbors: turn it off, base.disable_gradient_checkpointing()"
-            )
         strength = real("strength", strength, 0)
         if isinstance(neighbors, PreparedNeighbors):
             if guidance:
@@ -165,7 +160,7 @@ class RetrievalAdapter(nn.Module):
         try:
             with ExitStack() as stack:
                 for place, layer, near in zip(self._places, self.layers, each, strict=True):
-                    hook = _Beside(place, layer, near, rows, strength)
+                    hook = _Beside(self.base, place, layer, near, rows, strength)
                     for handle in hook.registered():
                         stack.callback(handle.remove)
                 yield self.base
@@ -263,6 +258,11 @@ class RetrievalAdapter(nn.Module):
             tokens = Tokens(unit(values) if self.scale == "unit" else values, neighbors.mask)
         else:
             tokens = neighbors if isinstance(neighbors, Tokens) else Tokens(neighbors)
+        if tokens.values.ndim != 3:
+            raise ValueError(
+                f"neighbors of shape {tuple(tokens.values.shape)} are given, but the adapter takes "
+                "one set for each row of the batch, (b, k, d)"
+            )
         if (width := tokens.values.shape[-1]) != self.dim:
             mark = self.fingerprint
             with_which = "that it was trained with" if mark is None else printable(mark.encoder)
@@ -281,8 +281,16 @@ class _Beside:
     recorded, for each evaluation.
     """
 
-    def __init__(self, place: Place, layer: nn.Module, near: Any, rows: int, strength: float):
-        self.place, self.layer, self.near = place, layer, near
+    def __init__(
+        self,
+        base: nn.Module,
+        place: Place,
+        layer: nn.Module,
+        near: Any,
+        rows: int,
+        strength: float,
+    ):
+        self.base, self.place, self.layer, self.near = base, place, layer, near
         self.rows, self.strength = rows, strength
         self.x: Tensor | None = None
 
@@ -297,6 +305,11 @@ class _Beside:
         self.x = given[0]
 
     def _add(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing computes the base again where it no longer attends to "
+                "neighbors: turn it off, base.disable_gradient_checkpointing()"
+            )
         if self.place.norm is None:
             x = given[0] if given else named["hidden_states"]
         else:
