@@ -175,7 +175,7 @@ class SearchService:
         """
         self._check(row)
         with self._search:
-            record = self.database.records([row])[0]
+            record = self.database.records(torch.tensor([row]))[0]
         return license_of(record) or None, plain(record)
 
     def image(self, row: int, side: int = 256) -> bytes:
@@ -259,11 +259,11 @@ class SearchService:
 
     def warm(self) -> None:
         """Loads the encoder's weights and searches once, so that the first client need not wait."""
-        if self.encoder is not None:
-            gray = torch.full((3, 64, 64), 127, dtype=torch.uint8)
-            self._embedded(gray)
-            if hasattr(self.encoder, "encode_text"):
-                self.encoder.encode_text(["a picture"])
+        encoder: Any = self.encoder
+        if encoder is not None:
+            self._embedded(torch.full((3, 64, 64), 127, dtype=torch.uint8))
+            if hasattr(encoder, "encode_text"):
+                encoder.encode_text(["a picture"])
         if len(self.database):
             self.row(0, 1)
 

@@ -109,10 +109,10 @@ def request_models(
         text=text, row=row, k=k, where=where,
     )  # fmt: skip
     names = ("text", "row", "embedding")
-    one = {"oneOf": [{"required": [name]} for name in names]}
+    only: Any = {**strict, "json_schema_extra": {"oneOf": [{"required": [n]} for n in names]}}
     in_body = create_model(
-        "Search", __config__=ConfigDict(**strict, json_schema_extra=one),
-        __validators__=_one_of(*names), text=text, row=row, embedding=embedding, k=k, where=where,
+        "Search", __config__=only, __validators__=_one_of(*names),
+        text=text, row=row, embedding=embedding, k=k, where=where,
     )  # fmt: skip
     upload = create_model("UploadParameters", __config__=loose, k=k, where=where)
     sample = create_model(
