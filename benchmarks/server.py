@@ -176,7 +176,7 @@ def main() -> None:
             runs = [measure(address, requests, clients) for clients in (1, options.clients)]
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.wait(120)
     report = {
         "rows": options.rows,
         "dim": database.fingerprint.dim,
