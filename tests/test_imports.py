@@ -19,7 +19,7 @@ LAYERS = [
     {"model"},
     {"builder"},
     {"training", "presets", "evaluation"},
-    {"demo"},
+    {"demo", "serving"},
     {"cli"},
     {"__init__", "__main__", "testing"},
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``retrodiff demo | database | train | sample | info | convert | ...``.
+"""The command line: ``retrodiff demo | database | train | sample | serve | info | convert | ...``.
 
 Thin over the public functions. User errors print one line to stderr and exit with 2, an interrupt
 prints one line and exits with 130 (Ctrl-C) or 143 (SIGTERM).
@@ -25,6 +25,7 @@ def parser() -> Parser:
         evaluate,
         info,
         sample,
+        serve,
         train,
         train_autoencoder,
         train_encoder,
@@ -42,6 +43,7 @@ def parser() -> Parser:
         train_autoencoder,
         train,
         sample,
+        serve,
         evaluate,
         info,
         convert,
