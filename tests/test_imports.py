@@ -18,14 +18,25 @@ LAYERS = [
     {"checkpoints"},
     {"model"},
     {"builder"},
-    {"training", "presets", "evaluation"},
+    {"training", "presets", "evaluation", "bridges"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The command line trains through presets; training reads folders as databases do.
-HEAVY = ("open_clip", "timm", "annoy", "pyarrow", "sklearn", "skimage", "PIL", "torch_ema", "ray")
+HEAVY = (
+    "open_clip",
+    "timm",
+    "annoy",
+    "pyarrow",
+    "sklearn",
+    "skimage",
+    "PIL",
+    "torch_ema",
+    "ray",
+    "diffusers",
+)
 
 
 def room(path: Path) -> str:

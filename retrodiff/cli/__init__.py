@@ -20,6 +20,7 @@ def parser() -> Parser:
     from retrodiff import __version__
     from retrodiff.cli import (
         convert,
+        credit,
         database,
         demo,
         evaluate,
@@ -43,6 +44,7 @@ def parser() -> Parser:
         train,
         sample,
         evaluate,
+        credit,
         info,
         convert,
     ):
