@@ -68,7 +68,7 @@ class CharacterPictures:
         return batch
 
 
-def flux2_parts() -> dict[str, Any]:
+def flux2_parts(layers: int = 3) -> dict[str, Any]:
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
@@ -80,7 +80,7 @@ def flux2_parts() -> dict[str, Any]:
     text = Mistral3Config(
         text_config={
             "model_type": "mistral", "vocab_size": WORDS, "hidden_size": 16, "head_dim": 8,
-            "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
         vision_config={

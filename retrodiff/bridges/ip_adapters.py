@@ -175,8 +175,8 @@ def _prompted(pipeline: Any, chosen: Chosen, use: str, merge: str) -> Tensor:
 def _check_same_encoder(pipeline: Any, encoder: Any, adapter: Any, chosen: list[Chosen]) -> None:
     """Refuses embeddings that the adapter's own encoder would not give."""
     way = (
-        "build the database with the adapter's encoder (that of most SDXL adapters is "
-        "open_clip:ViT-H-14:laion2b_s32b_b79k), or hand over the pictures, use='pictures'"
+        "build the database with the adapter's image encoder, or hand over the pictures, "
+        "use='pictures'"
     )
     width, stored = adapter.image_embeds.in_features, chosen[0].embeddings.shape[-1]
     if width != stored:

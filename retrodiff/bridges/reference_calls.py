@@ -94,13 +94,16 @@ def check_takes_references(pipeline: Any) -> None:
 
 
 def inputs_of(pipeline: Any) -> set[str] | None:
-    """Names of the arguments that a pipeline takes; None: any."""
+    """Names of the arguments that a pipeline takes; None: any.
+
+    Pipelines of diffusers name what they take; ``**kwargs`` beside names are its old arguments.
+    """
     if hasattr(pipeline, "blocks"):
         return set(pipeline.blocks.input_names)
     parameters = inspect.signature(pipeline).parameters.values()
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
-        return None
-    return {one.name for one in parameters}
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    names = {one.name for one in parameters if one.kind not in several}
+    return names or None
 
 
 def check_output(arguments: dict[str, Any]) -> None:

@@ -97,8 +97,7 @@ class RetrieveReferences(ModularPipelineBlocks):
         for name in ("database", "retriever"):
             if getattr(components, name, None) is None:
                 raise ValueError(
-                    f"{name} is empty: pipeline.update_components({name}=...), or "
-                    f"pipeline.load_components({name!r}, pretrained_model_name_or_path=...)"
+                    f"{name} is empty: hand it in, pipeline.update_components({name}=...)"
                 )
         prompts = [block.prompt] if isinstance(block.prompt, str) else list(block.prompt)
         if len(prompts) != 1:

@@ -19,7 +19,6 @@ from retrodiff.indexes import Exact, Vectors
 from retrodiff.interfaces import Database, Fingerprint, Index, Neighbors, Query, Record
 from retrodiff.text import printable, unescaped
 
-
 _ORIENTATION = 274
 """EXIF's tag for how a camera was held."""
 
