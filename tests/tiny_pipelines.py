@@ -241,7 +241,10 @@ def quiet(pipeline: Any) -> Any:
 
 
 class AdapterEncoder(TextEncoder):
-    """The image encoder of a pipeline's adapter as one of ours; text is placed at random."""
+    """The image encoder of a pipeline's adapter as one of ours.
+
+    Text is placed at random on the side where the pictures are: similarities are weights.
+    """
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline, self.text = (
@@ -263,4 +266,6 @@ class AdapterEncoder(TextEncoder):
             return self.pipeline.encode_image(pictures, "cpu", 1)[0]
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        return self.text.encode_text(prompts)
+        gray = self.encode_image(torch.zeros(1, 3, 64, 80))
+        placed = self.text.encode_text(prompts)
+        return placed * (placed @ gray.T).sign()
