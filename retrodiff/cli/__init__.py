@@ -20,6 +20,7 @@ def parser() -> Parser:
     from retrodiff import __version__
     from retrodiff.cli import (
         convert,
+        credit,
         database,
         demo,
         evaluate,
@@ -45,6 +46,7 @@ def parser() -> Parser:
         sample,
         serve,
         evaluate,
+        credit,
         info,
         convert,
     ):

@@ -19,6 +19,9 @@ from retrodiff.indexes import Exact, Vectors
 from retrodiff.interfaces import Database, Fingerprint, Index, Neighbors, Query, Record
 from retrodiff.text import printable, unescaped
 
+_ORIENTATION = 274
+"""EXIF's tag for how a camera was held."""
+
 
 class Searchable(Database):
     """Rows of vectors with records, and an index over them."""
@@ -57,6 +60,20 @@ class Searchable(Database):
     def image(self, index: int) -> Tensor:
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         ...
+
+    def original(self, index: int) -> Tensor:
+        """The picture of a row from its own file, at full size: (3, h, w) in [-1, 1].
+
+        Raises:
+            FileNotFoundError: the file is not here; `image` may still have a small copy.
+            ValueError: the row names no file, or one that may not be read.
+        """
+        return self.image(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of what `original` gives; the file's header is enough."""
+        height, width = self.original(index).shape[-2:]
+        return width, height
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -212,6 +229,14 @@ class Subset(Searchable):
         """The picture of a row, to be shown: (3, h, w) in [-1, 1]."""
         return self.database.image(int(self.rows[self._checked([index])]))
 
+    def original(self, index: int) -> Tensor:
+        """The picture of a row from its own file, at full size: (3, h, w) in [-1, 1]."""
+        return self.database.original(int(self.rows[self._checked([index])]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of the original."""
+        return self.database.size(int(self.rows[self._checked([index])]))
+
 
 def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> Tensor:
     """Reads the picture that a record refers to: (3, h, w) in [-1, 1].
@@ -224,6 +249,33 @@ def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> 
     from retrodiff.databases.sources.patchify import cut_record
     from retrodiff.pictures.thumbnails import read_image, to_float
 
+    path = _file_of(record, root, anywhere)
+    try:
+        return to_float(cut_record(read_image(path), record))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the record of {printable(record['file'])} says no patch ({error!r})"
+        ) from None
+
+
+def measure(record: Record, root: str | Path | None) -> tuple[int, int]:
+    """Width and height of the picture that a record refers to, from the file's header."""
+    from PIL import Image
+
+    path = _file_of(record, root, anywhere=False)
+    try:
+        if record.get("box") is not None:
+            left, top, right, bottom = record["box"]
+            return int(right - left), int(bottom - top)
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return opened.size[::-1] if turned else opened.size
+    except Exception as error:  # whatever a damaged file makes the decoder raise
+        raise ValueError(f"{printable(path)} says no size ({error!r:.200})") from None
+
+
+def _file_of(record: Record, root: str | Path | None, anywhere: bool) -> Path:
+    """Where the picture of a record lies; refused if that is nowhere, or not the user's."""
     file = record.get("file")
     if file is None:
         raise ValueError(
@@ -243,10 +295,7 @@ def show(record: Record, root: str | Path | None, *, anywhere: bool = False) -> 
             f"{printable(path)} is not here, and its row has no thumbnail: open the database with "
             "root= the files' folder"
         )
-    try:
-        return to_float(cut_record(read_image(path), record))
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"the record of {printable(file)} says no patch ({error!r})") from None
+    return path
 
 
 def _is_below(path: Path, root: Path) -> bool:

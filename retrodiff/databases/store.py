@@ -18,7 +18,7 @@ from retrodiff.databases.manifest import AGAIN, BUILD, MANIFEST, Manifest
 from retrodiff.databases.record_files import RecordFiles
 from retrodiff.databases.records import TEXT
 from retrodiff.databases.row_files import Thumbnails, map_shard, read_deleted
-from retrodiff.databases.searchable import Searchable, show
+from retrodiff.databases.searchable import Searchable, measure, show
 from retrodiff.disk.files import REPLACED, given
 from retrodiff.disk.hashed import check_file
 from retrodiff.disk.locks import write_lock
@@ -144,6 +144,16 @@ class EmbeddingDatabase(Searchable):
             return show(self.records([index])[0], self._root_of(shard))
         rows = self.manifest.shards[shard].rows
         return to_float(read_image(self._thumbnails_of(self._here(name), rows)[row]))
+
+    def original(self, index: int) -> Tensor:
+        """The picture of a row from its own file, at full size: (3, h, w) in [-1, 1]."""
+        [(shard, _)] = self._places([index])
+        return show(self.records([index])[0], self._root_of(shard))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of the original, from its file's header."""
+        [(shard, _)] = self._places([index])
+        return measure(self.records([index])[0], self._root_of(shard))
 
     def _root_of(self, shard: int) -> str | Path | None:
         """Where the pictures of a shard lie, if this user has named that folder himself."""

@@ -89,6 +89,16 @@ class Union(Searchable):
         [(database, _, rows)] = self._split(self._checked([index]))
         return database.image(int(rows))
 
+    def original(self, index: int) -> Tensor:
+        """The picture of a row from its own file, at full size: (3, h, w) in [-1, 1]."""
+        [(database, _, rows)] = self._split(self._checked([index]))
+        return database.original(int(rows))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of the original."""
+        [(database, _, rows)] = self._split(self._checked([index]))
+        return database.size(int(rows))
+
     def shares(self, k: int) -> list[int]:
         """How many of k neighbors each database is asked for.
 
