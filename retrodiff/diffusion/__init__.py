@@ -4,6 +4,7 @@ from retrodiff.diffusion.autoencoder import Identity, PixelUnshuffle
 from retrodiff.diffusion.conditioner import (
     Dropped,
     NeighborEmbeddings,
+    Noised,
     PromptAndNeighbors,
     QueryAndNeighbors,
     QueryOnly,
@@ -19,9 +20,10 @@ from retrodiff.diffusion.denoiser import (
     VDenoiser,
     X0Denoiser,
 )
-from retrodiff.diffusion.generator import DiffusionGenerator
+from retrodiff.diffusion.generator import DiffusionGenerator, Start
 from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
-from retrodiff.diffusion.learned import LearnedNull, Projected
+from retrodiff.diffusion.learned import LearnedNull, Projected, VectorTokens
+from retrodiff.diffusion.prior import DiffusionPrior
 from retrodiff.diffusion.sampler import (
     DDIM,
     DDPM,
@@ -43,6 +45,7 @@ __all__ = [
     "ClassifierFree",
     "DPMpp2M",
     "DiffusionGenerator",
+    "DiffusionPrior",
     "Dropped",
     "EDMDenoiser",
     "EpsDenoiser",
@@ -57,6 +60,7 @@ __all__ = [
     "LinearFlow",
     "LogSpaced",
     "NeighborEmbeddings",
+    "Noised",
     "PixelUnshuffle",
     "Preconditioned",
     "Projected",
@@ -65,11 +69,13 @@ __all__ = [
     "QueryOnly",
     "QueryVector",
     "ScaledLinear",
+    "Start",
     "Step",
     "Stepwise",
     "Unconditional",
     "Unguided",
     "VDenoiser",
+    "VectorTokens",
     "Wrapper",
     "X0Denoiser",
     "get_sampler",

@@ -19,7 +19,7 @@ from retrodiff.interfaces import (
     unit,
 )
 from retrodiff.numbers import real
-from retrodiff.randomness import uniform
+from retrodiff.randomness import normal_like, uniform
 
 
 def _scaled(embedding: Tensor, scale: Scale) -> Tensor:
@@ -118,6 +118,10 @@ class QueryOnly(Conditioner):
 class QueryAndNeighbors(Conditioner):
     """Query and neighbors as two streams (kNN-Diffusion, Sheynin et al. 2022).
 
+    The query has its own stream in every mode, so that it is never a neighbor of itself: in
+    ``text+neighbors`` its token among the neighbors is masked, and in ``text`` the neighbors are
+    the null condition, as dropping the stream shows it in training.
+
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
     """
@@ -135,8 +139,13 @@ class QueryAndNeighbors(Conditioner):
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
         """One query token, k neighbor tokens."""
         streams = QueryOnly(self.scale).condition(query, neighbors).streams
-        more = NeighborEmbeddings(self.scale).condition(query, neighbors).streams
-        return Context({**streams, **more})
+        near = NeighborEmbeddings(self.scale).condition(query, neighbors).streams["neighbors"]
+        rows = neighbors.indices >= 0
+        if not bool(rows.all()):
+            mask = rows if near.mask is None else rows & near.mask
+            alone = ~mask.any(-1, keepdim=True)
+            near = Tokens(near.values * mask.unsqueeze(-1), mask | alone)
+        return Context({**streams, "neighbors": near})
 
 
 @dataclass(frozen=True)
@@ -249,6 +258,76 @@ class QueryVector(Wrapper):
             )
         inner = self.conditioner.condition(query, neighbors)
         return replace(inner, vector=_scaled(query.embedding, self.scale))
+
+
+@dataclass(frozen=True)
+class Noised(Wrapper):
+    """Noise on the vector of another conditioner in training, and its level told to the network.
+
+    The conditioning augmentation of cascaded models (Ho et al. 2022), which unCLIP (Ramesh et al.
+    2022) uses: a network that is used to inexact embeddings takes those of a prior. The vector gets
+    one more entry, the level: 0.1 is noise of a tenth of the vector's norm. Sampling adds none.
+
+    Args:
+        conditioner: what gives the vector, such as `QueryVector`.
+        most: levels are drawn from 0 to this in training.
+        level: what the network is told in sampling: higher, and it holds to the embedding less.
+    """
+
+    conditioner: Conditioner
+    most: float
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        real("most", self.most, 0)
+        real("level", self.level, 0, self.most)
+
+    def vector_width(self, dim: int) -> int | None:
+        """One more than the inner vector's.
+
+        Raises:
+            ValueError: there is no vector.
+        """
+        inner = super().vector_width(dim)
+        if inner is None:
+            raise ValueError(
+                f"Noised has no vector to put noise on: {type(self.conditioner).__name__} gives "
+                "tokens alone; wrap it in QueryVector"
+            )
+        return inner + 1
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """The inner context and the level."""
+        inner = self.conditioner.condition(query, neighbors)
+        return _leveled(inner, torch.full((len(inner),), self.level))
+
+    def null(self, context: Context) -> Context:
+        """The inner null, level 0."""
+        return _leveled(self.conditioner.null(_plain(context)), torch.zeros(len(context)))
+
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """What is trained on: the inner context, noise added to its vector."""
+        inner = self.conditioner.drop(_plain(context), generator)
+        level = self.most * uniform(generator, (len(inner),))
+        vector = inner.vector
+        assert vector is not None  # `_plain` says so
+        size = vector.norm(dim=-1, keepdim=True) / vector.shape[-1] ** 0.5
+        noise = level.to(vector).view(-1, 1) * normal_like(vector, generator)
+        return _leveled(replace(inner, vector=vector + size * noise), level)
+
+
+def _leveled(context: Context, level: Tensor) -> Context:
+    """With a noise level (b,) at the end of the vector."""
+    vector = context.vector
+    assert vector is not None
+    return replace(context, vector=torch.cat([vector, level.to(vector).view(-1, 1)], -1))
+
+
+def _plain(context: Context) -> Context:
+    """Without the noise level."""
+    if context.vector is None:
+        raise ValueError("Noised was handed a context without a vector: make it with condition")
+    return replace(context, vector=context.vector[:, :-1])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Encoders that map images and text to embeddings, and their preprocessing of images."""
 
 from retrodiff.encoders.cache import Cached
+from retrodiff.encoders.class_names import ClassNames
 from retrodiff.encoders.clip import CLIPEncoder
 from retrodiff.encoders.fingerprint import weights_hash
 from retrodiff.encoders.folder import load_encoder, save_encoder
@@ -12,6 +13,7 @@ from retrodiff.encoders.timm import TimmEncoder
 __all__ = [
     "CLIPEncoder",
     "Cached",
+    "ClassNames",
     "Preprocessing",
     "PromptCut",
     "TimmEncoder",

@@ -187,7 +187,7 @@ class Asker:
         total, kind = len(request), request.kind
         if kind == "query":
             query: Query = request.value
-        elif kind == "n" and not self.conditioner.uses_neighbors:
+        elif kind == "n" and not self.conditioner.uses_neighbors and self.proposal is None:
             query = Query(torch.zeros(total, 0), ("",) * total)
         elif kind == "n":
             query = self._proposed(request)

@@ -120,6 +120,8 @@ class Model(Saved, Placed):
         sampler: Sampler | str | None = None,
         steps: int | None = None,
         seed: int = 0,
+        start: Any = None,
+        strength: float | None = None,
         batch_size: int = 64,
         progress: bool = False,
         attribution: bool | Measure = False,
@@ -148,6 +150,12 @@ class Model(Saved, Placed):
             seed: of everything random, 0 to 2⁶⁴ - 1. Image i of a seed has randomness of its own:
                 it is the same whatever the batch size, the number of images and the modes of the
                 others (to rounding).
+            start: pictures to edit in place of beginning with noise (SDEdit, Meng et al. 2022): one
+                for all images, or one for each, of the size that the model makes; whatever
+                ``images`` takes.
+            strength: how much of ``start`` is redone, with any sampler: of the steps the last
+                ceil(strength * steps) are made, from the noise level before them. 0 gives it back,
+                1 is sampling without it.
             batch_size: images per network call (twice that under guidance).
             progress: show a bar.
             attribution: fill in ``Generation.attribution``, which neighbor has which part where;
@@ -167,6 +175,8 @@ class Model(Saved, Placed):
             steps=self.steps if steps is None else steps,
             seed=seed,
             batch_size=batch_size,
+            start=start,
+            strength=strength,
         )
         generator = self.generating(sampler, guidance)
         return run(request, self.asker(), generator, progress=progress, attribution=attribution)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from retrodiff.attention.recording import Measure
 from retrodiff.components import first_not_finite, summary
-from retrodiff.diffusion.generator import DiffusionGenerator
+from retrodiff.diffusion.generator import DiffusionGenerator, Start
 from retrodiff.interfaces import Callback, Context, Denoiser, Generator, Randomness, member
 from retrodiff.model.asking import Asker
 from retrodiff.model.attribution import Attributing, read_measure
 from retrodiff.model.generated import Generation
 from retrodiff.model.request import Request
+from retrodiff.pictures.converting import to_float
 from retrodiff.progress import progress_bar
 from retrodiff.randomness import normal
 
@@ -51,13 +52,15 @@ def sample(
     """
     measure = read_measure(attribution)
     attributing = None if measure is None else Attributing(generator, measure)
+    started = _started(request, generator)
     asked = asker.ask(request)
     neighbors = asked.neighbors
     log.info("sampling %d images with %s", len(request), summary(generator))
     rows: list[int] = []
     images: list[Tensor] = []
     latents: list[Tensor] = []
-    with progress_bar(len(request) * request.steps, "sampling", progress) as bar:
+    steps = request.steps if started is None else started.left(request.steps)
+    with progress_bar(len(request) * steps, "sampling", progress) as bar:
         for part in asker.condition(asked, generator, request):
             shape = (len(part.rows), *generator.shape)
             noise = normal(Randomness.of(request.seed, part.rows, "noise"), shape)
@@ -73,6 +76,7 @@ def sample(
                     steps=request.steps,
                     randomness=Randomness.of(request.seed, part.rows, "sampler"),
                     callback=lambda _, denoised: bar.update(len(denoised)),
+                    start=None if started is None else started.rows(part.rows),
                 )
             rows += part.rows
             latents.append(made.cpu())
@@ -103,6 +107,7 @@ def generate(
     steps: int,
     randomness: torch.Generator | None = None,
     callback: Callback | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Latents (b, c, h, w), with everything brought to the generator's device."""
     if isinstance(generator, DiffusionGenerator) and member(
@@ -125,7 +130,34 @@ def generate(
         steps=steps,
         generator=randomness,
         callback=callback,
+        **({} if start is None else {"start": start}),
     )
+
+
+def _started(request: Request, generator: Generator) -> Start | None:
+    """The latents of the images that a request edits.
+
+    Raises:
+        ValueError: the generator begins with noise only, or makes images of another size.
+    """
+    if not request.start:
+        return None
+    if not isinstance(generator, DiffusionGenerator):
+        raise ValueError(
+            f"start has no effect: this model generates with {type(generator).__name__}, which "
+            "begins with noise only; leave it out"
+        )
+    batch = max(1, min(request.batch_size, len(request)))
+    parts = to_float(torch.stack(request.start)).split(batch)
+    try:
+        latents = torch.cat([generator.encode(part) for part in parts])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"start has images of {tuple(request.start[0].shape)}, of which "
+            f"{type(generator.autoencoder).__name__} makes no latents of {generator.shape}, as the "
+            f"model generates: give images of the size that it makes ({error})"
+        ) from error
+    return Start(latents, request.strength)
 
 
 def _settings(request: Request, asker: Asker, generator: Generator) -> dict[str, Any]:
@@ -143,6 +175,7 @@ def _settings(request: Request, asker: Asker, generator: Generator) -> dict[str,
         "k": request.k,
         "steps": request.steps,
         "seed": request.seed,
+        **({"strength": request.strength} if request.start else {}),
         **how,
         "batch_size": request.batch_size,
         "database": None if asker.database is None else vars(asker.database.fingerprint),
