@@ -1,8 +1,8 @@
 """The systems around the paper, each as a preset of the same small network with other parts.
 
 They are small models to train with `retrodiff.training.fit`, on pictures or on latents of
-``latent=(channels, side, side)``; nothing is published for them. All of them share `_small`, so that
-what a preset says is what the system is. See *Relatives* in the documentation.
+``latent=(channels, side, side)``; nothing is published for them. All of them share `_small`, so
+that what a preset says is what the system is. See *Relatives* in the documentation.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -145,7 +145,7 @@ def unclip(
     noise: float = 0.3,
     **sizes: Unpack[Sizes],
 ) -> Builder:
-    """unCLIP (Ramesh et al. 2022): an image embedding is decoded, a prior draws it from text.
+    """Decodes an image embedding, which a prior draws from text: unCLIP (Ramesh et al. 2022).
 
     The embedding is added to the timestep embedding and makes ``tokens`` extra tokens. Asked with
     ``images=``, it draws variations of them; with ``query=interpolated(...)``, what lies between
@@ -224,7 +224,7 @@ def _small(widths: dict[str, int], vector: int | None, sizes: Sizes) -> Builder:
             channels=sizes.get("channels", 32),
             multipliers=sizes.get("multipliers", (1, 2)),
             blocks_per_level=1,
-            attention_factors=(1, 2),
+            attention_factors=(2,),
             context_width=next(iter(widths.values()), None),
             streams=tuple(widths) or ("neighbors",),
             vector_width=vector,
@@ -239,5 +239,5 @@ def _small(widths: dict[str, int], vector: int | None, sizes: Sizes) -> Builder:
 
     recipe = Builder().denoiser(denoiser).sampler(DPMpp2M()).guidance(ClassifierFree(2.0))
     space = sizes.get("autoencoder")
-    recipe = recipe.defaults(steps=12)
+    recipe = recipe.defaults(steps=10)
     return recipe if space is None else recipe.autoencoder(space)

@@ -141,10 +141,9 @@ class QueryAndNeighbors(Conditioner):
         streams = QueryOnly(self.scale).condition(query, neighbors).streams
         near = NeighborEmbeddings(self.scale).condition(query, neighbors).streams["neighbors"]
         rows = neighbors.indices >= 0
-        if not bool(rows.all()):
-            mask = rows if near.mask is None else rows & near.mask
-            alone = ~mask.any(-1, keepdim=True)
-            near = Tokens(near.values * mask.unsqueeze(-1), mask | alone)
+        mask = rows if near.mask is None else rows & near.mask
+        alone = ~mask.any(-1, keepdim=True)
+        near = Tokens(near.values * mask.unsqueeze(-1), mask | alone)
         return Context({**streams, "neighbors": near})
 
 
