@@ -34,7 +34,7 @@ from retrodiff.demo.digit_scans import WORDS, Split, caption
 from retrodiff.demo.digits import Settings, clip_of
 from retrodiff.diffusion import DiffusionPrior
 from retrodiff.disk.files import write_json
-from retrodiff.encoders import ClassNames, load_encoder, save_encoder
+from retrodiff.encoders import ClassNames, Regions, load_encoder, save_encoder
 from retrodiff.interfaces import Query, unit
 from retrodiff.model import Model
 from retrodiff.pictures.sheet import Line, Section, draw_sheet
@@ -98,6 +98,12 @@ class World:
     def instances(self) -> ArrayDatabase:
         """X as a database."""
         return self._database(*self.parts.training)
+
+    @cached_property
+    def blocks(self) -> ArrayDatabase:
+        """The quarters of the scans in D."""
+        cut = Regions(self.encoder, 2).blocks(self.parts.database[0])
+        return self._database(cut, self.parts.database[1].repeat_interleave(4))
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -176,7 +182,7 @@ SHOWN = 10
 def texts(model: Model, world: World, mode: Any, label: str) -> tuple[float, Line]:
     """Share of the asked digit for prompts in a mode, and a line of samples."""
     out = model.sample(prompts=world.prompts, mode=mode, **QUIET)
-    line = Line(None, [], list(out.images[:SHOWN]), label)
+    line = Line(f"{label}, zero to nine", [], list(out.images[:SHOWN]))
     return world.judge.share(out.images, world.digits), line
 
 
@@ -201,13 +207,13 @@ def ask_ldm(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
         "share_of_each_digit": [round(float(s), 3) for s in shares],
         "total_variation_to_training": float((shares - real).abs().sum() / 2),
     }
-    return found, [Line(None, [], list(out.images[i : i + SHOWN]), "n=") for i in (0, 10)]
+    return found, [Line("n=", [], list(out.images[i : i + SHOWN])) for i in (0, 10)]
 
 
 def ask_ldm_class(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
     """Classes by name."""
     out = model.sample(classes=[WORDS[digit] for digit in world.digits], **QUIET)
-    lines = [Line(None, [], list(out.images[i : i + SHOWN]), "classes=") for i in (0, 10)]
+    lines = [Line("zero to nine", [], list(out.images[i : i + SHOWN])) for i in (0, 10)]
     return {"class": world.judge.share(out.images, world.digits)}, lines
 
 
@@ -224,7 +230,7 @@ def ask_knn(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
     asked: dict[str, Any] = {"prompts": [caption(d) for d in wanted], "mode": "neighbors"}
     far = (model.sample(**asked, **QUIET).images - images).square().flatten(1).mean(1)
     found["edited"] = {}
-    for strength in (0.4, 0.6, 0.8):
+    for strength in (0.4, 0.5, 0.6, 0.8):
         out = model.sample(**asked, start=images, strength=strength, **QUIET)
         distance = (out.images - images).square().flatten(1).mean(1)
         found["edited"][str(strength)] = {
@@ -236,10 +242,10 @@ def ask_knn(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
             prompts=[caption(d) for d in range(10)],
             mode="neighbors",
             start=images[i],
-            strength=0.7,
+            strength=0.55,
             **QUIET,
         )
-        more.append(Line(images[i], [], list(edited.images), "edited, 0.7"))
+        more.append(Line(images[i], [], list(edited.images), "edited, 0.55"))
     return found, lines + more
 
 
@@ -249,8 +255,17 @@ def ask_instance(model: Model, world: World) -> tuple[dict[str, Any], list[Line]
     out = model.sample(n=world.n, **QUIET)
     assert out.query.ids is not None
     drawn = world.parts.training[1][out.query.ids].tolist()
-    lines.append(Line(None, [], list(out.images[:SHOWN]), "n="))
+    lines.append(Line("n=, instances of X", [], list(out.images[:SHOWN])))
     return {"image": share, "k_means_instance": world.judge.share(out.images, drawn)}, lines
+
+
+def ask_regions(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
+    """Pictures, whose blocks ask; and the estimate's blocks, which ask again while sampling."""
+    share, lines = pictures(model, world, "regions")
+    images, digits = world.held_out()
+    out = model.sample(images=images, reretrieve=[3, 6], **QUIET)
+    lines.append(Line("again at steps 3 and 6", [], list(out.images[:SHOWN])))
+    return {"image": share, "reretrieving": world.judge.share(out.images, digits)}, lines
 
 
 def ask_unclip(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
@@ -310,6 +325,14 @@ def pairs(world: World) -> Pairing:
     return Pairing.from_table(neighbor_table(query, world.instances, 50, retriever))
 
 
+def region_data(world: World) -> TrainingSet:
+    """X, each block with its neighbors among the blocks of D."""
+    images = world.parts.training[0]
+    embeddings = Regions(world.encoder, 2).encode_image(images).detach()
+    table = neighbor_table(Query(embeddings), world.blocks, 4, NearestNeighbors(), progress=False)
+    return TrainingSet(images, embeddings, table, world.blocks)
+
+
 RELATIVES: dict[str, Relative] = {
     "ldm": Relative(
         build=lambda w: presets.ldm(),
@@ -341,6 +364,12 @@ RELATIVES: dict[str, Relative] = {
         data=lambda w: TrainingSet.alone(w.parts.training[0], w.embeddings).paired(pairs(w)),
         ask=ask_instance,
         bound=("image", "k_means_instance"),
+    ),
+    "region_retrieval": Relative(
+        build=lambda w: presets.region_retrieval(encoder=w.encoder, database=w.blocks),
+        data=region_data,
+        ask=ask_regions,
+        bound=("image",),
     ),
     "unclip_prior": Relative(
         build=lambda w: presets.unclip_prior(encoder=w.encoder, embeddings=w.embeddings),

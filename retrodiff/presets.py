@@ -52,6 +52,7 @@ from retrodiff.relatives import (
     instance_conditioned,
     knn_diffusion,
     ldm,
+    region_retrieval,
     unclip,
     unclip_prior,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "rdm_imagenet",
     "rdm_pictograms",
     "rdm_small",
+    "region_retrieval",
     "unclip",
     "unclip_prior",
 ]

@@ -20,6 +20,7 @@ from retrodiff.diffusion import (
     DPMpp2M,
     Dropped,
     EDMDenoiser,
+    NeighborEmbeddings,
     Noised,
     QueryAndNeighbors,
     QueryOnly,
@@ -27,6 +28,7 @@ from retrodiff.diffusion import (
     Unconditional,
     VectorTokens,
 )
+from retrodiff.encoders import Regions
 from retrodiff.interfaces import (
     Autoencoder,
     Database,
@@ -134,6 +136,36 @@ def instance_conditioned(
         .conditioner(Dropped(QueryOnly("unit"), 0.1))
         .set(database=database, proposal=proposal)
     )
+
+
+@preset
+def region_retrieval(
+    *,
+    encoder: Encoder,
+    database: Database | None = None,
+    side: int = 2,
+    k: int = 4,
+    **sizes: Unpack[Sizes],
+) -> Builder:
+    """RETRO's chunked attention on images, as RISSOLE: each region attends to its own neighbors.
+
+    Borgeaud et al. 2022; Mukherjee et al. 2024. A region's query is its block of the image. Ask
+    with ``images=``; with ``reretrieve=[...]``, regions of the estimate ask again while sampling.
+
+    Args:
+        encoder: of blocks.
+        database: of blocks, as ``Regions(encoder, side).blocks(images)`` cuts them.
+        side: regions along each side.
+        k: neighbors of each region.
+        sizes: see `Sizes`.
+    """
+    recipe = (
+        _small({"neighbors": encoder.dim}, None, sizes)
+        .encoder(Regions(encoder, side))
+        .conditioner(Dropped(NeighborEmbeddings("unit"), 0.1))
+        .defaults(k=k)
+    )
+    return recipe if database is None else recipe.database(database)
 
 
 @preset

@@ -36,7 +36,14 @@ from retrodiff.retrieval import (
 from retrodiff.testing import check_conditioner, check_proposal
 from retrodiff.training import Pairing, TrainingSet, fit
 
-NAMES = ("instance_conditioned", "knn_diffusion", "ldm", "unclip", "unclip_prior")
+NAMES = (
+    "instance_conditioned",
+    "knn_diffusion",
+    "ldm",
+    "region_retrieval",
+    "unclip",
+    "unclip_prior",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Denoisers, schedules, samplers, guidance and conditioners."""
 
 from retrodiff.diffusion.autoencoder import Identity, PixelUnshuffle
+from retrodiff.diffusion.composition import Composed
 from retrodiff.diffusion.conditioner import (
     Dropped,
     NeighborEmbeddings,
@@ -21,7 +22,7 @@ from retrodiff.diffusion.denoiser import (
     X0Denoiser,
 )
 from retrodiff.diffusion.generator import DiffusionGenerator, Start
-from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
+from retrodiff.diffusion.guidance import ByLevel, ClassifierFree, Interval, Mixture, Unguided
 from retrodiff.diffusion.learned import LearnedNull, Projected, VectorTokens
 from retrodiff.diffusion.prior import DiffusionPrior
 from retrodiff.diffusion.sampler import (
@@ -42,7 +43,9 @@ __all__ = [
     "DDIM",
     "DDPM",
     "PLMS",
+    "ByLevel",
     "ClassifierFree",
+    "Composed",
     "DPMpp2M",
     "DiffusionGenerator",
     "DiffusionPrior",
@@ -59,6 +62,7 @@ __all__ = [
     "LearnedNull",
     "LinearFlow",
     "LogSpaced",
+    "Mixture",
     "NeighborEmbeddings",
     "Noised",
     "PixelUnshuffle",

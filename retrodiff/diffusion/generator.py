@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,6 +108,7 @@ class DiffusionGenerator(Generator):
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
         start: Start | None = None,
+        others: Mapping[str, Context] | None = None,
     ) -> Tensor:
         """Unit noise (b, c, h, w) -> latents (b, c, h, w); see `Generator.generate`.
 
@@ -118,12 +120,14 @@ class DiffusionGenerator(Generator):
             generator: as there.
             callback: as there.
             start: latents that are edited; None: the images begin as noise.
+            others: further conditions for the guidance, by name.
         """
         if start is not None and start.strength == 0:
             return start.latents.to(noise)
         with evaluating(self.denoiser):
             sigmas = self.schedule.sigmas(steps)
-            denoise = self.guidance.guide(self.denoiser, {"cond": context, "null": null})
+            branches = {**(others or {}), "cond": context, "null": null}
+            denoise = self.guidance.guide(self.denoiser, branches)
             kind = noise.dtype
             if member(self.denoiser, Denoiser, "takes_float64") and noise.device.type != "mps":
                 noise = noise.double()

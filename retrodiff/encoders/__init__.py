@@ -8,6 +8,7 @@ from retrodiff.encoders.folder import load_encoder, save_encoder
 from retrodiff.encoders.names import encoder_from_string
 from retrodiff.encoders.preprocessing import Preprocessing
 from retrodiff.encoders.prompts import PromptCut
+from retrodiff.encoders.regions import Regions
 from retrodiff.encoders.timm import TimmEncoder
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ClassNames",
     "Preprocessing",
     "PromptCut",
+    "Regions",
     "TimmEncoder",
     "encoder_from_string",
     "load_encoder",

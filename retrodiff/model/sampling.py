@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,11 +18,20 @@ from torch import Tensor
 from retrodiff.attention.recording import Measure
 from retrodiff.components import first_not_finite, summary
 from retrodiff.diffusion.generator import DiffusionGenerator, Start
-from retrodiff.interfaces import Callback, Context, Denoiser, Generator, Randomness, member
+from retrodiff.interfaces import (
+    Callback,
+    Context,
+    Database,
+    Denoiser,
+    Generator,
+    Randomness,
+    member,
+)
 from retrodiff.model.asking import Asker
 from retrodiff.model.attribution import Attributing, read_measure
 from retrodiff.model.generated import Generation
 from retrodiff.model.request import Request
+from retrodiff.model.reretrieving import Renewing, ReRetrieving
 from retrodiff.pictures.converting import to_float
 from retrodiff.progress import progress_bar
 from retrodiff.randomness import normal
@@ -36,6 +46,8 @@ def sample(
     *,
     progress: bool = False,
     attribution: bool | Measure = False,
+    others: Mapping[str, Database] | None = None,
+    reretrieve: ReRetrieving | None = None,
 ) -> Generation:
     """The images of a request, with what conditioned each and the settings that make them again.
 
@@ -45,6 +57,8 @@ def sample(
         generator: makes latents and images of contexts.
         progress: show a bar.
         attribution: record which neighbor has which part in which region; True, or a measure.
+        others: further databases for the guidance, by name.
+        reretrieve: at which steps neighbors are looked for again; None: at none.
 
     Raises:
         ValueError: the request does not fit the components.
@@ -53,8 +67,11 @@ def sample(
     measure = read_measure(attribution)
     attributing = None if measure is None else Attributing(generator, measure)
     started = _started(request, generator)
-    asked = asker.ask(request)
+    asked = asker.ask(request, others)
     neighbors = asked.neighbors
+    renewing = None
+    if reretrieve is not None:
+        renewing = Renewing(reretrieve, asker, generator, asked, request.steps)
     log.info("sampling %d images with %s", len(request), summary(generator))
     rows: list[int] = []
     images: list[Tensor] = []
@@ -69,7 +86,7 @@ def sample(
                 watched = attributing.part(part.rows, part.context, neighbors)
             with watched:
                 made = generate(
-                    generator,
+                    generator if renewing is None else renewing.part(part.query, part.neighbors),
                     part.context,
                     part.null,
                     noise,
@@ -77,6 +94,7 @@ def sample(
                     randomness=Randomness.of(request.seed, part.rows, "sampler"),
                     callback=lambda _, denoised: bar.update(len(denoised)),
                     start=None if started is None else started.rows(part.rows),
+                    others=part.others,
                 )
             rows += part.rows
             latents.append(made.cpu())
@@ -84,15 +102,21 @@ def sample(
     back = torch.tensor(rows).argsort()
     whole = torch.cat(images)[back]
     size = (int(whole.shape[-2]), int(whole.shape[-1]))
+    settings = _settings(request, asker, generator)
+    if reretrieve is not None:
+        settings["reretrieve"] = list(reretrieve.steps)
+    if others:
+        settings["databases"] = {name: vars(one.fingerprint) for name, one in others.items()}
     out = Generation(
         whole,
         torch.cat(latents)[back],
         dataclasses.replace(asked.query, generator=None),
         neighbors,
-        _settings(request, asker, generator),
+        settings,
         pictures=tuple(request.value) if request.kind == "images" else (),
         database=asker.database,
         attribution=None if attributing is None else attributing.result(size, neighbors.k),
+        renewed={} if renewing is None else renewing.result(back),
     )
     _check_finite(out, generator)
     return out
@@ -108,6 +132,7 @@ def generate(
     randomness: torch.Generator | None = None,
     callback: Callback | None = None,
     start: Start | None = None,
+    others: Mapping[str, Context] | None = None,
 ) -> Tensor:
     """Latents (b, c, h, w), with everything brought to the generator's device."""
     if isinstance(generator, DiffusionGenerator) and member(
@@ -123,6 +148,9 @@ def generate(
             "the weights are on 'meta', a device that holds shapes and no numbers: load the model "
             "again to sample from it"
         )
+    further: dict[str, Any] = {} if start is None else {"start": start}
+    if others:
+        further["others"] = {name: context.to(device) for name, context in others.items()}
     return generator.generate(
         context.to(device),
         null.to(device),
@@ -130,7 +158,7 @@ def generate(
         steps=steps,
         generator=randomness,
         callback=callback,
-        **({} if start is None else {"start": start}),
+        **further,
     )
 
 
