@@ -410,6 +410,19 @@ def run(name: str, world: World) -> None:
     print(json.dumps(figures, indent=1))
 
 
+def joined(files: list[Path]) -> Any:
+    """Sheets below each other, in 16 grays."""
+    from PIL import Image
+
+    sheets = [Image.open(file).convert("L") for file in files]
+    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    whole, y = Image.new("L", size, 255), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    return whole.quantize(16)
+
+
 def main() -> None:
     """Trains and asks what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -428,6 +441,9 @@ def main() -> None:
         found = {n: json.loads(f.read_text("utf-8")) for n, f in known.items() if f.exists()}
         about = {"machine": platform.machine(), "torch": torch.__version__, "judge": "SVM"}
         write_json(RESULTS, {"about": about, "relatives": found})
+        joined([file for n in found if (file := options.out / f"{n}.png").exists()]).save(
+            PICTURE, optimize=True
+        )
 
 
 if __name__ == "__main__":

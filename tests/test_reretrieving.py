@@ -6,6 +6,7 @@ from parts import HashingEncoder, small_recipe
 
 from retrodiff import presets
 from retrodiff.databases import ArrayDatabase
+from retrodiff.diffusion import Mixture
 from retrodiff.diffusion.sampler import SAMPLERS
 from retrodiff.encoders import Regions
 from retrodiff.interfaces import Generator, Query
@@ -185,6 +186,20 @@ def test_regions_ask_again_each_for_itself(encoder, blocks):
 def test_what_means_nothing_is_one_line(model, arguments, line):
     with pytest.raises(ValueError, match=line):
         model.sample(**{**ASKED, **arguments})
+
+
+def test_attribution_of_neighbors_that_change_is_refused(model, pictures):
+    for given, reason in (
+        ({"reretrieve": [1]}, "reretrieve changes neighbors"),
+        ({"start": pictures[0], "strength": 0}, "strength=0 paints nothing"),
+        ({"guidance": Mixture({"neighbors": 1.0})}, "does not weigh the whole condition"),
+    ):
+        with pytest.raises(ValueError, match=f"attribution has no meaning here, since .*{reason}"):
+            model.sample(**ASKED, attribution=True, **given)
+    plain = model.sample(**ASKED, attribution=True)
+    other = Mixture({"neighbors": 0.0, "cond": 2.0})
+    mixed = model.sample(**ASKED, attribution=True, guidance=other)
+    torch.testing.assert_close(mixed.attribution.weights, plain.attribution.weights)
 
 
 def test_a_generator_without_steps_says_so(encoder, database):

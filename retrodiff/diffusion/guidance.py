@@ -88,9 +88,11 @@ class Mixture(Guidance):
 
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
         """One network call per step on all branches at once."""
-        parts = [_branch(name, branches) for name in self.weights]
+        # The whole condition comes first, where attribution looks for it.
+        names = sorted(self.weights, key=lambda name: name != "cond")
+        parts = [_branch(name, branches) for name in names]
         prepared = denoiser.prepare(Context.cat([*parts, branches["null"]]))
-        weights = list(self.weights.values())
+        weights = [self.weights[name] for name in names]
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             *each, null = denoiser.denoise(x, sigma, prepared).chunk(len(weights) + 1)

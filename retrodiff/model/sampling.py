@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from retrodiff.attention.recording import Measure
-from retrodiff.components import first_not_finite, summary
+from retrodiff.components import first_not_finite, inside, summary
 from retrodiff.diffusion.generator import DiffusionGenerator, Start
+from retrodiff.diffusion.guidance import Mixture
 from retrodiff.interfaces import (
     Callback,
     Context,
@@ -66,6 +67,8 @@ def sample(
     """
     measure = read_measure(attribution)
     attributing = None if measure is None else Attributing(generator, measure)
+    if attributing is not None:
+        _check_attributable(request, generator, reretrieve)
     started = _started(request, generator)
     asked = asker.ask(request, others)
     neighbors = asked.neighbors
@@ -160,6 +163,22 @@ def generate(
         callback=callback,
         **further,
     )
+
+
+def _check_attributable(
+    request: Request, generator: Generator, reretrieve: ReRetrieving | None
+) -> None:
+    """Refuses attribution where the same neighbors do not condition the whole run."""
+    reason = None
+    if reretrieve is not None and reretrieve.steps:
+        reason = "reretrieve changes neighbors while sampling"
+    elif request.start and request.strength == 0:
+        reason = "strength=0 paints nothing"
+    for part in inside(getattr(generator, "guidance", None)):
+        if isinstance(part, Mixture) and "cond" not in part.weights:
+            reason = f"{part!r} does not weigh the whole condition, 'cond'"
+    if reason is not None:
+        raise ValueError(f"attribution has no meaning here, since {reason}: leave it out")
 
 
 def _started(request: Request, generator: Generator) -> Start | None:
