@@ -52,9 +52,30 @@ from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
+from retrodiff.relatives import (
+    instance_conditioned,
+    knn_diffusion,
+    ldm,
+    region_retrieval,
+    unclip,
+    unclip_prior,
+)
 from retrodiff.retrieval import NearestNeighbors
 
-__all__ = ["ldm_imagenet", "rdm_768", "rdm_ffhq", "rdm_imagenet", "rdm_pictograms", "rdm_small"]
+__all__ = [
+    "instance_conditioned",
+    "knn_diffusion",
+    "ldm",
+    "ldm_imagenet",
+    "rdm_768",
+    "rdm_ffhq",
+    "rdm_imagenet",
+    "rdm_pictograms",
+    "rdm_small",
+    "region_retrieval",
+    "unclip",
+    "unclip_prior",
+]
 
 Checkpoint = str | Path | PublishedModel
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"checkpoints"},
     {"model"},
     {"builder"},
+    {"relatives"},
     {"training", "presets", "evaluation", "bridges"},
     {"demo", "serving"},
     {"cli"},

@@ -54,6 +54,12 @@ def add_parser(commands: Any) -> None:
         help="sample what an unfinished training of the model has learned so far",
     )
     parser.add_argument(
+        "--start", type=types.path, help="an image file to edit, of the size that the model makes"
+    )
+    parser.add_argument(
+        "--strength", type=types.real(0, 1), help="how much of --start is redone: 1 forgets it"
+    )
+    parser.add_argument(
         "--attribution",
         action="store_true",
         help="record which neighbor painted which region; drawn in attribution.png",
@@ -131,6 +137,8 @@ def sampled(options: argparse.Namespace, folder: str) -> tuple[Model, Generation
         batch_size=options.batch_size,
         progress=True,
         attribution=getattr(options, "attribution", False),
+        start=getattr(options, "start", None),
+        strength=getattr(options, "strength", None),
     )
     saved = out.save(folder, overwrite=options.overwrite)
     _save_sheet(saved / SHEET, model, out, asked)

@@ -1,15 +1,15 @@
 """Denoisers, schedules, samplers, guidance and conditioners."""
 
 from retrodiff.diffusion.autoencoder import Folded, Identity, PixelUnshuffle
+from retrodiff.diffusion.composition import Composed
 from retrodiff.diffusion.conditioner import (
     Dropped,
     NeighborEmbeddings,
-    Pooled,
+    Noised,
     PromptAndNeighbors,
     QueryAndNeighbors,
     QueryOnly,
     QueryVector,
-    Rescaled,
     Unconditional,
     Wrapper,
 )
@@ -21,9 +21,11 @@ from retrodiff.diffusion.denoiser import (
     VDenoiser,
     X0Denoiser,
 )
-from retrodiff.diffusion.generator import DiffusionGenerator
-from retrodiff.diffusion.guidance import ClassifierFree, Interval, Unguided
-from retrodiff.diffusion.learned import LearnedNull, Projected
+from retrodiff.diffusion.generator import DiffusionGenerator, Start
+from retrodiff.diffusion.guidance import ByLevel, ClassifierFree, Interval, Mixture, Unguided
+from retrodiff.diffusion.learned import LearnedNull, Projected, VectorTokens
+from retrodiff.diffusion.pooled import Pooled, Rescaled
+from retrodiff.diffusion.prior import DiffusionPrior
 from retrodiff.diffusion.sampler import (
     DDIM,
     DDPM,
@@ -42,9 +44,12 @@ __all__ = [
     "DDIM",
     "DDPM",
     "PLMS",
+    "ByLevel",
     "ClassifierFree",
+    "Composed",
     "DPMpp2M",
     "DiffusionGenerator",
+    "DiffusionPrior",
     "Dropped",
     "EDMDenoiser",
     "EpsDenoiser",
@@ -59,7 +64,9 @@ __all__ = [
     "LearnedNull",
     "LinearFlow",
     "LogSpaced",
+    "Mixture",
     "NeighborEmbeddings",
+    "Noised",
     "PixelUnshuffle",
     "Pooled",
     "Preconditioned",
@@ -70,11 +77,13 @@ __all__ = [
     "QueryVector",
     "Rescaled",
     "ScaledLinear",
+    "Start",
     "Step",
     "Stepwise",
     "Unconditional",
     "Unguided",
     "VDenoiser",
+    "VectorTokens",
     "Wrapper",
     "X0Denoiser",
     "get_sampler",

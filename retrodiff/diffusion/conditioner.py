@@ -19,7 +19,7 @@ from retrodiff.interfaces import (
     unit,
 )
 from retrodiff.numbers import real
-from retrodiff.randomness import uniform
+from retrodiff.randomness import normal_like, uniform
 
 
 def _scaled(embedding: Tensor, scale: Scale) -> Tensor:
@@ -118,6 +118,10 @@ class QueryOnly(Conditioner):
 class QueryAndNeighbors(Conditioner):
     """Query and neighbors as two streams (kNN-Diffusion, Sheynin et al. 2022).
 
+    The query has its own stream in every mode, so that it is never a neighbor of itself: in
+    ``text+neighbors`` its token among the neighbors is masked, and in ``text`` the neighbors are
+    the null condition, as dropping the stream shows it in training.
+
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
     """
@@ -135,8 +139,12 @@ class QueryAndNeighbors(Conditioner):
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
         """One query token, k neighbor tokens."""
         streams = QueryOnly(self.scale).condition(query, neighbors).streams
-        more = NeighborEmbeddings(self.scale).condition(query, neighbors).streams
-        return Context({**streams, **more})
+        near = NeighborEmbeddings(self.scale).condition(query, neighbors).streams["neighbors"]
+        rows = neighbors.indices >= 0
+        mask = rows if near.mask is None else rows & near.mask
+        alone = ~mask.any(-1, keepdim=True)
+        near = Tokens(near.values * mask.unsqueeze(-1), mask | alone)
+        return Context({**streams, "neighbors": near})
 
 
 @dataclass(frozen=True)
@@ -252,75 +260,73 @@ class QueryVector(Wrapper):
 
 
 @dataclass(frozen=True)
-class Pooled(Wrapper):
-    """The mean of each stream's tokens as a vector beside the tokens, as SDXL has it of its text.
+class Noised(Wrapper):
+    """Noise on the vector of another conditioner in training, and its level told to the network.
 
-    A network adds it to the timestep embedding, ``UNet(vector_width=...)``, so that every layer
-    knows from the first step on what is asked; attention to tokens is learned more slowly. The
-    means of the streams stand one behind the other; one without a token that is there is zero.
+    The conditioning augmentation of cascaded models (Ho et al. 2022), which unCLIP (Ramesh et al.
+    2022) uses: a network that is used to inexact embeddings takes those of a prior. The vector gets
+    one more entry, the level: 0.1 is noise of a tenth of the vector's norm. Sampling adds none.
 
     Args:
-        conditioner: what gives the tokens, without a vector of its own.
+        conditioner: what gives the vector, such as `QueryVector`.
+        most: levels are drawn from 0 to this in training.
+        level: what the network is told in sampling: higher, and it holds to the embedding less.
     """
 
     conditioner: Conditioner
-
-    def vector_width(self, dim: int) -> int | None:
-        """The widths of the streams together."""
-        return sum(self.conditioner.widths(dim).values())
-
-    def condition(self, query: Query, neighbors: Neighbors) -> Context:
-        """The inner context with the vector."""
-        return self._pooled(self.conditioner.condition(query, neighbors))
-
-    def null(self, context: Context) -> Context:
-        """The inner null with the vector of its tokens."""
-        return self._pooled(self.conditioner.null(context))
-
-    @staticmethod
-    def _pooled(context: Context) -> Context:
-        means: list[Tensor] = []
-        for tokens in context.streams.values():
-            values, mask = tokens.values.flatten(1, -2), tokens.mask
-            there = values.new_ones(values.shape[:-1]) if mask is None else mask.flatten(1)
-            there = there.to(values.dtype).unsqueeze(-1)
-            means.append((values * there).sum(1) / there.sum(1).clamp(min=1))
-        return replace(context, vector=torch.cat(means, -1))
-
-
-@dataclass(frozen=True)
-class Rescaled(Wrapper):
-    """The tokens and the vector of another conditioner, times a factor.
-
-    The values of an embedding of unit norm are small, 1/√d each: a network with fresh weights
-    hardly sees them beside its own. Times √d they have the size that its layers expect.
-
-    Args:
-        conditioner: what gives the tokens.
-        factor: above 0.
-    """
-
-    conditioner: Conditioner
-    factor: float
+    most: float
+    level: float = 0.0
 
     def __post_init__(self) -> None:
-        real("factor", self.factor, above=0)
+        real("most", self.most, 0)
+        real("level", self.level, 0, self.most)
+
+    def vector_width(self, dim: int) -> int | None:
+        """One more than the inner vector's.
+
+        Raises:
+            ValueError: there is no vector.
+        """
+        inner = super().vector_width(dim)
+        if inner is None:
+            raise ValueError(
+                f"Noised has no vector to put noise on: {type(self.conditioner).__name__} gives "
+                "tokens alone; wrap it in QueryVector"
+            )
+        return inner + 1
 
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
-        """The inner context, larger."""
-        return self._times(self.conditioner.condition(query, neighbors))
+        """The inner context and the level."""
+        inner = self.conditioner.condition(query, neighbors)
+        return _leveled(inner, torch.full((len(inner),), self.level))
 
     def null(self, context: Context) -> Context:
-        """The inner null, larger."""
-        return self._times(self.conditioner.null(context))
+        """The inner null, level 0."""
+        return _leveled(self.conditioner.null(_plain(context)), torch.zeros(len(context)))
 
-    def _times(self, context: Context) -> Context:
-        streams = {
-            name: replace(tokens, values=tokens.values * self.factor)
-            for name, tokens in context.streams.items()
-        }
-        vector = None if context.vector is None else context.vector * self.factor
-        return Context(streams, vector)
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """What is trained on: the inner context, noise added to its vector."""
+        inner = self.conditioner.drop(_plain(context), generator)
+        level = self.most * uniform(generator, (len(inner),))
+        vector = inner.vector
+        assert vector is not None  # `_plain` says so
+        size = vector.norm(dim=-1, keepdim=True) / vector.shape[-1] ** 0.5
+        noise = level.to(vector).view(-1, 1) * normal_like(vector, generator)
+        return _leveled(replace(inner, vector=vector + size * noise), level)
+
+
+def _leveled(context: Context, level: Tensor) -> Context:
+    """With a noise level (b,) at the end of the vector."""
+    vector = context.vector
+    assert vector is not None
+    return replace(context, vector=torch.cat([vector, level.to(vector).view(-1, 1)], -1))
+
+
+def _plain(context: Context) -> Context:
+    """Without the noise level."""
+    if context.vector is None:
+        raise ValueError("Noised was handed a context without a vector: make it with condition")
+    return replace(context, vector=context.vector[:, :-1])
 
 
 @dataclass(frozen=True)

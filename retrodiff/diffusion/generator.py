@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +21,39 @@ from retrodiff.interfaces import (
     Schedule,
     member,
 )
+from retrodiff.numbers import real
 from retrodiff.precision import full_precision
 from retrodiff.randomness import normal
 
 WIDEST = 16
 """Pixels beyond this are no normalized data of any kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Latents to start from in place of noise alone: edited images (SDEdit, Meng et al. 2022).
+
+    The schedule's levels are those of a run from noise, of which the last ceil(strength * steps)
+    steps are made: noise of the level before them is added to the latents first.
+
+    Args:
+        latents: (b, c, h, w), clean.
+        strength: 0 gives the latents back, 1 forgets them.
+    """
+
+    latents: Tensor
+    strength: float
+
+    def __post_init__(self) -> None:
+        real("strength", self.strength, 0, 1)
+
+    def left(self, steps: int) -> int:
+        """How many of the steps are made."""
+        return math.ceil(round(self.strength * steps, 9))
+
+    def rows(self, rows: list[int]) -> Start:
+        """Those of some images."""
+        return replace(self, latents=self.latents[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +107,35 @@ class DiffusionGenerator(Generator):
         steps: int,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        start: Start | None = None,
+        others: Mapping[str, Context] | None = None,
     ) -> Tensor:
-        """Unit noise (b, c, h, w) -> latents (b, c, h, w); see `Generator.generate`."""
+        """Unit noise (b, c, h, w) -> latents (b, c, h, w); see `Generator.generate`.
+
+        Args:
+            context: as there.
+            null: as there.
+            noise: as there.
+            steps: as there.
+            generator: as there.
+            callback: as there.
+            start: latents that are edited; None: the images begin as noise.
+            others: further conditions for the guidance, by name.
+        """
+        if start is not None and start.strength == 0:
+            return start.latents.to(noise)
         with evaluating(self.denoiser):
             sigmas = self.schedule.sigmas(steps)
-            denoise = self.guidance.guide(self.denoiser, {"cond": context, "null": null})
+            branches = {**(others or {}), "cond": context, "null": null}
+            denoise = self.guidance.guide(self.denoiser, branches)
             kind = noise.dtype
             if member(self.denoiser, Denoiser, "takes_float64") and noise.device.type != "mps":
                 noise = noise.double()
-            x = self.schedule.start(noise, sigmas)
+            if start is None or start.strength == 1:
+                x = self.schedule.start(noise, sigmas)
+            else:
+                sigmas = sigmas[steps - start.left(steps) :]
+                x = start.latents.to(noise) + sigmas[0].to(noise) * noise
             x = self.sampler.sample(denoise, x, sigmas, generator, callback)
             return self.schedule.finish(x, sigmas).to(kind)
 

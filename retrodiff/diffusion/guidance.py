@@ -6,8 +6,8 @@ branches have in common (x itself) is handed over once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -43,7 +43,11 @@ class ClassifierFree(Guidance):
     scale: float
 
     def __post_init__(self) -> None:
-        real("scale", self.scale)
+        if real("scale", self.scale) < 0:
+            raise ValueError(
+                f"scale={self.scale!r} is negative: give 0 or more; Mixture({{'cond': "
+                f"{self.scale!r}}}) leads away from a condition"
+            )
 
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
         """One network call per step on both branches at once."""
@@ -54,6 +58,93 @@ class ClassifierFree(Guidance):
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             cond, null = denoiser.denoise(x, sigma, prepared).chunk(2)
             return null + self.scale * (cond - null)
+
+        return denoise
+
+
+@dataclass(frozen=True)
+class Mixture(Guidance):
+    """denoised = null + sum of weight (branch - null) over several conditions (Liu et al. 2022).
+
+    A branch is ``cond``, the whole condition; the name of a stream, which is shown alone while the
+    others are the null; or a name in ``Model.sample(databases={...})``: the same query with the
+    neighbors that another database has for it. A negative weight leads away from a branch.
+
+    ``Mixture({"cond": s})`` is ``ClassifierFree(s)``; ``{"query": 2, "neighbors": 1}`` mixes text
+    and database; ``{"cond": 2, "negative": -1}`` leads away from a database. `Interval` and
+    `ByLevel` let a mixture act at some noise levels only.
+
+    Args:
+        weights: of each branch.
+    """
+
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights is empty: name a branch, such as {'cond': 2.0}")
+        for name, weight in self.weights.items():
+            real(f"weights[{name!r}]", weight)
+
+    def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
+        """One network call per step on all branches at once."""
+        # The whole condition comes first, where attribution looks for it.
+        names = sorted(self.weights, key=lambda name: name != "cond")
+        parts = [_branch(name, branches) for name in names]
+        prepared = denoiser.prepare(Context.cat([*parts, branches["null"]]))
+        weights = [self.weights[name] for name in names]
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            *each, null = denoiser.denoise(x, sigma, prepared).chunk(len(weights) + 1)
+            out = null
+            for weight, one in zip(weights, each, strict=True):
+                out = out + weight * (one - null)
+            return out
+
+        return denoise
+
+
+def _branch(name: str, branches: Mapping[str, Context]) -> Context:
+    """A condition by its name; a stream's, or ``vector``, with the null in place of the others."""
+    if name in branches:
+        return branches[name]
+    cond, null = branches["cond"], branches["null"]
+    parts = [*cond.streams, *([] if cond.vector is None else ["vector"])]
+    if name not in parts:
+        known = ", ".join(["cond", *parts, *(n for n in branches if n not in ("cond", "null"))])
+        raise ValueError(
+            f"Mixture weighs {name!r}, but the branches are {known}: name one of them, or give "
+            f"databases={{{name!r}: ...}}"
+        )
+    if name == "vector":
+        return replace(null, vector=cond.vector)
+    return replace(null, streams={**null.streams, name: cond.streams[name]})
+
+
+@dataclass(frozen=True)
+class ByLevel(Guidance):
+    """Another guidance for each range of noise levels: text first and the database then, say.
+
+    Args:
+        parts: (lowest sigma, guidance), from high levels to low ones; the last reaches to 0
+            whatever it says.
+    """
+
+    parts: tuple[tuple[float, Guidance], ...]
+
+    def __post_init__(self) -> None:
+        levels = [real("sigma", low, 0) for low, _ in self.parts]
+        if not levels or levels != sorted(levels, reverse=True):
+            raise ValueError(f"ByLevel has the levels {levels}: give at least one, falling")
+
+    def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
+        """As many calls as the guidance of the level makes."""
+        guided = [(low, part.guide(denoiser, branches)) for low, part in self.parts]
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            level = float(sigma[0])
+            mine = (part for low, part in guided if level >= low * (1 - SAME))
+            return next(mine, guided[-1][1])(x, sigma)
 
         return denoise
 
@@ -85,5 +176,38 @@ class Interval(Guidance):
             level = float(sigma[0])
             guided = self.low * (1 - SAME) <= level <= self.high * (1 + SAME)
             return (inside if guided else outside)(x, sigma)
+
+        return denoise
+
+
+@dataclass(frozen=True, eq=False)
+class Renewed(Guidance):
+    """Another guidance, whose conditions change at some noise levels: for `ReRetrieving`.
+
+    Args:
+        guidance: what guides.
+        levels: noise levels, falling; conditions change before the first estimate at or below one.
+        renew: (number of the level, last estimate) -> the branches that change.
+    """
+
+    guidance: Guidance
+    levels: tuple[float, ...]
+    renew: Callable[[int, Tensor], Mapping[str, Context]]
+
+    def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
+        """As many calls as the inner guidance makes; with no level, the same."""
+        current = self.guidance.guide(denoiser, branches)
+        done, last = 0, None
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal current, done, last
+            level = float(sigma[0])
+            while done < len(self.levels) and level <= self.levels[done] * (1 + SAME):
+                if last is not None:
+                    changed = self.renew(done, last)
+                    current = self.guidance.guide(denoiser, {**branches, **changed})
+                done += 1
+            last = current(x, sigma)
+            return last
 
         return denoise

@@ -74,6 +74,76 @@ class Projected(nn.Module, Wrapper):
         return replace(tokens, values=layer(tokens.values.to(weight)))
 
 
+class VectorTokens(nn.Module, Wrapper):
+    """Tokens made of another conditioner's vector, which stays beside them.
+
+    unCLIP's decoder (Ramesh et al. 2022, section 2.1) takes an embedding twice: added to the
+    timestep embedding, and projected to four extra tokens. Without a bias, so that the null, all
+    zero, has zero tokens. `Dropped` goes around it.
+
+    Args:
+        conditioner: what gives the vector, such as `QueryVector`.
+        dim: width of an embedding, the encoder's ``dim``.
+        tokens: how many.
+        width: of each.
+        stream: its name.
+
+    Example:
+        >>> from retrodiff.diffusion import QueryVector, Unconditional, VectorTokens
+        >>> vector = QueryVector(Unconditional(), "unit")
+        >>> VectorTokens(vector, dim=512, tokens=4, width=128).widths(512)
+        {'query': 128}
+    """
+
+    def __init__(
+        self, conditioner: Conditioner, *, dim: int, tokens: int, width: int, stream: str = "query"
+    ) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        self.dim, self.tokens = whole("dim", dim), whole("tokens", tokens)
+        self.width, self.stream = whole("width", width), stream
+        given = self.vector_width(self.dim)
+        if given is None or stream in conditioner.widths(self.dim):
+            reason = "gives no vector" if given is None else f"has a stream {stream!r} already"
+            name = type(conditioner).__name__
+            raise ValueError(f"VectorTokens(stream={stream!r}) around {name}, which {reason}")
+        self.project = nn.Linear(given, self.tokens * self.width, bias=False)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        names = ("conditioner", "dim", "tokens", "width", "stream")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return f"VectorTokens({self.conditioner!r}, tokens={self.tokens}, width={self.width})"
+
+    def widths(self, dim: int) -> dict[str, int]:
+        """The inner streams and the tokens'."""
+        return {**self.conditioner.widths(dim), self.stream: self.width}
+
+    def condition(self, query: Query, neighbors: Neighbors) -> Context:
+        """The inner context with the tokens."""
+        return self._with_tokens(self.conditioner.condition(query, neighbors))
+
+    def null(self, context: Context) -> Context:
+        """The inner null with its tokens."""
+        return self._with_tokens(self.conditioner.null(self._inner(context)))
+
+    def drop(self, context: Context, generator: torch.Generator | None = None) -> Context:
+        """What the inner conditioner shows in training, with tokens of the same vector."""
+        return self._with_tokens(self.conditioner.drop(self._inner(context), generator))
+
+    def _inner(self, context: Context) -> Context:
+        streams = {name: t for name, t in context.streams.items() if name != self.stream}
+        return replace(context, streams=streams)
+
+    def _with_tokens(self, inner: Context) -> Context:
+        assert inner.vector is not None  # `__init__` says so
+        values = self.project(inner.vector.to(self.project.weight))
+        tokens = Tokens(values.unflatten(-1, (self.tokens, self.width)))
+        return replace(inner, streams={**inner.streams, self.stream: tokens})
+
+
 class LearnedNull(nn.Module, Wrapper):
     """Another conditioner with a learned null: one token for each stream, repeated k times.
 

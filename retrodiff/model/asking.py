@@ -48,13 +48,19 @@ class Part:
 
     Args:
         rows: their numbers.
+        query: theirs.
+        neighbors: theirs.
         context: what conditions them.
         null: the condition of the unconditional branch.
+        others: the conditions that other databases give, by name.
     """
 
     rows: list[int]
+    query: Query
+    neighbors: Neighbors
     context: Context
     null: Context
+    others: Mapping[str, Context]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +70,12 @@ class Asked:
     Args:
         query: of all images.
         found: for each mode, the numbers of its images and their neighbors.
+        others: for each mode, the neighbors of the same images in other databases, by name.
     """
 
     query: Query
     found: Mapping[Mode, tuple[list[int], Neighbors]]
+    others: Mapping[Mode, Mapping[str, Neighbors]]
 
     @property
     def neighbors(self) -> Neighbors:
@@ -101,8 +109,12 @@ class Asker:
     prompt_template: str
     class_top: int
 
-    def ask(self, request: Request) -> Asked:
+    def ask(self, request: Request, others: Mapping[str, Database] | None = None) -> Asked:
         """Queries and neighbors of every image of a request.
+
+        Args:
+            request: what is asked.
+            others: further databases, by name.
 
         Raises:
             ValueError: a part is missing, or the request does not fit the database.
@@ -112,6 +124,7 @@ class Asker:
             self._check(mode, request.k)
         query = self._queries(request)
         found: dict[Mode, tuple[list[int], Neighbors]] = {}
+        more: dict[Mode, dict[str, Neighbors]] = {}
         for mode in modes:
             rows = [i for i, other in enumerate(request.modes) if other == mode]
             found[mode] = rows, self.neighbors(query.rows(rows), mode, request.k)
@@ -120,12 +133,22 @@ class Asker:
                 told = warning_of_strange(self.encoder, prompts, self.database, found[mode][1])
                 if told is not None:
                     warnings.warn(told, stacklevel=5)
+            if others and bool((found[mode][1].indices < 0).all()):
+                raise ValueError(
+                    f"mode {mode!r} with k={request.k} retrieves nothing, so databases "
+                    f"{', '.join(others)} have no effect: leave them out, or ask in another mode"
+                )
+            more[mode] = {}
+            for name, database in (others or {}).items():
+                asker = dataclasses.replace(self, database=database)
+                asker._check(mode, request.k)
+                more[mode][name] = asker.neighbors(query.rows(rows), mode, request.k)
         if len({neighbors.indices.ndim for _, neighbors in found.values()}) > 1:
             raise ValueError(
                 f"modes {' and '.join(modes)} give neighbors of different shapes for several "
                 "queries per image: ask for one of them at a time"
             )
-        return Asked(query, found)
+        return Asked(query, found, more)
 
     def condition(self, asked: Asked, generator: Generator, request: Request) -> Iterator[Part]:
         """The contexts of a request in batches of like mode, each checked against the generator.
@@ -133,7 +156,7 @@ class Asker:
         The first image of each mode is checked before any batch is handed out.
         """
         for mode, (rows, neighbors) in asked.found.items():
-            one = self._context(asked.query.rows(rows[:1]), neighbors.rows(slice(0, 1)))
+            one = self.context(asked.query.rows(rows[:1]), neighbors.rows(slice(0, 1)))
             tokens = sum(tokens.values.shape[-2] for tokens in one.streams.values())
             if not tokens and generator.widths:
                 raise ValueError(
@@ -141,11 +164,18 @@ class Asker:
                     "takes a condition: use k of 1 or more, or mode='text'"
                 )
             check_context(generator, one, self.conditioner.null(one), 1)
-        for rows, neighbors in asked.found.values():
+        for mode, (rows, neighbors) in asked.found.items():
             for start in range(0, len(rows), request.batch_size):
                 part = slice(start, start + request.batch_size)
-                context = self._context(asked.query.rows(rows[part]), neighbors.rows(part))
-                yield Part(rows[part], context, self.conditioner.null(context))
+                query = asked.query.rows(rows[part])
+                near = neighbors.rows(part)
+                context = self.context(query, near)
+                others = {
+                    name: self.context(query, theirs.rows(part))
+                    for name, theirs in asked.others[mode].items()
+                }
+                null = self.conditioner.null(context)
+                yield Part(rows[part], query, near, context, null, others)
 
     def neighbors(self, query: Query, mode: Mode, k: int) -> Neighbors:
         """The k tokens that condition each query in a mode, with their records.
@@ -172,8 +202,28 @@ class Asker:
         return dataclasses.replace(found, records=_origins(query, found, self.database))
 
     @torch.no_grad()
-    def _context(self, query: Query, neighbors: Neighbors) -> Context:
+    def context(self, query: Query, neighbors: Neighbors) -> Context:
+        """What conditions images with these queries and neighbors."""
         return conditioned(self.conditioner, query, neighbors)
+
+    def again(self, query: Query, neighbors: Neighbors, images: Tensor) -> Neighbors:
+        """The neighbors of images in place of those that were found before.
+
+        Args:
+            query: what was asked; where it is a token among the neighbors, it remains one.
+            neighbors: found before, of the images' number.
+            images: (b, c, h, w), such as estimates while sampling.
+        """
+        found = self._images(list(images))
+        found = dataclasses.replace(found, generator=query.generator)
+        prompted = bool((neighbors.indices.flatten(1)[:, 0] < 0).all())
+        near = self._retrieve(found, "image", neighbors.k - prompted)
+        if prompted:
+            token = query.embedding
+            if near.indices.ndim == 3 and token.ndim == 2:
+                token = token.unsqueeze(1).expand(-1, near.indices.shape[1], -1)
+            near = Neighbors.cat([Neighbors.of_query(Query(token)), near])
+        return dataclasses.replace(near, records=_origins(query, near, self.database))
 
     def _check(self, mode: Mode, k: int) -> None:
         """Whether the database has enough rows for a mode, before anything is encoded."""
@@ -193,7 +243,7 @@ class Asker:
         total, kind = len(request), request.kind
         if kind == "query":
             query: Query = request.value
-        elif kind == "n" and not self.conditioner.uses_neighbors:
+        elif kind == "n" and not self.conditioner.uses_neighbors and self.proposal is None:
             query = Query(torch.zeros(total, 0), ("",) * total)
         elif kind == "n":
             query = self._proposed(request)

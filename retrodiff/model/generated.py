@@ -53,6 +53,8 @@ class Generation(Value):
         pictures: those that were asked with, (c, h, w) each; empty where they were texts or rows.
         database: what was retrieved from, to show its pictures; it is not saved.
         attribution: which neighbor has which part in which region, where that was asked for.
+        renewed: neighbors of each image that were found while sampling, by step, where that was
+            asked for.
     """
 
     images: Tensor
@@ -63,6 +65,9 @@ class Generation(Value):
     pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
     database: Database | None = field(default=None, compare=False, repr=False)
     attribution: Attribution | None = field(default=None, compare=False, repr=False)
+    renewed: Mapping[int, tuple[Neighbors, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.attention.recording import Measure
-from retrodiff.components import summary
+from retrodiff.components import inside, summary
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.diffusion.guidance import ClassifierFree
 from retrodiff.diffusion.sampler import get_sampler
@@ -45,6 +45,7 @@ from retrodiff.model.checks import check_components, check_context, check_role, 
 from retrodiff.model.generated import Generation
 from retrodiff.model.placing import Placed
 from retrodiff.model.request import read_request, refuse_unknown
+from retrodiff.model.reretrieving import ReRetrieving, read_reretrieving
 from retrodiff.model.sampling import generate
 from retrodiff.model.sampling import sample as run
 from retrodiff.model.saving import Saved
@@ -120,6 +121,10 @@ class Model(Saved, Placed):
         sampler: Sampler | str | None = None,
         steps: int | None = None,
         seed: int = 0,
+        start: Any = None,
+        strength: float | None = None,
+        databases: Mapping[str, Database] | None = None,
+        reretrieve: ReRetrieving | Sequence[int] | None = None,
         batch_size: int = 64,
         progress: bool = False,
         attribution: bool | Measure = False,
@@ -148,6 +153,17 @@ class Model(Saved, Placed):
             seed: of everything random, 0 to 2⁶⁴ - 1. Image i of a seed has randomness of its own:
                 it is the same whatever the batch size, the number of images and the modes of the
                 others (to rounding).
+            start: pictures to edit in place of beginning with noise (SDEdit, Meng et al. 2022): one
+                for all images, or one for each, of the size that the model makes; whatever
+                ``images`` takes.
+            strength: how much of ``start`` is redone, with any sampler: of the steps the last
+                ceil(strength * steps) are made, from the noise level before them. 0 gives it back,
+                1 is sampling without it.
+            databases: others than the model's own, by names that the guidance weighs: the same
+                queries are asked of each, such as ``databases={"negative": watermarked},
+                guidance=Mixture({"cond": 2.0, "negative": -1.0})``.
+            reretrieve: steps at which neighbors are looked for again, for the image as it is
+                estimated so far; recorded in ``Generation.renewed``. See `ReRetrieving`.
             batch_size: images per network call (twice that under guidance).
             progress: show a bar.
             attribution: fill in ``Generation.attribution``, which neighbor has which part where;
@@ -167,9 +183,20 @@ class Model(Saved, Placed):
             steps=self.steps if steps is None else steps,
             seed=seed,
             batch_size=batch_size,
+            start=start,
+            strength=strength,
         )
         generator = self.generating(sampler, guidance)
-        return run(request, self.asker(), generator, progress=progress, attribution=attribution)
+        self._check_others(databases or {}, generator)
+        return run(
+            request,
+            self.asker(),
+            generator,
+            progress=progress,
+            attribution=attribution,
+            others=databases,
+            reretrieve=read_reretrieving(reretrieve),
+        )
 
     def sample_latents(
         self,
@@ -320,6 +347,19 @@ class Model(Saved, Placed):
         model = dataclasses.replace(self, **components)
         check_components(model.parts())
         return model
+
+    def _check_others(self, databases: Mapping[str, Database], generator: Generator) -> None:
+        """Refuses databases that do not fit the model, or that nothing weighs."""
+        guidance = getattr(generator, "guidance", None)
+        weighed = list(inside(guidance))
+        for name, database in databases.items():
+            if not any(name in getattr(part, "weights", ()) for part in weighed):
+                raise ValueError(
+                    f"databases names {name!r}, but {guidance!r} does not weigh it: give "
+                    f"guidance=Mixture({{'cond': 2.0, {name!r}: -1.0}})"
+                )
+            check_role("database", database)
+            check_components({**self.parts(), "database": database, "proposal": None})
 
     def _context(self, context: Context | Tensor) -> Context:
         if isinstance(context, Context):

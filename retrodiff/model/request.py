@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor
 
 from retrodiff.interfaces import Mode, Query
-from retrodiff.numbers import LARGEST_SEED, whole
+from retrodiff.numbers import LARGEST_SEED, real, whole
 from retrodiff.pictures.converting import to_images
 
 Kind = Literal["prompts", "classes", "images", "query", "n"]
@@ -39,6 +39,8 @@ ELSEWHERE = {
     "prompt": "prompts",
     "image": "images",
     "label": "classes",
+    "init_image": "start",
+    "denoising_strength": "strength",
     "generator": "seed",
     "scheduler": "sampler",
     "num_images": "n",
@@ -59,6 +61,8 @@ class Request:
         steps: of the sampler.
         seed: of everything random.
         batch_size: images per network call.
+        start: an image (c, h, w) for each, that is edited; empty: images begin as noise.
+        strength: how much of each is redone, 0 to 1.
     """
 
     kind: Kind
@@ -68,6 +72,8 @@ class Request:
     steps: int
     seed: int
     batch_size: int
+    start: tuple[Tensor, ...] = ()
+    strength: float = 1.0
 
     def __len__(self) -> int:
         return len(self.modes)
@@ -81,6 +87,8 @@ def read_request(
     steps: Any,
     seed: Any,
     batch_size: Any,
+    start: Any = None,
+    strength: Any = None,
 ) -> Request:
     """The request that the arguments of `Model.sample` make.
 
@@ -91,6 +99,8 @@ def read_request(
         steps: 1 or more.
         seed: 0 to 2⁶⁴ - 1.
         batch_size: 1 or more.
+        start: one picture for all images, or one for each; None: images begin as noise.
+        strength: 0 to 1, beside ``start`` only.
 
     Raises:
         ValueError: none or several were given, a mode does not go with them, or a value is of the
@@ -112,7 +122,8 @@ def read_request(
     value, total = _value(kind, given[kind])
     if total < 1:
         raise ValueError(f"{kind} asks for {total} images, but at least one is needed")
-    return Request(kind, value, _modes(kind, total, mode), **numbers)
+    edited = _edited(start, strength, total)
+    return Request(kind, value, _modes(kind, total, mode), **numbers, **edited)
 
 
 def refuse_unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -143,6 +154,29 @@ def _value(kind: Kind, value: Any) -> tuple[Any, int]:
         if not isinstance(text, str):
             raise ValueError(f"{kind}[{i}] is {type(text).__name__}, but a list of texts is taken")
     return [str(text) for text in texts], len(texts)
+
+
+def _edited(start: Any, strength: Any, total: int) -> dict[str, Any]:
+    """``start`` and ``strength`` of a request, for as many images as it asks for."""
+    if start is None and strength is None:
+        return {}
+    if start is None:
+        raise ValueError(f"strength={strength!r} has no effect without start=, the image to edit")
+    if strength is None:
+        raise ValueError(
+            "start needs strength=, how much of it is redone: 0 gives it back, 1 forgets it"
+        )
+    single = getattr(start, "ndim", 0) in (2, 3)
+    images = to_images([start] if single else start, name="start")
+    if len(images) not in (1, total):
+        raise ValueError(
+            f"start has {len(images)} images, but {total} are asked for: give one for all, or one "
+            "for each"
+        )
+    images = images * total if len(images) == 1 else images
+    if len(shapes := sorted({tuple(image.shape) for image in images})) > 1:
+        raise ValueError(f"start has images of {shapes[0]} and of {shapes[1]}: give one size")
+    return {"start": tuple(images), "strength": real("strength", strength, 0, 1)}
 
 
 def _query(query: Any) -> Query:

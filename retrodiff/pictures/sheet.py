@@ -83,8 +83,9 @@ def draw_sheet(sections: Sequence[Section], side: int = 64) -> Image:
         if section.title:
             draw.text((GAP, y), section.title, "black", bold)
             y += LARGE + GAP
-            for x, word in ((GAP, "query"), (near_x, "neighbors"), (sample_x, "samples")):
-                if word != "samples" or n:
+            heads = ((GAP, "query", 1), (near_x, "neighbors", k), (sample_x, "samples", n))
+            for x, word, columns in heads:
+                if columns:
                     draw.text((x, y), word, "gray", small)
             y += SMALL + GAP
         top = y

@@ -4,8 +4,9 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 
 from retrodiff.retrieval.fusion import MaxSimilarity, MultiQuery, ReciprocalRankFusion
+from retrodiff.retrieval.interpolation import interpolated
 from retrodiff.retrieval.neighbors import neighbor_table, open_neighbor_table
-from retrodiff.retrieval.proposal import NeighborCounts, TopM, Uniform
+from retrodiff.retrieval.proposal import Instances, NeighborCounts, TopM, Uniform
 from retrodiff.retrieval.retriever import (
     Diverse,
     ExcludeDuplicates,
@@ -20,6 +21,7 @@ __all__ = [
     "ExcludeDuplicates",
     "ExcludeGroup",
     "ExcludeSelf",
+    "Instances",
     "MaxSimilarity",
     "MultiQuery",
     "NearestNeighbors",
@@ -28,6 +30,7 @@ __all__ = [
     "ReciprocalRankFusion",
     "TopM",
     "Uniform",
+    "interpolated",
     "neighbor_table",
     "open_neighbor_table",
 ]

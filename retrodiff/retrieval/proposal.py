@@ -15,12 +15,23 @@ from torch import Tensor
 
 from retrodiff.disk.files import given, place
 from retrodiff.disk.tensors import map_file, write_hashed_tensors
-from retrodiff.interfaces import Database, Fingerprint, ProposalDistribution, Query, Retriever
+from retrodiff.interfaces import (
+    Database,
+    Fingerprint,
+    ProposalDistribution,
+    Query,
+    Retriever,
+    unit,
+)
+from retrodiff.numbers import whole
 from retrodiff.randomness import uniform
 from retrodiff.retrieval.neighbors import neighbor_table
 from retrodiff.retrieval.retriever import NearestNeighbors
 
 FORMAT = 1
+
+CLUSTERED = 1 << 17
+"""Rows that k-means looks at, drawn at random."""
 
 COUNTED = 1 << 23
 """Row numbers counted at a time, so that a mapped table stays where it is."""
@@ -108,15 +119,7 @@ class NeighborCounts(_Drawing):
 
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
         """The rows ever used and their counts."""
-        mine, theirs = self.fingerprint, database.fingerprint
-        difference = mine.disagreement(theirs)
-        if difference is None and mine.rows != theirs.rows:
-            difference = f"rows={mine.rows!r} against rows={theirs.rows!r}"
-        if difference is not None:
-            raise ValueError(
-                f"the proposal was fitted on another database ({difference}): fit it again with "
-                "NeighborCounts.fit(queries, database, k), or use Uniform()"
-            )
+        _check_same(self.fingerprint, database, "NeighborCounts.fit(queries, database, k)")
         return self.rows, self.counts.double()
 
     def save(self, path: str | Path) -> None:
@@ -149,6 +152,57 @@ class NeighborCounts(_Drawing):
         if int(rows[0]) < 0 or bool((rows.diff() <= 0).any()) or int(counts.min()) < 1:
             raise ValueError(f"{path} is damaged (rows and counts out of range): {again}")
         return cls(rows, counts, fingerprint)
+
+
+@dataclass(frozen=True, eq=False)
+class Instances(_Drawing):
+    """A few rows that stand for the whole database, each drawn alike (IC-GAN).
+
+    Casanova et al. 2021 keep the instances nearest to the centers of a k-means clustering for
+    sampling. Make one with `fit`; it refuses any other database.
+
+    Args:
+        rows: (n,) int64, ascending.
+        fingerprint: of the database.
+    """
+
+    rows: Tensor
+    fingerprint: Fingerprint
+
+    @classmethod
+    def fit(cls, database: Database, count: int, seed: int = 0, rounds: int = 20) -> Instances:
+        """The rows nearest to the centers of spherical k-means; at most ``count`` of them.
+
+        Args:
+            database: of more rows than ``count``.
+            count: clusters.
+            seed: of the first centers.
+            rounds: of assigning rows and moving centers.
+        """
+        count, total = whole("count", count), len(database)
+        if count > total:
+            raise ValueError(
+                f"count={count} instances of a database of {total} rows: ask for fewer, or use "
+                "Uniform()"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        looked_at = torch.randperm(total, generator=generator)[:CLUSTERED]
+        points = unit(database.embeddings(looked_at).float())
+        centers = points[:count]
+        for _ in range(rounds):
+            own = (points @ centers.T).argmax(1)
+            sums = torch.zeros_like(centers).index_add_(0, own, points)
+            centers = torch.where(sums.any(1, keepdim=True), unit(sums), centers)
+        rows = looked_at[(centers @ points.T).argmax(1)].unique()
+        return cls(rows, database.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Instances({len(self.rows)} rows)"
+
+    def support(self, database: Database) -> tuple[Tensor, Tensor]:
+        """The rows, weight 1."""
+        _check_same(self.fingerprint, database, "Instances.fit(database, count)")
+        return self.rows, torch.ones(len(self.rows), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -190,6 +244,19 @@ class TopM(_Drawing):
         kept = _heaviest(weights, m)
         weights = weights[kept] if self.weighted else torch.ones(m, dtype=torch.float64)
         return rows[kept], weights
+
+
+def _check_same(mine: Fingerprint, database: Database, again: str) -> None:
+    """Refuses a database that is not the one a proposal was fitted on."""
+    theirs = database.fingerprint
+    difference = mine.disagreement(theirs)
+    if difference is None and mine.rows != theirs.rows:
+        difference = f"rows={mine.rows!r} against rows={theirs.rows!r}"
+    if difference is not None:
+        raise ValueError(
+            f"the proposal was fitted on another database ({difference}): fit it again with "
+            f"{again}, or use Uniform()"
+        )
 
 
 def _heaviest(weights: Tensor, m: int) -> Tensor:

@@ -27,6 +27,7 @@ from retrodiff.training.captions import Captions, SearchedBy, listed
 from retrodiff.training.conditions import Conditions, Search, Tables
 from retrodiff.training.group_neighbors import Groups, groups_of
 from retrodiff.training.images import Images, as_images, digest, embedded, pixels
+from retrodiff.training.no_database import NoDatabase
 from retrodiff.training.occasion import Occasion, Order
 from retrodiff.training.overlap import needs_ids, own_rows, warn_of_copies
 from retrodiff.training.pairing import Pairing
@@ -221,6 +222,20 @@ class TrainingSet:
         object.__setattr__(made, "made_from", about)
         made.warn_of_copies(stacklevel=3)
         return made
+
+    @classmethod
+    def alone(cls, images: Images | Any, embeddings: Tensor | None = None) -> TrainingSet:
+        """Images without a database, for models that retrieve nothing.
+
+        Args:
+            images: n training images, as `of` takes them.
+            embeddings: what conditions each (n, d), raw scale, such as the encoded name of its
+                class; None: nothing does.
+        """
+        images = as_images(images)
+        embeddings = torch.zeros(len(images), 1) if embeddings is None else embeddings
+        table = torch.empty((len(embeddings), 0), dtype=torch.int32)
+        return cls(images, embeddings, table, NoDatabase(embeddings.shape[-1]))
 
     def paired(self, pairing: Pairing | None) -> TrainingSet:
         """The same images, drawn from the conditions that a pairing gives them."""
