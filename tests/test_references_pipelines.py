@@ -298,20 +298,21 @@ def by_hand(sdxl, chosen, n, **options):
 
 def test_two_prompts_with_two_images_each_see_their_own_neighbors(sdxl, adapted):
     encoder, database = adapted
+    chooser = ReferenceRetriever(encoder, copies=1)
     prompts = ["a door", "a boat"]
     generators = [seeded(0), seeded(1), seeded(10), seeded(11)]
     out = ip_adapter(
-        sdxl, database, prompts, 3, retriever=encoder, num_images_per_prompt=2,
+        sdxl, database, prompts, 3, retriever=chooser, num_images_per_prompt=2,
         generator=generators, **SMALL,
     )  # fmt: skip
-    chosen = ReferenceRetriever(encoder).choose(database, prompts, 3)
+    chosen = chooser.choose(database, prompts, 3)
     assert same(out.images, by_hand(sdxl, chosen, 2, **SMALL))
     assert [one.prompt for one in out.chosen] == ["a door", "a door", "a boat", "a boat"]
     # other neighbors of the second prompt change nothing of the first one's pictures
     fewer = database.subset(torch.arange(3))
     generators = [seeded(0), seeded(1), seeded(10), seeded(11)]
     again = ip_adapter(
-        sdxl, [database, fewer], prompts, 3, retriever=encoder, num_images_per_prompt=2,
+        sdxl, [database, fewer], prompts, 3, retriever=chooser, num_images_per_prompt=2,
         generator=generators, **SMALL,
     )  # fmt: skip
     assert len(out) == 4
