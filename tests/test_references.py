@@ -317,7 +317,7 @@ def tiny_clip():
             "patch_size": 8,
             "head_width": 8,
         },
-        "text_cfg": {"context_length": 16, "vocab_size": 514, "width": 16, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": 64, "vocab_size": 514, "width": 16, "heads": 2, "layers": 1},
     }
     return CLIPEncoder.from_config(config)
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 import tiny_pipelines as tiny
-from test_references import tiny_clip
+from parts import HashingEncoder
 
 from retrodiff.bridges import read_credit
 from retrodiff.databases import Images, build_database
@@ -33,7 +33,7 @@ def test_there_are_three_programs_of_at_most_fifteen_lines():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with ``photos.rdb``; encoders are tiny, and nothing moves to a GPU."""
+    """A folder with ``photos.rdb``; encoders cost nothing, and nothing moves to a GPU."""
     from diffusers import DiffusionPipeline, ModularPipeline
 
     import retrodiff.encoders
@@ -42,9 +42,9 @@ def place(tmp_path, monkeypatch):
     images = [torch.rand(3, 64, 80) * 2 - 1 for _ in range(6)]
     columns = {"license": "CC0", "credit": "me"}
     source = Images(images, columns=columns)
-    build_database(tmp_path / "photos.rdb", source, tiny_clip(), thumbnails=80, progress=False)
+    build_database(tmp_path / "photos.rdb", source, HashingEncoder(), thumbnails=80, progress=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(retrodiff.encoders, "CLIPEncoder", lambda name, tag: tiny_clip())
+    monkeypatch.setattr(retrodiff.encoders, "CLIPEncoder", lambda name, tag: HashingEncoder())
     for kind in (DiffusionPipeline, ModularPipeline):
         monkeypatch.setattr(kind, "to", lambda self, device: self)
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda self: None)

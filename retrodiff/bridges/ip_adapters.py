@@ -49,8 +49,8 @@ def ip_adapter(
 ) -> Pictures:
     """Generates pictures with what a database has for each prompt as the IP-Adapter's image prompt.
 
-    Prompts and embeddings are repeated here, in one order, so that a prompt sees its own neighbors
-    alone; pipelines repeat the two in different orders when several prompts have several images.
+    The pipeline is called once for each prompt. In one call for several it would repeat all image
+    prompts for every prompt (diffusers 0.42), so that each would see the neighbors of the others.
 
     Args:
         pipeline: of diffusers (Stable Diffusion, SDXL), after ``load_ip_adapter``.
@@ -88,37 +88,41 @@ def ip_adapter(
             raise ValueError(f"{name}= is what the references are handed over as: leave it out")
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     n = whole("num_images_per_prompt", num_images_per_prompt)
-    dealt(generator, len(asked) * n)
+    generators = dealt(generator, len(asked) * n)
     chooser = as_retriever(retriever)
     chosen = chooser.choose(database, asked, k, where=where)
     if use == "embeddings":
         _check_same_encoder(pipeline, chooser.encoder, adapter, chosen)
-    counts = {len(one) for one in chosen}
-    if merge == "each" and len(counts) > 1:
-        raise ValueError(
-            f"some prompts have {min(counts)} references and others {max(counts)}, which cannot be "
-            "in one call: lower k, or take merge='mean'"
+    calls = _dealt_texts(arguments, len(asked))
+    weight = next(pipeline.unet.parameters())
+    images: list[Any] = []
+    for i, (one, texts) in enumerate(zip(chosen, calls, strict=True)):
+        embeds = _prompted(pipeline, one, use, merge).unsqueeze(0)
+        if _guided(pipeline, arguments):
+            embeds = torch.cat([torch.zeros_like(embeds), embeds])
+        random = generators[i * n : i * n + n] if isinstance(generator, list | tuple) else generator
+        images += call(
+            pipeline,
+            prompt=one.prompt,
+            ip_adapter_image_embeds=[embeds.to(weight.device, weight.dtype)],
+            num_images_per_prompt=n,
+            generator=random,
+            **{**arguments, **texts},
         )
-    embeds = torch.stack([_prompted(pipeline, one, use, merge) for one in chosen])
-    embeds = embeds.repeat_interleave(n, 0)
-    if _guided(pipeline, arguments):
-        embeds = torch.cat([torch.zeros_like(embeds), embeds])
-    repeated = [prompt for prompt in asked for _ in range(n)]
-    for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):  # one for each prompt
-        if isinstance(value := arguments.get(name), list | tuple):
-            if len(value) != len(asked):
-                raise ValueError(f"{len(asked)} prompts, but {len(value)} of {name}: give one each")
-            arguments[name] = [text for text in value for _ in range(n)]
-    reference = next(pipeline.unet.parameters())
-    images = call(
-        pipeline,
-        prompt=repeated,
-        ip_adapter_image_embeds=[embeds.to(reference.device, reference.dtype)],
-        generator=generator,
-        **arguments,
-    )
     each = [one for one in chosen for _ in range(n)]
     return Pictures(images, each, described(pipeline, {**arguments, "use": use, "merge": merge}))
+
+
+def _dealt_texts(arguments: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Other texts that were given as a list, one for each prompt, for each of n calls."""
+    each: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
+        if isinstance(value := arguments.get(name), list | tuple):
+            if len(value) != n:
+                raise ValueError(f"{n} prompts, but {len(value)} of {name}: give one for each")
+            for texts, text in zip(each, value, strict=True):
+                texts[name] = text
+    return each
 
 
 def _adapter(pipeline: Any, use: str) -> Any:
@@ -165,11 +169,12 @@ def _prompted(pipeline: Any, chosen: Chosen, use: str, merge: str) -> Tensor:
         vectors = chosen.embeddings
     if merge == "each":
         return vectors
-    weights = torch.tensor([one.similarity for one in chosen.references]).clamp_min(0)
+    weights = torch.tensor([one.similarity for one in chosen.references], dtype=torch.float64)
+    weights = weights.clamp_min(0)
     if not weights.any():  # none points the prompt's way
         weights = torch.ones_like(weights)
-    weights = weights / weights.sum()
-    return (weights.to(vectors) @ vectors).unsqueeze(0)
+    mean = (weights / weights.sum()) @ vectors.double().cpu()
+    return mean.to(vectors).unsqueeze(0)
 
 
 def _check_same_encoder(pipeline: Any, encoder: Any, adapter: Any, chosen: list[Chosen]) -> None:
