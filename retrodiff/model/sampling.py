@@ -17,7 +17,7 @@ from torch import Tensor
 from retrodiff.attention.recording import Measure
 from retrodiff.components import first_not_finite, summary
 from retrodiff.diffusion.generator import DiffusionGenerator
-from retrodiff.interfaces import Callback, Context, Denoiser, Generator, Randomness, member
+from retrodiff.interfaces import Callback, Context, Generator, Randomness, member
 from retrodiff.model.asking import Asker
 from retrodiff.model.attribution import Attributing, read_measure
 from retrodiff.model.generated import Generation
@@ -105,9 +105,7 @@ def generate(
     callback: Callback | None = None,
 ) -> Tensor:
     """Latents (b, c, h, w), with everything brought to the generator's device."""
-    if isinstance(generator, DiffusionGenerator) and member(
-        generator.denoiser, Denoiser, "untrained"
-    ):
+    if member(generator, Generator, "untrained"):
         warnings.warn(
             "sampling from fresh weights gives noise: load a checkpoint, or train first",
             stacklevel=4,

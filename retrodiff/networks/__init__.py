@@ -1,5 +1,6 @@
 """Networks: the published UNet, a small transformer, and the published first stages."""
 
+from retrodiff.networks.causal import CausalTransformer
 from retrodiff.networks.dit import DiT
 from retrodiff.networks.kl import KLAutoencoder
 from retrodiff.networks.patch_discriminator import PatchDiscriminator
@@ -8,6 +9,7 @@ from retrodiff.networks.unet import UNet
 from retrodiff.networks.vq import VQAutoencoder
 
 __all__ = [
+    "CausalTransformer",
     "DiT",
     "KLAutoencoder",
     "PatchDiscriminator",
