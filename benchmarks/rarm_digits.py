@@ -2,10 +2,10 @@
 
     python benchmarks/rarm_digits.py --out runs/rarm_digits
 
-Database, training images, small CLIP and judge are those of the demo; only the generator differs: 64
-codes of 17 gray levels, a causal transformer that attends to 4 neighbors, cross-entropy. Writes
-figures.json, samples.png (a row for each digit, a column for each sample of text + neighbors) and the
-trained model. Two digits are never trained on, so they are neither asked nor counted.
+Database, training images, small CLIP and judge are those of the demo; only the generator differs:
+64 codes of 17 gray levels, a causal transformer that attends to 4 neighbors, cross-entropy. Writes
+figures.json, samples.png (a row for each digit, a column for each sample of text + neighbors) and
+the trained model. Two digits are never trained on, so they are neither asked nor counted.
 """
 
 import argparse
@@ -94,7 +94,10 @@ def main() -> None:
     asked = [SEEN[i % len(SEEN)] for i in range(options.n)]
     made = {
         mode: model.sample(
-            prompts=[caption(digit) for digit in asked], mode=mode, seed=options.seed, batch_size=256
+            prompts=[caption(digit) for digit in asked],
+            mode=mode,
+            seed=options.seed,
+            batch_size=256,
         )
         for mode in ("text", "text+neighbors", "neighbors")
     }
