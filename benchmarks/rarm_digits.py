@@ -23,9 +23,10 @@ from retrodiff.demo.digit_scans import UNSEEN, WORDS, caption, split
 from retrodiff.demo.digits import CLASS, Settings, clip_of
 from retrodiff.diffusion import Dropped, NeighborEmbeddings
 from retrodiff.disk.files import write_json
+from retrodiff.encoders import load_encoder
 from retrodiff.networks import CausalTransformer
 from retrodiff.retrieval import NearestNeighbors
-from retrodiff.training import Moved, TrainingSet, cosine, fit
+from retrodiff.training import TrainingSet, cosine, fit
 
 BOUND = 0.85
 SEEN = [digit for digit in range(10) if digit not in UNSEEN]
@@ -33,19 +34,23 @@ SEEN = [digit for digit in range(10) if digit not in UNSEEN]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--n", type=int, default=504, help="samples in each mode")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder", type=Path, help="OUT/model/encoder of an earlier run, this seed")
     parser.add_argument("--out", type=Path, default=Path("runs/rarm_digits"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
     parts = split(options.seed)
-    encoder = clip_of(parts, Settings(), options.seed, True)
+    if options.encoder is None:
+        encoder = clip_of(parts, Settings(), options.seed, True)
+    else:
+        encoder = load_encoder(options.encoder)
     images, digits = parts.database
     records = [{"label": WORDS[digit]} for digit in digits.tolist()]
     path = options.out / "digits.rdb"
@@ -78,7 +83,7 @@ def main() -> None:
     began = time.perf_counter()
     fitted = fit(
         model,
-        data.augmented(Moved(1, background=-1.0)),
+        data,
         steps=options.steps,
         batch_size=options.batch_size,
         lr=cosine(2e-3, options.steps, 50),
