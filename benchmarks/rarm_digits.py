@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--n", type=int, default=504, help="samples in each mode")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder", type=Path, help="OUT/model/encoder of an earlier run, this seed")
+    parser.add_argument("--encoder", type=Path, help="OUT/model/encoder of an earlier run")
     parser.add_argument("--out", type=Path, default=Path("runs/rarm_digits"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
