@@ -15,6 +15,7 @@ from torch import Tensor
 from retrodiff.autoregressive import AutoregressiveGenerator, GrayLevels, Tokenizer
 from retrodiff.autoregressive.token_generator import draw
 from retrodiff.builder import Builder
+from retrodiff.checkpoints.card import model_card
 from retrodiff.diffusion import ClassifierFree, Dropped, NeighborEmbeddings, Unconditional
 from retrodiff.interfaces import Context, Generator, GuidedGenerator, Query, TrainableGenerator
 from retrodiff.model import Model
@@ -388,6 +389,9 @@ def test_it_trains_with_fit_saves_and_loads(recipe: Builder, tmp_path: Any) -> N
     learned = result.model.sample(query=query, guidance=1.0, seed=0, **QUIET)
     assert float((gray.codes(learned.images) == some_codes(1, 16).view(4, 4)).float().mean()) > 0.9
     result.model.save(tmp_path / "m")
+    card = model_card(result.model.parts(), "me/codes")
+    assert "| generator | AutoregressiveGenerator(network=CausalTransformer" in card
+    assert "diffusion model" not in card
     again = Model.load(tmp_path / "m", encoder=model.encoder, database=model.database)
     assert again.generator == dataclasses.replace(
         result.model.generator, network=again.generator.network
