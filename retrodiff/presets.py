@@ -11,11 +11,13 @@ one; without it they have fresh weights, and sampling from them warns.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
+from retrodiff.autoregressive import AutoregressiveGenerator
 from retrodiff.builder import Builder, preset
 from retrodiff.checkpoints.foreign.load import load_published
 from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture, PublishedModel
+from retrodiff.checkpoints.foreign.published_tokens import PUBLISHED_TOKENS, PublishedTransformer
 from retrodiff.diffusion import (
     DDIM,
     ClassifierFree,
@@ -67,6 +69,9 @@ __all__ = [
     "knn_diffusion",
     "ldm",
     "ldm_imagenet",
+    "rarm_animals",
+    "rarm_dogs",
+    "rarm_mammals",
     "rdm_768",
     "rdm_ffhq",
     "rdm_imagenet",
@@ -77,7 +82,9 @@ __all__ = [
     "unclip_prior",
 ]
 
-Checkpoint = str | Path | PublishedModel
+Published = PublishedModel | PublishedTransformer
+Checkpoint = str | Path | Published
+P = TypeVar("P", PublishedModel, PublishedTransformer)
 
 
 class Chosen(TypedDict, total=False):
@@ -108,6 +115,36 @@ class Chosen(TypedDict, total=False):
     conditioner: Conditioner | None
     guidance: Guidance | None
     sampler: Sampler | str | None
+    k: int
+
+
+class ChosenTokens(TypedDict, total=False):
+    """Options of the paper's autoregressive presets; all have defaults.
+
+    Attributes:
+        checkpoint: the published ``.ckpt`` or a loaded `PublishedTransformer`; None: fresh weights.
+        config: the checkpoint's yaml; None: the preset's own numbers.
+        encoder: None: the CLIP that the model was trained with, fetched when first used.
+        database: None: only text-only sampling works.
+        retriever: None: the nearest neighbors.
+        proposal: distribution of the queries of unconditional sampling.
+        conditioner: None: raw neighbor embeddings.
+        guidance: scale in the logits; 1 by default, as the paper samples.
+        temperature: divides the logits; 1 by default.
+        top_k: codes that are drawn from; 256 by default, None: all.
+        k: tokens that condition an image.
+    """
+
+    checkpoint: Checkpoint | None
+    config: str | Path | None
+    encoder: Encoder | str | None
+    database: Database | str | Path | None
+    retriever: Retriever | None
+    proposal: ProposalDistribution | None
+    conditioner: Conditioner | None
+    guidance: float
+    temperature: float
+    top_k: int | None
     k: int
 
 
@@ -142,6 +179,31 @@ def rdm_768(*, convert_scale: bool = False, **chosen: Unpack[Chosen]) -> Builder
         chosen: as for `rdm_imagenet`; ``checkpoint`` may be the diffusers folder ``fusing/rdm``.
     """
     return _paper("rdm_768", "ViT-L-14-quickgelu", 5.0, 11, chosen, convert_scale)
+
+
+@preset
+def rarm_dogs(**chosen: Unpack[ChosenTokens]) -> Builder:
+    """The paper's autoregressive model of dogs, 256x256 (RARM): CLIP ViT-B/32, VQ f=16, 256 codes.
+
+    It was trained on neighbors alone: ask prompts with ``mode="neighbors"`` or ``mode="text"``.
+
+    Args:
+        chosen: ``checkpoint``, ``config``, ``encoder``, ``database``, ``retriever``, ``proposal``,
+            ``conditioner``, ``guidance``, ``temperature``, ``top_k`` and ``k``; see `ChosenTokens`.
+    """
+    return _rarm("rarm_dogs", chosen)
+
+
+@preset
+def rarm_mammals(**chosen: Unpack[ChosenTokens]) -> Builder:
+    """The autoregressive model of mammals; arguments as for `rarm_dogs`."""
+    return _rarm("rarm_mammals", chosen)
+
+
+@preset
+def rarm_animals(**chosen: Unpack[ChosenTokens]) -> Builder:
+    """The autoregressive model of animals; arguments as for `rarm_dogs`."""
+    return _rarm("rarm_animals", chosen)
 
 
 @preset
@@ -305,7 +367,7 @@ def rdm_pictograms(
 
 
 def from_published(
-    published: PublishedModel,
+    published: Published,
     *,
     scale: Scale | None = None,
     encoder: Encoder | str | None = None,
@@ -328,12 +390,18 @@ def from_published(
         ValueError: the scale is unknown, or contradicts the checkpoint's.
     """
     conditioner = NeighborEmbeddings(published.agreed_scale(scale), convert=convert_scale)
-    recipe = (
-        _plain(k)
-        .conditioner(conditioner)
-        .denoiser(EpsDenoiser(published.unet, published.schedule))
-        .autoencoder(published.autoencoder)
-    )
+    if isinstance(published, PublishedTransformer):
+        generator = AutoregressiveGenerator(
+            network=published.transformer, autoencoder=published.autoencoder, top_k=256
+        )
+        recipe = _plain_tokens(k, published.transformer.length).generator(generator)
+    else:
+        recipe = (
+            _plain(k)
+            .denoiser(EpsDenoiser(published.unet, published.schedule))
+            .autoencoder(published.autoencoder)
+        )
+    recipe = recipe.conditioner(conditioner)
     if encoder is not None:
         recipe = recipe.encoder(encoder)
     return recipe if database is None else recipe.database(database)
@@ -343,16 +411,14 @@ def _paper(
     name: str, encoder: str, scale: float, k: int, chosen: Chosen, convert_scale: bool = False
 ) -> Builder:
     """One of the paper's models: name, CLIP, guidance scale, tokens, and what is chosen."""
-    known = list(Chosen.__annotations__)
-    if unknown := sorted(set(chosen) - set(known)):
-        raise TypeError(f"{name} has no argument {', '.join(unknown)}: it takes {', '.join(known)}")
+    _check_names(name, chosen, Chosen)
     clip = chosen.get("encoder") or CLIPEncoder(encoder, "openai", preprocessing="rdm")
     k, checkpoint = chosen.get("k", k), chosen.get("checkpoint")
     if checkpoint is None:
         recipe = _fresh(PUBLISHED[name], k, convert_scale).encoder(clip)
     else:
         recipe = from_published(
-            _named(name, checkpoint, chosen.get("config")),
+            _named(name, checkpoint, chosen.get("config"), PublishedModel),
             scale=PUBLISHED[name].scale,
             encoder=clip,
             k=k,
@@ -363,6 +429,48 @@ def _paper(
         if (value := chosen.get(slot)) is not None:
             recipe = getattr(recipe, slot)(value)
     return recipe
+
+
+def _rarm(name: str, chosen: ChosenTokens) -> Builder:
+    """One of the paper's autoregressive models, and what is chosen."""
+    _check_names(name, chosen, ChosenTokens)
+    architecture, checkpoint = PUBLISHED_TOKENS[name], chosen.get("checkpoint")
+    clip = chosen.get("encoder") or CLIPEncoder("ViT-B-32-quickgelu", "openai", preprocessing="rdm")
+    numbers: dict[str, Any] = {
+        "guidance": chosen.get("guidance", 1.0),
+        "temperature": chosen.get("temperature", 1.0),
+        "top_k": chosen.get("top_k", 256),
+    }
+    published = None
+    if checkpoint is not None:
+        published = _named(name, checkpoint, chosen.get("config"), PublishedTransformer)
+
+    def generator() -> AutoregressiveGenerator:
+        if published is not None:
+            network, first_stage = published.transformer, published.autoencoder
+            return AutoregressiveGenerator(network=network, autoencoder=first_stage, **numbers)
+        network, first_stage = architecture.build()
+        network.untrained = True
+        return AutoregressiveGenerator(
+            network=network.eval(), autoencoder=first_stage.eval(), **numbers
+        )
+
+    recipe = (
+        _plain_tokens(chosen.get("k", 4), architecture.transformer["grid"][0] ** 2)
+        .conditioner(NeighborEmbeddings(architecture.scale or "raw"))
+        .encoder(clip)
+        .generator(generator if published is None else generator())
+    )
+    for slot in ("retriever", "conditioner", "proposal", "database"):
+        if (value := chosen.get(slot)) is not None:
+            recipe = getattr(recipe, slot)(value)
+    return recipe
+
+
+def _check_names(name: str, chosen: Any, kind: type) -> None:
+    known = list(kind.__annotations__)
+    if unknown := sorted(set(chosen) - set(known)):
+        raise TypeError(f"{name} has no argument {', '.join(unknown)}: it takes {', '.join(known)}")
 
 
 def _fresh(architecture: Architecture, k: int, convert_scale: bool) -> Builder:
@@ -380,14 +488,19 @@ def _fresh(architecture: Architecture, k: int, convert_scale: bool) -> Builder:
     )
 
 
-def _named(name: str, checkpoint: Checkpoint, config: str | Path | None) -> PublishedModel:
+def _named(name: str, checkpoint: Checkpoint, config: str | Path | None, kind: type[P]) -> P:
     """A loaded checkpoint, which must be that of the named model or of none that is known."""
-    if not isinstance(checkpoint, PublishedModel):
+    if isinstance(checkpoint, (str, Path)):
         checkpoint = load_published(checkpoint, config=config, preset=name)
     if checkpoint.name not in (None, name):
         raise ValueError(
             f"{checkpoint.source} is the model {checkpoint.name}, not {name}: load it with "
             f"presets.{checkpoint.name}(checkpoint=...)"
+        )
+    if not isinstance(checkpoint, kind):
+        raise ValueError(
+            f"{checkpoint.source} is a {type(checkpoint).__name__}, but {name} takes a "
+            f"{kind.__name__}: load it with presets.from_published(...)"
         )
     return checkpoint
 
@@ -400,6 +513,15 @@ def _plain(k: int) -> Builder:
         .sampler(DDIM())
         .guidance(ClassifierFree(2.0))
         .defaults(k=k, steps=100, prompt_template="An image of a {}.")
+    )
+
+
+def _plain_tokens(k: int, codes: int) -> Builder:
+    """What the autoregressive models of the family have in common."""
+    return (
+        Builder()
+        .retriever(NearestNeighbors())
+        .defaults(k=k, steps=codes, prompt_template="An image of a {}.")
     )
 
 

@@ -125,6 +125,70 @@ def test_without_averaged_weights_it_asks(
     assert load_compvis(path, config, weights="raw").weights == "raw"
 
 
+# --- relatives: class-conditional and text-conditional ------------------------------------------
+
+
+def relative_of_the_family(kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A yaml and the tensors of a class-conditional (VQ) or text-conditional (KL) model."""
+    config = configuration("kl" if kind == "text" else "vq")
+    params = config["model"]["params"]
+    unet = params["unet_config"]["params"]
+    del unet["num_head_channels"]
+    unet |= {"num_heads": 1 if kind == "class" else 8, "legacy": kind == "class"}
+    params |= {"conditioning_key": "crossattn", "num_timesteps_cond": 1}
+    if kind == "class":
+        params["cond_stage_config"] = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}
+    else:
+        unet["use_linear_in_transformer"] = True
+        params |= {"scale_by_std": True, "use_ema": False}
+        params["cond_stage_config"] = {"target": "ldm.modules.encoders.modules.BERTEmbedder"}
+    state = published_state(config)
+    if kind == "class":
+        state["cond_stage_model.embedding.weight"] = torch.randn(11, 12)
+    else:
+        state = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
+        state = {k: v[..., 0, 0] if k.endswith(("proj_in.weight", "proj_out.weight"))
+                 and "diffusion_model" in k else v for k, v in state.items()}  # fmt: skip
+        state["scale_factor"] = torch.tensor(0.25)
+        state["cond_stage_model.transformer.token_emb.weight"] = torch.randn(30, 12)
+    return config, state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_relatives_load_and_agree_with_diffusers(kind: str, save: Callable[..., Path]) -> None:
+    from test_unet import diffusers_twin, relative
+
+    config, state = relative_of_the_family(kind)
+    state = {k: v / v[0].numel() ** 0.5 if v.ndim > 1 else v for k, v in state.items()}
+    model = load_compvis(save(state), config, weights="ema" if kind == "class" else "raw")
+    assert model.unet.config()["heads"] == (1 if kind == "class" else 8)
+    x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([3, 801]), torch.randn(2, 5, 12)
+    expected = diffusers_twin(model.unet)(x, t, context).sample
+    assert relative(model.unet(x, t, context), expected) < 1e-5
+    assert model.scale_factor == (1.0 if kind == "class" else 0.25)
+
+
+def test_the_tokens_of_classes_come_with_a_class_conditional_model(
+    save: Callable[..., Path],
+) -> None:
+    from retrodiff import presets
+    from retrodiff.interfaces import Query
+
+    config, state = relative_of_the_family("class")
+    model = load_compvis(save(state), config)
+    table = state["cond_stage_model.embedding.weight"]
+    assert torch.equal(model.classes, table)
+    built = presets.from_published(model, scale="raw").defaults(steps=2).build()
+    out = built.sample(query=Query(model.classes[[3, 7]]), mode="text", progress=False)
+    assert torch.equal(out.neighbors.embeddings[:, 0], table[[3, 7]])
+    other, text = relative_of_the_family("text")
+    assert load_compvis(save(text), other, weights="raw").classes is None
+    state["cond_stage_model.embedding.weight"] = torch.full((11, 12), torch.nan)
+    with pytest.raises(ValueError, match=r"embedding\.weight that is not of finite numbers"):
+        load_compvis(save(state), config)
+
+
 # --- what does not fit -------------------------------------------------------------------------
 
 

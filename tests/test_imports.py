@@ -13,7 +13,7 @@ LAYERS = [
     {"devices", "interrupts", "numbers", "precision", "randomness", "text"},
     {"components", "disk", "progress"},
     {"interfaces", "pictures"},
-    {"attention", "indexes", "encoders", "retrieval", "diffusion"},
+    {"attention", "autoregressive", "indexes", "encoders", "retrieval", "diffusion"},
     {"networks", "databases"},
     {"checkpoints"},
     {"model"},

@@ -31,15 +31,25 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
         repo: ``owner/name``.
     """
     encoder, database = parts.get("encoder"), parts.get("database")
+    generator = parts.get("generator")
+    if generator is not None:
+        kind, made_by = "generative", [("generator", repr(generator))]
+        how = []
+    else:
+        kind = "diffusion"
+        made_by = [
+            ("architecture", published_name(parts) or "none of the published models"),
+            ("denoiser", _network(parts["denoiser"])),
+            ("first stage", _network(parts["autoencoder"])),
+        ]
+        how = [("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}")]
     rows = [
-        ("architecture", published_name(parts) or "none of the published models"),
-        ("denoiser", _network(parts["denoiser"])),
-        ("first stage", _network(parts["autoencoder"])),
+        *made_by,
         ("condition", repr(parts["conditioner"])),
         ("encoder", "none" if encoder is None else _made(member(encoder, Encoder, "identity"))),
         ("database", "none" if database is None else _stored(database)),
         ("retriever", repr(parts["retriever"])),
-        ("guidance, sampler", f"{parts['guidance']!r}, {parts['sampler']!r}"),
+        *how,
         ("steps, tokens per image", f"{parts['steps']}, {parts['k']}"),
     ]
     from huggingface_hub import ModelCardData
@@ -60,7 +70,7 @@ def model_card(parts: Mapping[str, Any], repo: str) -> str:
             "",
             f"# {_cell(repo.rpartition('/')[2])}",
             "",
-            "A retrieval-augmented diffusion model, kept as safetensors and JSON.",
+            f"A retrieval-augmented {kind} model, kept as safetensors and JSON.",
             "",
             "```python",
             "from retrodiff import Model, open_database",

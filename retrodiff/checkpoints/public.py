@@ -19,7 +19,7 @@ from retrodiff.text import printable
 
 PACKAGE = __name__.split(".")[0]
 
-ROOMS = ("diffusion", "networks", "retrieval")
+ROOMS = ("autoregressive", "diffusion", "networks", "retrieval")
 """Where the public components are: those that these packages export, under ``room.Name``."""
 
 ALIASES = {

@@ -16,7 +16,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("out", type=types.new_folder, help="folder of the model")
     parser.add_argument("--config", type=types.path, help="yaml of the checkpoint")
-    parser.add_argument("--preset", help="rdm_imagenet, rdm_ffhq or rdm_768, instead of a yaml")
+    parser.add_argument(
+        "--preset", help="rdm_imagenet, rdm_768, rarm_dogs and so on, instead of a yaml"
+    )
     parser.add_argument(
         "--first-stage",
         type=types.path,

@@ -93,6 +93,11 @@ class DiffusionGenerator(Generator):
         return member(self.denoiser, Denoiser, "vector_width")
 
     @property
+    def untrained(self) -> bool:
+        """Whether the denoiser's weights are fresh ones, meant to be replaced."""
+        return member(self.denoiser, Denoiser, "untrained")
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser's weights are."""
         return member(self.denoiser, Denoiser, "device")

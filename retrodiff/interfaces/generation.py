@@ -90,6 +90,11 @@ class Generator(Protocol):
         return None
 
     @property
+    def untrained(self) -> bool:
+        """Fresh weights that are meant to be replaced; sampling from them warns."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """Where noise and contexts are to be."""
         return torch.device("cpu")
@@ -131,6 +136,20 @@ class TrainableGenerator(Generator, Protocol):
         self, images: Tensor, context: Context, generator: torch.Generator | None = None
     ) -> Tensor:
         """The loss (b,) of images (b, c, h, w) in [-1, 1] under their contexts."""
+        ...
+
+
+@runtime_checkable
+class GuidedGenerator(Generator, Protocol):
+    """A generator that can be asked for another guidance."""
+
+    @abstractmethod
+    def guided(self, guidance: Any) -> Generator:
+        """The same generator with another guidance, usually a scale.
+
+        Raises:
+            ValueError: it takes no such guidance.
+        """
         ...
 
 

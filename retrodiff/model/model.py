@@ -244,13 +244,14 @@ class Model(Saved, Placed):
             ValueError: the model's generator has no sampler or guidance.
         """
         if self.generator is not None:
+            guided: Any = getattr(self.generator, "guided", None)
             for name, value in (("sampler", sampler), ("guidance", guidance)):
-                if value is not None:
+                if value is not None and (name == "sampler" or guided is None):
                     raise ValueError(
                         f"{name}={value!r} has no effect: this model generates with "
                         f"{type(self.generator).__name__}, which has no {name}; leave it out"
                     )
-            return self.generator
+            return self.generator if guidance is None else guided(guidance)
         chosen = self.diffusion()
         if sampler is not None:
             sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler

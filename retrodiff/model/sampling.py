@@ -23,7 +23,6 @@ from retrodiff.interfaces import (
     Callback,
     Context,
     Database,
-    Denoiser,
     Generator,
     Randomness,
     member,
@@ -138,9 +137,7 @@ def generate(
     others: Mapping[str, Context] | None = None,
 ) -> Tensor:
     """Latents (b, c, h, w), with everything brought to the generator's device."""
-    if isinstance(generator, DiffusionGenerator) and member(
-        generator.denoiser, Denoiser, "untrained"
-    ):
+    if member(generator, Generator, "untrained"):
         warnings.warn(
             "sampling from fresh weights gives noise: load a checkpoint, or train first",
             stacklevel=4,

@@ -96,6 +96,11 @@ class VQAutoencoder(Placed, Autoencoder):
         """Pixels per latent position and side."""
         return 2 ** (len(self.encoder.levels) - 1)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of codes."""
+        return self.codebook.num_embeddings
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] -> latents before quantization (b, latent, h/f, w/f)."""
         check_images(images, self.image_channels, self.factor)

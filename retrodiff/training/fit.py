@@ -263,8 +263,9 @@ def _with(model: Model, average: dict[str, Tensor], path: Path | None = None) ->
             if name in kept:
                 parameter.copy_(average[f"average.{name}"])
     module.eval()
-    if hasattr(twin.denoiser, "untrained"):
-        twin.denoiser.untrained = False  # type: ignore[attr-defined]
+    for trained in trainable_modules(twin).values():
+        if getattr(trained, "untrained", False):
+            trained.untrained = False  # type: ignore[assignment]
     return twin
 
 

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrodiff.checkpoints.foreign.compvis_config import read_config
 from retrodiff.checkpoints.foreign.lookalikes import check_weights_file
 from retrodiff.checkpoints.foreign.published import PUBLISHED, Architecture, PublishedModel
+from retrodiff.checkpoints.foreign.published_tokens import (
+    PUBLISHED_TOKENS,
+    PublishedTransformer,
+    TokenArchitecture,
+)
 from retrodiff.checkpoints.foreign.state_dicts import (
     EMA,
     FIRST_STAGE,
@@ -27,7 +32,11 @@ from retrodiff.checkpoints.foreign.state_dicts import (
     ema_name,
     state_of,
 )
-from retrodiff.checkpoints.foreign.tensor_names import published_autoencoder, published_unet
+from retrodiff.checkpoints.foreign.tensor_names import (
+    published_autoencoder,
+    published_transformer,
+    published_unet,
+)
 from retrodiff.checkpoints.foreign.torch_files import read_pickled
 from retrodiff.checkpoints.foreign.transfer import Transfer, their_names
 from retrodiff.diffusion.schedule import ScaledLinear
@@ -45,6 +54,13 @@ The noise levels and ``scale_factor`` among them are compared with the configura
 """
 
 
+START, MASKED = "sos_token", "mask_token"
+"""Buffers of an autoregressive checkpoint: the input before the first code, and an unused one."""
+
+CLASSES = "cond_stage_model.embedding.weight"
+"""The tokens of a class-conditional model, one for each class."""
+
+
 def load_compvis(
     path: str | Path,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -53,15 +69,19 @@ def load_compvis(
     weights: Literal["ema", "raw"] = "ema",
     first_stage: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-) -> PublishedModel:
+) -> PublishedModel | PublishedTransformer:
     """Loads the networks of a checkpoint in the published layout.
+
+    A diffusion model becomes a `PublishedModel`, an autoregressive one (RARM) a
+    `PublishedTransformer`.
 
     Args:
         path: the ``.ckpt``, or the same tensors under the same names as ``.safetensors``.
         config: its yaml, or what is in it; None: the numbers of ``preset``, else a yaml beside the
             checkpoint.
         preset: name of a published model.
-        weights: the averaged weights or those of the last step.
+        weights: the averaged weights or those of the last step; autoregressive checkpoints hold
+            the latter only, and this is not looked at.
         first_stage: a file of its own for the first stage, where ``path`` doesn't hold one.
         dtype: of the networks.
 
@@ -73,6 +93,8 @@ def load_compvis(
     path = Path(path)
     architecture = _architecture(path, config, preset)
     tensors = read_tensors(path)
+    if isinstance(architecture, TokenArchitecture):
+        return _transformer(path, tensors, architecture, first_stage, dtype)
     architecture = _scaled(path, tensors, architecture)
     with torch.device("meta"):
         unet, autoencoder = architecture.build()
@@ -84,19 +106,7 @@ def load_compvis(
     _check_weights(path, tensors, weights, raw, ema)
     transfer.plan(unet, names, ema_name if weights == "ema" else lambda name: f"{RAW}{name}")
 
-    names = published_autoencoder(autoencoder.config())
-    own = {f"{FIRST_STAGE}{name}" for name in their_names(autoencoder, names).values()}
-    second = transfer
-    if first_stage is not None:
-        second = Transfer(str(first_stage), _first_stage_tensors(Path(first_stage)))
-        second.extra(sorted(n for n in second.tensors.keys() - own if not BESIDES.fullmatch(n)))
-    elif not any(name.startswith(FIRST_STAGE) for name in tensors):
-        raise ValueError(
-            f"{path} has no first stage ({FIRST_STAGE}*; the names of its tensors begin with "
-            f"{beginnings(tensors)}): hand in its file as first_stage=..."
-        )
-    second.plan(autoencoder, names, lambda name: f"{FIRST_STAGE}{name}")
-
+    second, own = _first_stage(transfer, path, first_stage, autoencoder)
     known = raw | ema | own
     transfer.extra(sorted(n for n in tensors.keys() - known if not BESIDES.fullmatch(n)))
     hint = "Is this the yaml (or the preset) that belongs to the checkpoint?"
@@ -115,7 +125,83 @@ def load_compvis(
         name=architecture.name,
         weights=weights,
         source=str(path),
+        classes=_classes(path, tensors, unet.context_width),
     )
+
+
+def _transformer(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    architecture: TokenArchitecture,
+    first_stage: str | Path | None,
+    dtype: torch.dtype,
+) -> PublishedTransformer:
+    """An autoregressive checkpoint: ``transformer.*`` beside the first stage."""
+    with torch.device("meta"):
+        transformer, autoencoder = architecture.build()
+    transfer = Transfer(str(path), tensors)
+    names = published_transformer(transformer.config())
+    mine = set(their_names(transformer, names).values())
+    if not mine & tensors.keys():
+        raise ValueError(
+            f"{path} has no transformer (transformer.*): the names of its tensors begin with "
+            f"{beginnings(tensors)}"
+        )
+    transfer.plan(transformer, names)
+    second, own = _first_stage(transfer, path, first_stage, autoencoder)
+    known = mine | own | {START, MASKED}
+    transfer.extra(sorted(n for n in tensors.keys() - known if not BESIDES.fullmatch(n)))
+    hint = "Is this the yaml (or the preset) that belongs to the checkpoint?"
+    transfer.check(hint)
+    second.check(hint)
+    start = tensors.get(START)
+    if start is not None and start.flatten().tolist() != [transformer.start]:
+        raise ValueError(
+            f"{path} starts an image with token {start.flatten().tolist()}, the configuration's "
+            f"network with {transformer.start}: the two do not belong together"
+        )
+    transfer.fill(dtype)
+    if second is not transfer:
+        second.fill(dtype)
+    return PublishedTransformer(
+        transformer=transformer.eval(),
+        autoencoder=autoencoder.eval(),
+        scale=architecture.scale,
+        name=architecture.name,
+        weights="raw",
+        source=str(path),
+    )
+
+
+def _first_stage(
+    transfer: Transfer, path: Path, file: str | Path | None, autoencoder: nn.Module
+) -> tuple[Transfer, set[str]]:
+    """Plans the first stage; returns whence it comes, and the names of its tensors there."""
+    names = published_autoencoder(autoencoder.config())  # type: ignore[operator]
+    own = {f"{FIRST_STAGE}{name}" for name in their_names(autoencoder, names).values()}
+    second = transfer
+    if file is not None:
+        second = Transfer(str(file), _first_stage_tensors(Path(file)))
+        second.extra(sorted(n for n in second.tensors.keys() - own if not BESIDES.fullmatch(n)))
+    elif not any(name.startswith(FIRST_STAGE) for name in transfer.tensors):
+        raise ValueError(
+            f"{path} has no first stage ({FIRST_STAGE}*; the names of its tensors begin with "
+            f"{beginnings(transfer.tensors)}): hand in its file as first_stage=..."
+        )
+    second.plan(autoencoder, names, lambda name: f"{FIRST_STAGE}{name}")
+    return second, own
+
+
+def _classes(path: Path, tensors: Mapping[str, Tensor], width: int | None) -> Tensor | None:
+    """The tokens of a class-conditional model in float32, where the file holds them."""
+    table = tensors.get(CLASSES)
+    if table is None or table.ndim != 2 or table.shape[1] != width or table.is_meta:
+        return None
+    if not table.is_floating_point() or not bool(table.isfinite().all()):
+        raise ValueError(
+            f"{path} has a {CLASSES} that is not of finite numbers: the file is damaged"
+        )
+    return table.detach().to("cpu", torch.float32, copy=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -149,20 +235,21 @@ def _check_weights(
 
 def _architecture(
     path: Path, config: str | Path | Mapping[str, Any] | None, preset: str | None
-) -> Architecture:
+) -> Architecture | TokenArchitecture:
+    known = {**PUBLISHED, **PUBLISHED_TOKENS}
     if config is not None:
         return read_config(config)
     if preset is not None:
-        if preset not in PUBLISHED:
-            raise ValueError(f"preset={preset!r} is none of {', '.join(PUBLISHED)}")
-        return PUBLISHED[preset]
+        if preset not in known:
+            raise ValueError(f"preset={preset!r} is none of {', '.join(known)}")
+        return known[preset]
     beside = [path.with_suffix(".yaml"), *sorted(path.parent.glob("*.yaml"))]
     found = [file for file in beside if file.is_file()]
     if len(set(found)) == 1 or (found and found[0] == beside[0]):
         return read_config(found[0])
     raise ValueError(
         f"{path} says nothing about its architecture, and there are {len(found)} yaml files beside "
-        f"it: hand in config=... (its yaml) or preset=... (one of {', '.join(PUBLISHED)})"
+        f"it: hand in config=... (its yaml) or preset=... (one of {', '.join(known)})"
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from retrodiff.checkpoints.foreign.parsed import read_yaml
 from retrodiff.checkpoints.foreign.published import Architecture, recognized
+from retrodiff.checkpoints.foreign.published_tokens import TokenArchitecture
 from retrodiff.checkpoints.foreign.settings import Settings
+from retrodiff.checkpoints.foreign.transformer_config import read_transformer
 from retrodiff.diffusion.schedule import ScaledLinear
 
 OTHER_SECTIONS = ("data", "lightning", "init_weights")
@@ -57,8 +59,8 @@ LEVELS, BLOCKS = 10, 64
 """Most resolutions of a network, and most blocks and heads of one place."""
 
 
-def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
-    """Reads the architecture in a published yaml.
+def read_config(config: str | Path | Mapping[str, Any]) -> Architecture | TokenArchitecture:
+    """Reads the architecture in a published yaml, of a diffusion or an autoregressive model.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -78,6 +80,8 @@ def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
     params = model.section("params")
     model.done()
     params.where = what
+    if "transformer_config" in params.values:
+        return _tokens(params)
 
     unet = _unet(_network(params, "unet_config", ("UNetModel",)))
     targets = ("VQModelInterface", "VQModel", "AutoencoderKL")
@@ -97,6 +101,21 @@ def read_config(config: str | Path | Mapping[str, Any]) -> Architecture:
         scaled_by_std=_process(params),
     )
     return recognized(found) if _embeddings(params) else found
+
+
+def _tokens(params: Settings) -> TokenArchitecture:
+    """Of an autoregressive model."""
+    section = _network(params, "transformer_config", ("RetrievalPatchTransformer",))
+    transformer = read_transformer(params, section)
+    first_stage = _network(params, "first_stage_config", ("VQModel", "VQModelInterface"))
+    numbers = _autoencoder(first_stage, "vq")
+    if numbers["codes"] != transformer["codes"]:
+        params.refuse(
+            "first_stage_config, n_embed", numbers["codes"], f"out_channels={transformer['codes']}"
+        )
+    params.harmless((*TRAINING, *CONDITION))
+    params.done()
+    return TokenArchitecture(transformer=transformer, autoencoder=numbers).recognized()
 
 
 def _schedule(params: Settings) -> ScaledLinear:

@@ -9,6 +9,7 @@ from retrodiff.checkpoints.foreign.compvis import load_compvis
 from retrodiff.checkpoints.foreign.diffusers import load_diffusers
 from retrodiff.checkpoints.foreign.pipeline_files import NAME
 from retrodiff.checkpoints.foreign.published import PUBLISHED, PublishedModel
+from retrodiff.checkpoints.foreign.published_tokens import PublishedTransformer
 from retrodiff.checkpoints.hub import fetch_pipeline
 
 
@@ -20,7 +21,7 @@ def load_published(
     weights: Literal["ema", "raw"] = "ema",
     first_stage: str | Path | None = None,
     variant: str | None = None,
-) -> PublishedModel:
+) -> PublishedModel | PublishedTransformer:
     """Networks and facts of a published checkpoint.
 
     Args:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from retrodiff.diffusion.schedule import ScaledLinear
 from retrodiff.interfaces import Scale
 from retrodiff.networks.kl import KLAutoencoder
@@ -67,37 +69,11 @@ class Architecture:
         return kind(**self.autoencoder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedModel:
-    """A checkpoint of the published family: networks with weights, and the facts about them.
+class Scaled:
+    """What a checkpoint says about the scale of its embeddings, against what is asked for."""
 
-    Args:
-        unet: predicts the noise.
-        autoencoder: images <-> the UNet's latents.
-        schedule: of training.
-        scale: of the embeddings in the context; None: the checkpoint doesn't say.
-        name: which published model its architecture is; None: another one.
-        weights: ``ema`` (averaged) or ``raw``; ``unknown`` where the file holds one set unnamed.
-        source: the file or folder it was read from.
-    """
-
-    unet: UNet
-    autoencoder: VQAutoencoder | KLAutoencoder
-    schedule: ScaledLinear
     scale: Scale | None
-    name: str | None
-    weights: Literal["ema", "raw", "unknown"]
     source: str
-
-    @property
-    def context_width(self) -> int | None:
-        """Width of an embedding in the context."""
-        return self.unet.context_width
-
-    @property
-    def scale_factor(self) -> float:
-        """The UNet's latents are the first stage's times this."""
-        return self.autoencoder.scale_factor
 
     def agreed_scale(self, asked: Scale | None) -> Scale:
         """The scale of the embeddings, from the checkpoint or else as asked for.
@@ -117,6 +93,42 @@ class PublishedModel:
                 "asked for: leave scale out"
             )
         return asked or self.scale or "raw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel(Scaled):
+    """A checkpoint of the published family: networks with weights, and the facts about them.
+
+    Args:
+        unet: predicts the noise.
+        autoencoder: images <-> the UNet's latents.
+        schedule: of training.
+        scale: of the embeddings in the context; None: the checkpoint doesn't say.
+        name: which published model its architecture is; None: another one.
+        weights: ``ema`` (averaged) or ``raw``; ``unknown`` where the file holds one set unnamed.
+        source: the file or folder it was read from.
+        classes: (classes, d) the tokens of a class-conditional model; None: it has none, or a
+            conditioner that is not read.
+    """
+
+    unet: UNet
+    autoencoder: VQAutoencoder | KLAutoencoder
+    schedule: ScaledLinear
+    scale: Scale | None
+    name: str | None
+    weights: Literal["ema", "raw", "unknown"]
+    source: str
+    classes: Tensor | None = None
+
+    @property
+    def context_width(self) -> int | None:
+        """Width of an embedding in the context."""
+        return self.unet.context_width
+
+    @property
+    def scale_factor(self) -> float:
+        """The UNet's latents are the first stage's times this."""
+        return self.autoencoder.scale_factor
 
 
 _PAPER_UNET = {

@@ -166,6 +166,14 @@ def diffusers_autoencoder(config: Mapping[str, Any], *, old: bool = False) -> Na
     return names
 
 
+def published_transformer(config: Mapping[str, Any]) -> Names:
+    """Names in an autoregressive checkpoint for a CausalTransformer of this ``config()``."""
+    names = {"": "transformer", "embed": "transformer.proj_in", "out": "transformer.proj_out"}
+    for i in range(config["depth"]):
+        names |= _under(f"blocks.{i}", f"transformer.transformer_blocks.{i}", TRANSFORMER_BLOCK)
+    return names
+
+
 def _under(ours: str, theirs: str, table: Mapping[str, str]) -> Names:
     return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in table.items()}
 
