@@ -4,6 +4,8 @@ The path of this module is part of the interface: saved pipelines name it, and t
 components.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import shutil
@@ -93,7 +95,7 @@ class RetrieveReferences(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Chooses references for the prompt in the state."""
-        block = self.get_block_state(state)
+        block: Any = self.get_block_state(state)
         for name in ("database", "retriever"):
             if getattr(components, name, None) is None:
                 raise ValueError(

@@ -269,7 +269,8 @@ def measure(record: Record, root: str | Path | None) -> tuple[int, int]:
             return int(right - left), int(bottom - top)
         with Image.open(path) as opened:
             turned = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return opened.size[::-1] if turned else opened.size
+            width, height = opened.size
+            return (height, width) if turned else (width, height)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise ValueError(f"{printable(path)} says no size ({error!r:.200})") from None
 
