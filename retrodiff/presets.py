@@ -361,7 +361,7 @@ def rdm_pictograms(
         .denoiser(denoiser)
         .sampler(DPMpp2M())
         .guidance(ClassifierFree(2.0))
-        .defaults(k=k, steps=24, prompt_template="{}")
+        .defaults(k=k, steps=16, prompt_template="{}")
     )
     return recipe.set(**given)
 

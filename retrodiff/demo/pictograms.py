@@ -50,10 +50,10 @@ class Settings:
             of a style that the network was never trained on.
     """
 
-    prompts: Sequence[str] = ("robot", "red apple", "cat face", "guitar", "rocket")
-    modes: Sequence[str] = ("crown", "tropical fish")
+    prompts: Sequence[str] = ("red apple", "cat face", "robot", "guitar", "crown")
+    modes: Sequence[str] = ("red heart", "tropical fish")
     unseen: Sequence[str] = ()
-    filmed: Sequence[str] = ("robot", "tropical fish", "red apple", "rocket")
+    filmed: Sequence[str] = ("red apple", "cat face", "robot", "guitar")
     steps: int | None = None
     swapped_in: Mapping[str, Path] = field(default_factory=dict)
 
