@@ -36,9 +36,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/pictograms"))
     package = Path("packages/pictograms/retrodiff_pictograms")
     parser.add_argument("--out", type=Path, default=package)
+    parser.add_argument("--steps", type=int, default=16, help="of the sampler")
     options = parser.parse_args()
     model = Model.load(options.data / "network")
-    model = model.replace(database=small_pictures(options.data, model.encoder))
+    database = small_pictures(options.data, model.encoder)
+    model = model.replace(database=database, proposal=model.proposal, steps=options.steps)
     where = options.out / "model"
     model.save(where, overwrite=True, include_database=True, dtype=torch.float16)
     # The encoder's weights are numbers of float16 already, so nothing is rounded here.
