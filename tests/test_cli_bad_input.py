@@ -134,6 +134,7 @@ TABLE = [
     ("train-encoder library e --size 3", "--size: 3"),
     ("train-encoder library enc", "enc exists"),
     ("demo --seed -1 --out d", "--seed: -1"),
+    ("demo --out d --swap-in openmoji", "--swap-in openmoji: give a name and a database"),
 ]
 
 

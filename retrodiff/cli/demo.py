@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from retrodiff.cli import options as types
@@ -19,6 +20,13 @@ def add_parser(commands: Any) -> None:
         "--out", type=types.new_folder, default="runs/demo", help="folder to be written"
     )
     parser.add_argument("--seed", type=types.seed, default=0, help="of everything random")
+    parser.add_argument(
+        "--swap-in",
+        action="append",
+        default=[],
+        metavar="NAME=DATABASE",
+        help="one more database for the pictograms, built with --encoder pictograms",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo there")
     parser.set_defaults(run=run)
 
@@ -27,8 +35,17 @@ def run(options: argparse.Namespace) -> int:
     """Runs the demo and prints its table; 1 if the samples copy."""
     from retrodiff import demo
 
+    more: dict[str, Path] = {}
+    for given in options.swap_in:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--swap-in {given}: give a name and a database, with = between them")
+        more[name] = Path(folder)
+    settings = demo.Settings(pictograms=demo.pictograms.Settings(swapped_in=more))
     try:
-        report = demo.run(options.out, seed=options.seed, overwrite=options.overwrite)
+        report = demo.run(
+            options.out, seed=options.seed, settings=settings, overwrite=options.overwrite
+        )
     except demo.CopyingError as error:
         print(f"retrodiff: {error}", file=sys.stderr)
         return 1
