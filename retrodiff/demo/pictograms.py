@@ -52,7 +52,7 @@ class Settings:
 
     prompts: Sequence[str] = ("red apple", "cat face", "robot", "guitar", "crown")
     modes: Sequence[str] = ("red heart", "tropical fish")
-    unseen: Sequence[str] = ()
+    unseen: Sequence[str] = ("rocket", "peacock", "thumbs down")
     filmed: Sequence[str] = ("red apple", "cat face", "robot", "guitar")
     steps: int | None = None
     swapped_in: Mapping[str, Path] = field(default_factory=dict)
