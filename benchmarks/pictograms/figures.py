@@ -126,10 +126,19 @@ class Asked:
         self.titles = [title[c] for c in drawn]
         self.concepts = torch.tensor([judges.names.index(c) for c in drawn])
 
-    def sample(self, model: Model, mode: Any, seed: int, steps: int | None) -> Tensor:
-        """One picture of each concept in bytes (n, 3, 64, 64)."""
-        out = model.sample(prompts=self.titles, mode=mode, seed=seed, steps=steps)
-        return to_bytes(out.images)
+    def sample(
+        self,
+        model: Model,
+        mode: Any,
+        seed: int,
+        steps: int | None,
+        pictures: Tensor | None = None,
+    ) -> Tensor:
+        """One picture of each concept in bytes (n, 3, 64, 64), asked by title or by a picture."""
+        given: dict[str, Any] = {"prompts": self.titles}
+        if pictures is not None:
+            given = {"images": pictures / 127.5 - 1}
+        return to_bytes(model.sample(**given, mode=mode, seed=seed, steps=steps).images)
 
 
 def main() -> None:
@@ -264,20 +273,22 @@ class Measured:
         return found
 
     def before_and_after(self) -> dict[str, Any]:
-        """Unseen concepts by their neighbors, before and after their pictures are in D."""
+        """Unseen concepts by their neighbors, before and after their pictures are in D.
+
+        D has one style. Asked for by title, or by the concept's picture in another style.
+        """
         rows = self.sets.where(lambda row: row["split"] == "held-out" and row["style"] in OWN)
         new, found = self.rows_of(rows), {}
         for name, whole in (("before", self.database), ("after", Union(self.database, new))):
-            for mode in ("neighbors", "text+neighbors"):
+            for mode in ("neighbors", "image"):
                 hits: list[Tensor] = []
-                for style in OWN:
+                for i, style in enumerate(OWN):
                     those = whole.where(f"style == '{style}'")
                     asked = self.model.replace(database=those, proposal=None)
+                    query = self.real(self.unseen, OWN[i - 1]) if mode == "image" else None
                     for seed in self.options.seeds:
-                        images = self.unseen.sample(asked, mode, seed, self.options.steps)
+                        images = self.unseen.sample(asked, mode, seed, self.options.steps, query)
                         hits.append(self.hit(images, self.unseen, STYLES.index(style)))
-                        if name == "after" and mode == "neighbors":
-                            self.made.setdefault((style, "unseen"), []).append(images)
                 found[f"{name}, {mode}"] = summary(
                     torch.stack([h.float().mean() for h in hits]), hits
                 )

@@ -75,16 +75,19 @@ def rows(
         what = f"looks like {name}, the database's style (n = {n}; real pictures {real:.2f})"
         found.append((what, both, bound))
     unseen = whole["unseen concepts, top 5"]
-    for mode in ("neighbors", "text+neighbors"):
+    for mode, name in (
+        ("neighbors", "neighbors of the title"),
+        ("image", "neighbors of its picture in another style"),
+    ):
         before, after = unseen[f"before, {mode}"], unseen[f"after, {mode}"]
         times = after["share"] / before["share"] if before["share"] else float("inf")
         found.append(
             (
-                f"unseen concepts, top 5: {MODES[mode]} (n = {before['n']}; real pictures "
+                f"unseen concepts, top 5: {name} (n = {before['n']}; real pictures "
                 f"{unseen['real pictures']['share']:.2f})",
                 f"before they are in D {before['share']:.3f}, after {after['share']:.3f}: "
                 f"{times:.1f} times",
-                "≥ 3 times" if mode == "neighbors" else "",
+                "≥ 3 times",
             )
         )
     for mode, name in MODES.items():

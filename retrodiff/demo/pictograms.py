@@ -31,6 +31,8 @@ MODES: dict[Mode, str] = {
     "text+neighbors": "the prompt and 3 neighbors",
     "neighbors": "4 neighbors of the prompt",
 }
+ASKED = "noto"
+"""Style of the pictures that unseen concepts are asked for with."""
 SCALES = (1.0, 2.0, 4.0)
 NEIGHBORS = (1, 2, 8)
 
@@ -50,7 +52,7 @@ class Settings:
             of a style that the network was never trained on.
     """
 
-    prompts: Sequence[str] = ("red apple", "cat face", "robot", "guitar", "crown")
+    prompts: Sequence[str] = ("red apple", "cat face", "robot", "guitar")
     modes: Sequence[str] = ("red heart", "tropical fish")
     unseen: Sequence[str] = ("rocket", "peacock", "thumbs down")
     filmed: Sequence[str] = ("red apple", "cat face", "robot", "guitar")
@@ -147,26 +149,31 @@ class Story:
         return Grid("Three ways to ask, one network", list(MODES.values()), rows)
 
     def before_and_after(self, unseen: Searchable) -> Grid:
-        """Concepts that were never trained on, without and with their pictures in D."""
-        titles = [str(record["title"]) for record in unseen.records(torch.arange(len(unseen)))]
+        """Concepts that were never trained on, asked for with a picture of one style.
+
+        Their pictures in the other styles are in D afterwards, and are not before.
+        """
+        records = unseen.records(torch.arange(len(unseen)))
+        titles = [str(record["title"]) for record in records]
         shown = list(self.settings.unseen) or sorted(set(titles))[:3]
-        before = self.cells(self.model, shown, "neighbors")
-        both = self.model.replace(database=Union(self.database, unseen), proposal=None)
-        after = self.cells(both, shown, "neighbors")
-        rows = [
-            (
-                title,
-                [
-                    Cell([unseen.image(i) for i, t in enumerate(titles) if t == title]),
-                    before[n],
-                    after[n],
-                ],
+        asked = [
+            unseen.image(
+                next(i for i, r in enumerate(records) if (r["title"], r["style"]) == (title, ASKED))
             )
-            for n, title in enumerate(shown)
+            for title in shown
+        ]
+        both = Union(self.database, unseen.where(f"style != '{ASKED}'"))
+        columns = [
+            self.cells(self.model.replace(database=rows, proposal=None), asked, "image")
+            for rows in (self.database, both)
+        ]
+        rows = [
+            (title, [Cell([picture]), *(cells[n] for cells in columns)])
+            for n, (title, picture) in enumerate(zip(shown, asked, strict=True))
         ]
         return Grid(
-            "Concepts that neither network nor encoder was trained on",
-            ["what it looks like", "before it is in the database", "after"],
+            "Concepts that neither network nor encoder was trained on, asked for with a picture",
+            ["the query", "before its like are in the database", "after"],
             rows,
         )
 
@@ -199,11 +206,18 @@ class Story:
         )
 
     def cells(
-        self, model: Model, prompts: Sequence[str], mode: Mode, samples: int = 4, **options: Any
+        self,
+        model: Model,
+        queries: Sequence[str] | Sequence[torch.Tensor],
+        mode: Mode,
+        samples: int = 4,
+        **options: Any,
     ) -> list[Cell]:
-        """Samples of each prompt with the neighbors that they were made from."""
+        """Samples of each prompt or picture with the neighbors that they were made from."""
+        repeated: Any = [query for query in queries for _ in range(samples)]
+        given = {"images": torch.stack(repeated)} if mode == "image" else {"prompts": repeated}
         out = model.sample(
-            prompts=[prompt for prompt in prompts for _ in range(samples)],
+            **given,
             mode=mode,
             steps=self.settings.steps,
             seed=self.seed,
@@ -215,7 +229,7 @@ class Story:
                 list(out.images[i * samples : (i + 1) * samples]),
                 [] if mode == "text" else _neighbors(model, out, i * samples),
             )
-            for i in range(len(prompts))
+            for i in range(len(queries))
         ]
 
     def styled(self, style: str) -> Model:
