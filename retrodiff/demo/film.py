@@ -73,7 +73,9 @@ class Scene:
     shares: Tensor = field(repr=False)
 
 
-def filmed(model: Model, database: str, prompts: Sequence[str], seed: int) -> list[Scene]:
+def filmed(
+    model: Model, database: str, prompts: Sequence[str], seed: int, steps: int | None = None
+) -> list[Scene]:
     """Samples every prompt once, with what is needed to show how.
 
     Args:
@@ -81,10 +83,13 @@ def filmed(model: Model, database: str, prompts: Sequence[str], seed: int) -> li
         database: the name of its database.
         prompts: one scene each.
         seed: of everything random.
+        steps: of the sampler; None: the model's.
     """
     diffusion = model.diffusion()
     watched = Watched(diffusion.sampler)
-    out = model.sample(prompts=list(prompts), sampler=watched, seed=seed, attribution=True)
+    out = model.sample(
+        prompts=list(prompts), sampler=watched, steps=steps, seed=seed, attribution=True
+    )
     attribution = out.attribution
     assert isinstance(attribution, Attribution)
     with torch.no_grad():

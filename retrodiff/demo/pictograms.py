@@ -86,7 +86,7 @@ def run(out: Path, settings: Settings | None = None, *, seed: int = 0) -> dict[s
     sampled = time.perf_counter() - start
 
     acts = [
-        filmed(story.styled(style), STYLES[style], settings.filmed, seed)
+        filmed(story.styled(style), STYLES[style], settings.filmed, seed, settings.steps)
         for style in ("fluent", "noto")
     ]
     write_film(out / "demo.gif", acts)

@@ -12,7 +12,7 @@ from typing import Any
 
 from retrodiff.interfaces import Neighbors
 
-TEXTS = ("title", "caption", "keywords", "label")
+TEXTS = ("title", "caption", "keywords")
 """Columns whose words are known."""
 
 ROWS = 200_000
