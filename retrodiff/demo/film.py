@@ -93,14 +93,14 @@ def filmed(
     attribution = out.attribution
     assert isinstance(attribution, Attribution)
     with torch.no_grad():
-        steps = [diffusion.autoencoder.decode(latents) for latents in watched.seen]
+        estimates = [diffusion.autoencoder.decode(latents) for latents in watched.seen]
     shared: Any = model.database
     return [
         Scene(
             prompt,
             database,
             [shared.image(row) for row in out.neighbors.indices[i].tolist() if row >= 0],
-            [*(images[i] for images in steps), out.images[i]],
+            [*(images[i] for images in estimates), out.images[i]],
             attribution.weights[i],
         )
         for i, prompt in enumerate(prompts)
