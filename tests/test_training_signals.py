@@ -103,8 +103,8 @@ def test_other_threads_can_train(recipe, data):
 def test_killed_at_random_moments_resumes_to_the_same_bits(path):
     """A short version of benchmarks/training_kill.py: SIGKILL, in a process of its own.
 
-    Processes are forked from one that has trained nothing: a backward pass may start threads, after
-    which a fork cannot go on.
+    Processes are forked from one that has trained nothing: torch refuses a backward pass after a
+    fork where the parent's has started threads.
     """
     torch.set_num_threads(1)
     options = {"steps": 60, "checkpoint": path, "checkpoint_every": 5, "resume": True}
