@@ -63,7 +63,7 @@ class World:
     """
 
     out: Path
-    n: int = 500
+    n: int = 490
 
     @cached_property
     def parts(self) -> Split:
@@ -278,7 +278,7 @@ def ask_unclip(model: Model, world: World) -> tuple[dict[str, Any], list[Line]]:
     found["variations"], more = pictures(model, world, "variations")
     images, digits = world.held_out()
     embeddings = model.encoder.encode_image(images).detach()  # type: ignore[union-attr]
-    ends = [(i, i + 1) for i in range(0, world.n - 1, 2) if digits[i] != digits[i + 1]]
+    ends = [(i, i + 1) for i in range(0, len(digits) - 1, 2) if digits[i] != digits[i + 1]]
     arcs = [interpolated(embeddings[a], embeddings[b], SHOWN) for a, b in ends]
     out = model.sample(query=Query.cat([arc.rows([0, SHOWN - 1]) for arc in arcs]), **QUIET)
     right = [digits[at] for pair in ends for at in pair]
@@ -428,7 +428,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("relative", choices=[*RELATIVES, "all", "none"])
     parser.add_argument("--out", type=Path, default=Path("runs/relatives"))
-    parser.add_argument("--n", type=int, default=500, help="images asked for each figure")
+    parser.add_argument("--n", type=int, default=490, help="images asked for each figure")
     parser.add_argument("--record", action="store_true", help="write the committed figures")
     options = parser.parse_args()
     world = World(options.out, options.n)
