@@ -30,6 +30,7 @@ from retrodiff.diffusion import (
     Heun,
     Identity,
     NeighborEmbeddings,
+    NeighborPatches,
     PixelUnshuffle,
     Pooled,
     PromptAndNeighbors,
@@ -301,9 +302,10 @@ def rdm_pictograms(
 ) -> Builder:
     """Pictograms of 64x64 pixels: what to draw and in which style is what the database says.
 
-    A UNet of 3.5 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
-    preconditioning; prompt and neighbors as two streams of tokens, and their means beside the
-    timestep.
+    A UNet of 3.6 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
+    preconditioning; prompt and neighbors as two streams of tokens, their means beside the timestep,
+    and a third stream of the cells of the neighbors' pictures (`NeighborPatches`), so that D must
+    have pictures.
 
     Example:
         >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
@@ -335,6 +337,8 @@ def rdm_pictograms(
         model = Model.load("pictograms").replace(**given, **first, k=k)
         return Builder().set(**{s: part for s, part in model.parts().items() if part is not None})
     width = 256 if encoder is None else encoder.dim
+    tokens = Rescaled(Pooled(PromptAndNeighbors("unit")), width**0.5)
+    patches = NeighborPatches(tokens, channels=16, size=8, grid=4)
 
     def denoiser() -> EDMDenoiser:
         network = UNet(
@@ -345,8 +349,8 @@ def rdm_pictograms(
             multipliers=(3, 3),
             blocks_per_level=1,
             attention_factors=(1, 2),
-            context_width=width,
-            streams=("query", "neighbors"),
+            context_width=width + patches.extra,
+            streams=("query", "neighbors", "patches"),
             vector_width=2 * width,
         )
         return EDMDenoiser(
@@ -356,7 +360,7 @@ def rdm_pictograms(
     recipe = (
         Builder()
         .retriever(NearestNeighbors())
-        .conditioner(Dropped(Rescaled(Pooled(PromptAndNeighbors("unit")), width**0.5), 0.1))
+        .conditioner(Dropped(patches, 0.1))
         .autoencoder(Folded(first_stage or Identity(), 2))
         .denoiser(denoiser)
         .sampler(DPMpp2M())

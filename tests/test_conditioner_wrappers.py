@@ -10,6 +10,7 @@ from retrodiff.diffusion import (
     Folded,
     Identity,
     NeighborEmbeddings,
+    NeighborPatches,
     PixelUnshuffle,
     Pooled,
     PromptAndNeighbors,
@@ -34,6 +35,8 @@ def found(rows):
         Pooled(PromptAndNeighbors("unit")),
         Rescaled(Pooled(PromptAndNeighbors("unit")), 3.0),
         Dropped(Rescaled(NeighborEmbeddings("unit"), 0.5), 0.1),
+        NeighborPatches(NeighborEmbeddings("unit"), channels=3, size=4, grid=2),
+        Dropped(NeighborPatches(Pooled(PromptAndNeighbors("unit")), 3, 4, 2), 0.1),
     ],
     ids=lambda c: type(c).__name__,
 )

@@ -11,6 +11,8 @@ are faster than one process of two threads. D holds the concepts of the splits `
 neighbors. Half of the time neighbors come from the picture's own style only, so that style follows
 the database. Each picture is trained with neighbors, with one of its captions and neighbors, or
 with a caption alone, so that every mode of sampling is trained; some captions name the style.
+``--start FOLDER`` begins with the weights of an earlier network, also of one that saw less of its
+neighbors: what it has no weights for is fresh.
 
 It writes runs/pictograms/network (the model with the averaged weights), network.log.jsonl (loss of
 training and of held-out concepts), and network.samples.png: prompts down, databases across.
@@ -35,6 +37,7 @@ from retrodiff.diffusion import Folded
 from retrodiff.disk.files import atomic_write
 from retrodiff.encoders import load_encoder
 from retrodiff.model import Model
+from retrodiff.model.neighbor_latents import encoded_pictures
 from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
 from retrodiff.training import TrainingSet, cosine, fit
 from retrodiff.training.processes import Processes
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--start", type=Path, help="a saved model of the same size")
     parser.add_argument("--report", action="store_true", help="of the state so far; no training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -155,8 +159,13 @@ def main() -> None:
     processes.wait()  # for the one that builds it
     database = build(options.data, encoder)
     data, held_out = training_data(options, encoder, first_stage, database)
+    rows = torch.arange(len(database))
+    pictures = encoded_pictures(rows, database, Folded(first_stage, 2), (16, 8, 8)).half()
+    data, held_out = data.seeing(pictures), held_out.seeing(pictures)
     torch.manual_seed(options.seed)
     model = presets.rdm_pictograms(encoder=encoder, database=database, channels=options.channels)
+    if options.start is not None:
+        continue_from(model, Model.load(options.start))
     steps = options.pictures // options.batch_size
     checkpoint = options.out.with_name(options.out.name + ".training.safetensors")
     if options.report:
@@ -186,6 +195,20 @@ def main() -> None:
         return
     print(f"{time.perf_counter() - started:.0f} s", flush=True)
     finish(fitted.model, first_stage, data, options)
+
+
+@torch.no_grad()
+def continue_from(model: Model, earlier: Model) -> None:
+    """Copies the weights of an earlier network; columns that it has not got stay small noise."""
+    there: Any = model.denoiser
+    before: Any = earlier.denoiser
+    old = before.network.state_dict()
+    for name, weight in there.network.state_dict().items():
+        if old[name].shape == weight.shape:
+            weight.copy_(old[name])
+        else:
+            torch.nn.init.normal_(weight, std=0.02)
+            weight[:, : old[name].shape[1]].copy_(old[name])
 
 
 def build(folder: Path, encoder: Any) -> EmbeddingDatabase:

@@ -24,6 +24,7 @@ from retrodiff.diffusion.denoiser import (
 from retrodiff.diffusion.generator import DiffusionGenerator, Start
 from retrodiff.diffusion.guidance import ByLevel, ClassifierFree, Interval, Mixture, Unguided
 from retrodiff.diffusion.learned import LearnedNull, Projected, VectorTokens
+from retrodiff.diffusion.patches import NeighborPatches
 from retrodiff.diffusion.pooled import Pooled, Rescaled
 from retrodiff.diffusion.prior import DiffusionPrior
 from retrodiff.diffusion.sampler import (
@@ -66,6 +67,7 @@ __all__ = [
     "LogSpaced",
     "Mixture",
     "NeighborEmbeddings",
+    "NeighborPatches",
     "Noised",
     "PixelUnshuffle",
     "Pooled",

@@ -205,6 +205,11 @@ class Wrapper(Conditioner):
         """As the inner conditioner."""
         return member(self.conditioner, Conditioner, "uses_neighbors")
 
+    @property
+    def latents_shape(self) -> tuple[int, int, int] | None:
+        """As the inner conditioner."""
+        return member(self.conditioner, Conditioner, "latents_shape")
+
     def refuses(self, stored: Scale) -> str | None:
         """As the inner conditioner."""
         return refusal(self.conditioner, stored)

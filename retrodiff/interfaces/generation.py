@@ -33,6 +33,11 @@ class Conditioner(Protocol):
         """Whether a database is needed at all."""
         return True
 
+    @property
+    def latents_shape(self) -> tuple[int, int, int] | None:
+        """(c, h, w) of the ``Neighbors.latents`` that it sees; None: it sees embeddings alone."""
+        return None
+
     def refuses(self, stored: Scale) -> str | None:
         """Why embeddings stored at this scale do not fit, in a line; None: they do.
 

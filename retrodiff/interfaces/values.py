@@ -170,6 +170,8 @@ class Neighbors(Value):
         records: for each of the b queries, one record per neighbor; empty until described.
         mask: (b, k) or (b, r, k), True where a neighbor takes part; None: all do. Training on a
             varying number of neighbors fills shorter lists up to k with what does not take part.
+        latents: (b, k, c, h, w), the neighbors' pictures in the model's first stage, zero where an
+            index is -1; None unless the conditioner sees them (``latents_shape``).
     """
 
     indices: Tensor
@@ -177,6 +179,7 @@ class Neighbors(Value):
     embeddings: Tensor
     records: tuple[tuple[Record, ...], ...] = ()
     mask: Tensor | None = None
+    latents: Tensor | None = None
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -202,6 +205,7 @@ class Neighbors(Value):
             self.embeddings.gather(-2, wide),
             records,
             None if self.mask is None else self.mask.gather(-1, columns),
+            None if self.latents is None else _taken(self.latents, columns),
         )
 
     def rows(self, rows: Tensor | slice | list[int]) -> Neighbors:
@@ -210,9 +214,13 @@ class Neighbors(Value):
         if records:
             kept = torch.arange(len(records))[rows].tolist()
             records = tuple(records[i] for i in kept)
-        mask = None if self.mask is None else self.mask[rows]
         return Neighbors(
-            self.indices[rows], self.similarity[rows], self.embeddings[rows], records, mask
+            self.indices[rows],
+            self.similarity[rows],
+            self.embeddings[rows],
+            records,
+            None if self.mask is None else self.mask[rows],
+            None if self.latents is None else self.latents[rows],
         )
 
     def to(self, device: torch.device | str) -> Neighbors:
@@ -223,6 +231,7 @@ class Neighbors(Value):
             similarity=self.similarity.to(device),
             embeddings=self.embeddings.to(device),
             mask=None if self.mask is None else self.mask.to(device),
+            latents=None if self.latents is None else self.latents.to(device),
         )
 
     @classmethod
@@ -242,7 +251,7 @@ class Neighbors(Value):
 
     @classmethod
     def cat(cls, parts: Sequence[Neighbors]) -> Neighbors:
-        """Several sets of the same queries, joined along k."""
+        """Several sets of the same queries, joined along k; without latents."""
         mask = None
         if any(p.mask is not None for p in parts):
             mask = torch.cat([_mask_of(part) for part in parts], -1)
@@ -376,6 +385,11 @@ class Context(Value):
 def unit(embedding: Tensor) -> Tensor:
     """The embedding(s) divided by their norm along the last axis; zero stays zero."""
     return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _taken(latents: Tensor, columns: Tensor) -> Tensor:
+    """Latents (b, k, c, h, w) at columns (b, j)."""
+    return latents.gather(1, columns[..., None, None, None].expand(-1, -1, *latents.shape[2:]))
 
 
 def _mask_of(neighbors: Neighbors) -> Tensor:

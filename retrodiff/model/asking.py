@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retrodiff.components import where
 from retrodiff.interfaces import (
+    Autoencoder,
     Conditioner,
     Context,
     Database,
@@ -36,6 +37,7 @@ from retrodiff.interfaces import (
     TextEncoder,
 )
 from retrodiff.model.checks import check_context, encoder_disagreement
+from retrodiff.model.neighbor_latents import seen
 from retrodiff.model.request import Request
 from retrodiff.pictures.converting import PixelRange
 from retrodiff.retrieval.known_words import warning_of_strange
@@ -106,6 +108,7 @@ class Asker:
     proposal: ProposalDistribution | None
     prior: Prior | None
     conditioner: Conditioner
+    autoencoder: Autoencoder | None
     prompt_template: str
     class_top: int
 
@@ -199,7 +202,7 @@ class Asker:
             found = itself.take(torch.zeros(0, dtype=torch.int64))
         else:
             found = self._retrieve(query, mode, k)
-        return dataclasses.replace(found, records=_origins(query, found, self.database))
+        return self._complete(query, found)
 
     @torch.no_grad()
     def context(self, query: Query, neighbors: Neighbors) -> Context:
@@ -223,7 +226,12 @@ class Asker:
             if near.indices.ndim == 3 and token.ndim == 2:
                 token = token.unsqueeze(1).expand(-1, near.indices.shape[1], -1)
             near = Neighbors.cat([Neighbors.of_query(Query(token)), near])
-        return dataclasses.replace(near, records=_origins(query, near, self.database))
+        return self._complete(query, near)
+
+    def _complete(self, query: Query, found: Neighbors) -> Neighbors:
+        """With their records, and what the conditioner sees of their pictures."""
+        found = dataclasses.replace(found, records=_origins(query, found, self.database))
+        return seen(found, self.conditioner, self.database, self.autoencoder)
 
     def _check(self, mode: Mode, k: int) -> None:
         """Whether the database has enough rows for a mode, before anything is encoded."""

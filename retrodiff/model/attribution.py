@@ -20,8 +20,8 @@ from retrodiff.components import modules
 from retrodiff.diffusion.generator import DiffusionGenerator
 from retrodiff.interfaces import Context, Generator, Neighbors, Value
 
-NEIGHBORS, QUERY = "neighbors", "query"
-"""Streams that conditioners make of neighbors, and of the query."""
+NEIGHBORS, QUERY, PATCHES = "neighbors", "query", "patches"
+"""Streams that conditioners make of neighbors, of the query, and of the neighbors' pictures."""
 
 MEASURE: Measure = "removal"
 """What is recorded unless another measure is asked for; see benchmarks/attribution.py."""
@@ -160,6 +160,8 @@ class Attributing:
         """Shares of the neighbors among themselves, and of each kind of token among all."""
         parts = dict(zip(tokens, recorder.shares.split(list(tokens.values()), 1), strict=True))
         near = parts.pop(NEIGHBORS)
+        if PATCHES in parts:  # those of one neighbor after those of the other
+            near = near + parts.pop(PATCHES).unflatten(1, (near.shape[1], -1)).sum(2)
         streams = {name: share.sum(1) for name, share in parts.items()}
         # With regions a column is the query's if it is in all of them.
         own = indices < 0 if indices.ndim == 2 else (indices < 0).all(1)

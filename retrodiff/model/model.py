@@ -43,6 +43,7 @@ from retrodiff.interfaces import (
 from retrodiff.model.asking import Asker, conditioned
 from retrodiff.model.checks import check_components, check_context, check_role, missing_members
 from retrodiff.model.generated import Generation
+from retrodiff.model.neighbor_latents import seen
 from retrodiff.model.placing import Placed
 from retrodiff.model.request import read_request, refuse_unknown
 from retrodiff.model.reretrieving import ReRetrieving, read_reretrieving
@@ -322,6 +323,7 @@ class Model(Saved, Placed):
                 f"{type(trained).__name__} has no loss, so it cannot be trained: add loss(images, "
                 "context, generator), as retrodiff.interfaces.TrainableGenerator says"
             )
+        neighbors = seen(neighbors, self.conditioner, self.database, self.autoencoder)
         context = conditioned(self.conditioner, query, neighbors)
         if drop:
             context = self.conditioner.drop(context, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,9 @@ def check_conditioner(conditioner: Conditioner, dim: int = 8, k: int = 3) -> Non
     query = Query(torch.randn(5, dim, generator=generator))
     embeddings = torch.randn(5, k, dim, generator=generator)
     neighbors = Neighbors(torch.arange(5 * k).view(5, k), torch.ones(5, k), embeddings)
+    shape = member(conditioner, Conditioner, "latents_shape")
+    if shape is not None:
+        neighbors = replace(neighbors, latents=torch.randn(5, k, *shape, generator=generator))
     with torch.no_grad():
         context = conditioner.condition(query, neighbors)
         again = conditioner.condition(query, neighbors)

@@ -143,6 +143,7 @@ class Conditions:
         captions: text in place of an image's own embedding.
         groups: neighbors from one group only.
         jitter: whether each image sees a number of its neighbors that is drawn from 1 to k.
+        latents: (rows of D, c, h, w), for conditioners that see the neighbors' pictures.
     """
 
     embeddings: Tensor
@@ -153,6 +154,7 @@ class Conditions:
     captions: Captions | None = None
     groups: Groups | None = None
     jitter: bool = False
+    latents: Tensor | None = None
 
     def of(self, rows: Tensor, k: int | None, occasion: Occasion | None) -> tuple[Query, Neighbors]:
         """Queries and neighbors of some images.
@@ -192,7 +194,13 @@ class Conditions:
             most = 1 + (drawn[:, 3] * neighbors.k).long()
             seen = torch.arange(neighbors.k) < most.unsqueeze(-1)
             mask = seen if mask is None else mask & seen
-        return query, neighbors if mask is None else _masked(neighbors, mask)
+        if mask is not None:
+            neighbors = _masked(neighbors, mask)
+        if self.latents is not None:
+            there = (neighbors.indices >= 0)[..., None, None, None]
+            latents = self.latents[neighbors.indices.clamp(min=0)].float() * there
+            neighbors = replace(neighbors, latents=latents)
+        return query, neighbors
 
     def _indices(
         self, rows: Tensor, caption: Tensor, own: Tensor, occasion: Occasion | None

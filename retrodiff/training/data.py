@@ -52,6 +52,7 @@ class TrainingSet:
         tables: the neighbors of captions and groups.
         jitter: whether the number of neighbors varies; see `jittered`.
         augment: changes images; see `augmented`.
+        latents: of D's pictures; see `seeing`.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -69,6 +70,7 @@ class TrainingSet:
     tables: Tables = field(default=Tables(), kw_only=True, repr=False)
     jitter: bool = field(default=False, kw_only=True)
     augment: tuple[Augmentation, ...] = field(default=(), kw_only=True)
+    latents: Tensor | None = field(default=None, kw_only=True, repr=False)
     made_from: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     """What `of` computed embeddings and table from; None where they were given."""
 
@@ -347,6 +349,25 @@ class TrainingSet:
         """
         return self._with(jitter=True)
 
+    def seeing(self, latents: Tensor) -> TrainingSet:
+        """The same images; a conditioner that sees the neighbors' pictures finds them in a table.
+
+        Without it the pictures of a step's neighbors are read and encoded at every step.
+
+        Args:
+            latents: (rows of D, c, h, w), of any floating type, such as
+                ``encoded_pictures(torch.arange(len(D)), D, autoencoder, shape)``.
+
+        Raises:
+            ValueError: D has another number of rows.
+        """
+        if latents.ndim != 4 or len(latents) != len(self.database):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, but the database has "
+                f"{len(self.database)} rows: give (rows, c, h, w)"
+            )
+        return self._with(latents=latents)
+
     def augmented(self, *augment: Augmentation) -> TrainingSet:
         """The same images, changed each time by what does not leak into samples.
 
@@ -439,6 +460,7 @@ class TrainingSet:
             self.captions,
             self.groups,
             self.jitter,
+            self.latents,
         )
         return conditions.of(asking, k, occasion)
 
@@ -488,6 +510,7 @@ class TrainingSet:
             "captions": None if self.captions is None else self.captions.describe(),
             "groups": None if self.groups is None else self.groups.describe(),
             "jitter": self.jitter or None,
+            "latents": None if self.latents is None else list(self.latents.shape),
             "augment": [re.sub(r" at 0x[0-9a-f]+", "", repr(one)) for one in self.augment] or None,
             **made,
         }
