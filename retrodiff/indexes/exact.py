@@ -1,10 +1,11 @@
 """Finds the true nearest neighbors: the default, and the oracle that other indexes answer to.
 
-Rows stream through in blocks. A first pass in float32 looks only at the maximum of each tile of
-scores; what may still be among the k best is scored again in float64. So the result is exact,
-independent of block size and batch, and no matrix of queries x rows is ever in memory. For many
-queries at once the first pass looks at upper bounds from a few principal axes instead, where they
-rule out enough (see `projection.py`).
+Rows stream through in blocks. A first pass scores them in the way that was measured to be fastest
+here (`products.py`): by products of halves, whose rounding is bounded, or of float32. It looks only
+at the maximum of each tile of scores. What a bound cannot rule out is scored in float32, and what
+may then still be among the k best once more in float64. So the result is exact, independent of block
+size and batch, and no matrix of queries x rows is ever in memory. Where float32 is the fastest, many
+queries look at upper bounds from a few principal axes first (see `projection.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from retrodiff.indexes.axes import leading_axes
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import STORAGE, Narrow
+from retrodiff.indexes.products import WAYS, FloatProducts, HalfProducts, keeps_its_bound, measured
 from retrodiff.indexes.projection import PAIR, Projection
 from retrodiff.indexes.vectors import (
     Vectors,
@@ -32,16 +34,20 @@ from retrodiff.indexes.vectors import (
     unit_rows,
 )
 from retrodiff.interfaces import Index
+from retrodiff.precision import full_precision
 
 if TYPE_CHECKING:
     from retrodiff.indexes.resident import ResidentIndex
 
 _TILE = 64
 _QUERIES = 1024  # searched at a time
-_ROWS = 1024  # multiplied at a time, so that they stay in the cache
-_SCORES = 2**22  # held at a time, likewise
+_SCORES = 2**22  # held at a time, so that they stay in the cache
 _SAMPLE = 4096  # rows that show where the axes lie
 _PROJECTED = (256, 65_536)  # from so many queries and rows on, bounds are worth a try
+_MEASURED = 32_768  # rows from which on the ways are measured; fewer are multiplied in float32
+_FEW = 1024  # pairs, or rows of a block, that are not worth more than the plain way
+_TIMES: dict[tuple[torch.dtype, int, int, int], dict[str, float]] = {}
+"""What was measured in this process, by type and width of the rows, queries, and threads."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +60,41 @@ class Exact:
             this form, held in memory or on the device; the result is exact all the same. None: no
             copy on a CPU, float16 on a GPU.
         device: where the first pass runs, such as ``cuda``; None: on the CPU.
+        products: how a first pass on the CPU multiplies: ``float32``, ``bfloat16``, or ``stored``
+            (half-precision rows as they are). None: in the way that is fastest here, measured once
+            per process; `ExactIndex.explain` says which that is.
     """
 
     block: int = 32_768
     storage: str | None = None
     device: str | None = None
+    products: str | None = None
     name = "exact"
 
     def build(self, vectors: Vectors, progress: bool = False) -> ExactIndex | ResidentIndex:
         """The index over these vectors; nothing is copied unless storage or device is given."""
-        if self.storage is not None and self.storage not in STORAGE:
-            raise ValueError(f"unknown storage {self.storage!r}; known: {', '.join(STORAGE)}")
+        for what, given, known in (
+            ("storage", self.storage, (*STORAGE,)),
+            ("products", self.products, WAYS),
+        ):
+            if given is not None and given not in known:
+                raise ValueError(f"unknown {what} {given!r}; known: {', '.join(known)}")
         device = torch.device(self.device or "cpu")
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"exact search runs on cpu or cuda, not on {self.device!r}")
         if device.type != "cpu":
             from retrodiff.indexes.resident import ResidentIndex
 
+            if self.products is not None:
+                raise ValueError(
+                    f"products={self.products!r} is for a first pass on the CPU, and "
+                    f"device={self.device!r}: leave one of them out"
+                )
             return ResidentIndex.on(vectors, self.storage or "float16", device, progress)
         copy = None
         if self.storage is not None:
             copy = Narrow.copy_of(vectors, self.storage, device, progress)
-        return ExactIndex(vectors, self.block, copy)
+        return ExactIndex(vectors, self.block, copy, self.products)
 
     def load(self, folder: Path, vectors: Vectors) -> ExactIndex | ResidentIndex:
         """The same as `build`: there is nothing to load."""
@@ -83,11 +102,29 @@ class Exact:
         return self.build(vectors)
 
 
+class _Part(NamedTuple):
+    """Rows that are scored at a time; ``scale`` (n,) makes unit rows of them.
+
+    ``numbers`` (n,) has -1 for rows that are not to be found; None: they follow ``start``.
+    """
+
+    start: int
+    rows: Tensor
+    scale: Tensor
+    numbers: Tensor | None = None
+
+
 class ExactIndex(Index):
     """Cosine against every stored row; ties go to the lowest row number."""
 
-    def __init__(self, vectors: Vectors, block: int, copy: Narrow | None = None):
-        self.vectors, self.block, self.copy = vectors, block, copy
+    def __init__(
+        self,
+        vectors: Vectors,
+        block: int,
+        copy: Narrow | None = None,
+        products: str | None = None,
+    ):
+        self.vectors, self.block, self.copy, self.products = vectors, block, copy, products
         self._sampled: tuple[Tensor, Tensor] | None = None
 
     def save(self, folder: Path) -> None:
@@ -108,33 +145,74 @@ class ExactIndex(Index):
         """
         return in_parts(self._search, self.vectors, queries, k, hidden, _QUERIES)
 
+    @full_precision()
+    def explain(self, queries: int = 1) -> str:
+        """Says in which way the first pass multiplies for so many queries, and why."""
+        m, d = len(self.vectors), self.vectors.dim
+        b = min(queries, _QUERIES)
+        asked = self.vectors.rows(torch.arange(b, device="cpu") % m) if m else torch.zeros(b, d)
+        way, seconds = self._way(unit64(asked))
+        if self.products is not None:
+            reason = "as asked for"
+        elif not seconds:
+            reason = f"{m:,} rows are too few to measure others"
+        else:
+            figures = ", ".join(f"{name} {1e9 * s:.0f}" for name, s in seconds.items())
+            reason = f"nanoseconds a row on {torch.get_num_threads()} threads: {figures}"
+        return f"{queries} queries over {m:,} rows of width {d}: products in {way} ({reason})"
+
     def _search(self, queries: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = unit64(queries.cpu())
         margin, turned = float_margin(self.vectors.dim), exact
         if self.copy is not None:
             margin, turned = margin + self.copy.stray, self.copy.turned(exact)
         best = Candidates(exact, k, margin, self.vectors.rows)
+        way, _ = self._way(turned)
         few, small = _PROJECTED
         sampled = None
-        if len(queries) >= few and len(self.vectors) >= small and hidden is None:
-            if self.copy is None or self.copy.lossless:
+        if way == "float32" and len(queries) >= few and len(self.vectors) >= small:
+            if hidden is None and (self.copy is None or self.copy.lossless):
                 sampled = self._sample()
-        block = min(self.block, max(_TILE, _SCORES // len(queries)))
-        first_pass = _Pass(turned.float(), best, block, hidden, sampled)
-        for start, rows, scale in self._blocks(block):
-            first_pass.block(start, rows, scale)
+        block = self._block(len(queries))
+        first_pass = _Pass(turned, best, block, hidden, way, sampled)
+        for part in self._parts(block, len(queries)):
+            first_pass.score(part)
         return best.result()
 
-    def _blocks(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """First row, values (n, d), and the scale (n,) that makes unit rows of them."""
+    def _block(self, b: int) -> int:
+        return min(self.block, max(_TILE, _SCORES // b))
+
+    def _way(self, queries: Tensor) -> tuple[str, dict[str, float]]:
+        """How to multiply for these queries (b, d), and what was measured, if anything was."""
+        m, b = len(self.vectors), len(queries)
+        dtype = self.copy.values.dtype if self.copy is not None else None
+        if self.products is None and m < _MEASURED:
+            return "float32", {}
+        part = next(self._parts(min(self._block(b), 8192), b))
+        if self.products is not None:
+            keeps = self.products == "float32" or keeps_its_bound(
+                self.products, dtype or part.rows.dtype, queries.shape[1], b
+            )
+            return (self.products if keeps else "float32"), {}
+        batch = 1 << (b - 1).bit_length()
+        key = (part.rows.dtype, queries.shape[1], batch, torch.get_num_threads())
+        if key not in _TIMES:
+            if len(part.rows) < _FEW:  # a view's, of which few lie in a block
+                return "float32", {}
+            _TIMES[key] = measured(part.rows, part.scale, queries)
+        return next(iter(_TIMES[key])), _TIMES[key]
+
+    def _parts(self, size: int, b: int) -> Iterator[_Part]:
         if self.copy is not None:
-            yield from self.copy.blocks(size)
+            for part in self.copy.blocks(size):
+                yield _Part(*part)
             return
-        for start, rows, norms in self.vectors.blocks(size):
+        # Gathering costs as much as some products: with many queries it saves more than it costs.
+        for start, rows, norms, numbers in self.vectors.searched(size, 0.25 if b < 8 else 0.75):
             if outstanding(norms) is None:
-                yield start, rows, norms.reciprocal()
+                yield _Part(start, rows, norms.reciprocal(), numbers)
             else:
-                yield start, unit_rows(rows, norms), torch.ones_like(norms)
+                yield _Part(start, unit_rows(rows, norms), torch.ones_like(norms), numbers)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Some of the unit rows, and the leading half of their principal axes."""
@@ -148,59 +226,85 @@ class ExactIndex(Index):
 
 
 class _Pass:
-    """Scores blocks of rows in float32, and hands in what may be among the best."""
+    """Scores blocks of rows, and hands in what may be among the best."""
 
     def __init__(
         self,
-        queries: Tensor,  # (b, d) unit norm
+        queries: Tensor,  # (b, d) unit norm, float64
         best: Candidates,
         block: int,
         hidden: Tensor | None,
+        way: str,
         sampled: tuple[Tensor, Tensor] | None,
     ):
         self.best, self.hidden, self.sampled = best, hidden, sampled
-        self.queries, self.transposed = queries, queries.T
+        self.queries = queries.float()
         wide = block + -block % _TILE
-        held = block if sampled is not None else min(block, _ROWS)
-        self.unit = queries.new_empty(held, queries.shape[1])
-        self.scores = queries.new_empty(wide, len(queries))
+        self.single = FloatProducts(queries, wide)
+        self.half = None if way == "float32" else HalfProducts(way, queries, wide)
         self.projection: Projection | None = None
         self.planned, self.pause, self.pauses = 0, 0, 1
         if sampled is not None and best.k <= len(sampled[0]):
-            cosine = queries @ sampled[0].T
+            cosine = self.queries @ sampled[0].T
             best.raise_least(cosine.topk(best.k, dim=1).values[:, -1] - best.margin)
 
-    def block(self, start: int, rows: Tensor, scale: Tensor) -> None:
-        """The next rows (n, d), and the scale (n,) that makes unit rows of them."""
-        scale = scale.unsqueeze(1)
-        if self.sampled is not None:
-            unit = self.unit[: len(rows)].copy_(rows).mul_(scale)
-            if start >= self.planned:
-                self._plan(*self.sampled)
-                self.planned = 2 * (start + len(rows))  # the more is seen, the more is ruled out
-            if self.projection is None or not self._bounded(start, unit, self.projection):
-                torch.mm(unit, self.transposed, out=self.scores[: len(unit)])
-                self._scored(start, len(rows))
+    def score(self, part: _Part) -> None:
+        """Scores some rows: by a bound first, and in float32 what it leaves."""
+        if self.sampled is not None and part.start >= self.planned:
+            self._plan(*self.sampled)
+            self.planned = 2 * (part.start + len(part.rows))  # what is seen rules out more
+        bounds = self._bounds(part)
+        if bounds is not None and self._ruled_out(part, *bounds):
             return
-        for i in range(0, len(rows), _ROWS):
-            some, factor = rows[i : i + _ROWS], scale[i : i + _ROWS]
-            part, score = self.unit[: len(some)].copy_(some), self.scores[i : i + len(some)]
-            if len(self.queries) > rows.shape[1]:  # scale what is smaller
-                torch.mm(part.mul_(factor), self.transposed, out=score)
-            else:
-                torch.mm(part, self.transposed, out=score).mul_(factor)
-        self._scored(start, len(rows))
-
-    def _scored(self, start: int, n: int) -> None:
-        """Hands in what of the scores of n rows may be among the best."""
-        tiles, best = self._tiles(start, n), self.best
-        maxima = tiles.amax(1)
-        if len(maxima) >= best.k and not bool(best.least.isfinite().all()):
-            # k tiles reach this value, so k rows do.
-            best.raise_least(maxima.topk(best.k, dim=0).values[-1] - best.margin)
+        self.single.of(part.rows, part.scale)
+        tiles, best = self._tiles(self.single.scores, part), self.best
+        maxima = self._maxima(tiles, 0)
         tile, query = (maxima >= best.floor).nonzero(as_tuple=True)
         row, query, score = self._among(tiles, tile, query, best.floor)
-        best.add(query, start + row, score)
+        best.add(query, self._numbers(part, row), score)
+
+    def _bounds(self, part: _Part) -> tuple[Tensor, Tensor] | None:
+        """Memory that begins with scores of the rows, and how far these lie too low at most."""
+        if self.pause:
+            self.pause -= 1
+            return None
+        if self.half is not None:
+            found = self.half.of(part.rows, part.scale)
+            return None if found is None else (self.half.scores, found[1])
+        if self.projection is None:
+            return None
+        unit = self.unit[: len(part.rows)].copy_(part.rows).mul_(part.scale.unsqueeze(1))
+        scores = self.single.scores
+        torch.mm(self.projection.coordinates(unit), self.bounding, out=scores[: len(unit)])
+        return scores, torch.tensor(self.projection.slack, device="cpu")
+
+    def _ruled_out(self, part: _Part, scores: Tensor, slack: Tensor) -> bool:
+        """Hands in what bounds leave; False, and nothing is done, where they leave too much."""
+        n, b = len(part.rows), len(self.queries)
+        tiles, best = self._tiles(scores, part), self.best
+        # A projection's bounds lie above the cosine, by any amount.
+        maxima = tiles.amax(1) if self.half is None else self._maxima(tiles, slack)
+        least = best.floor - slack
+        tile, query = (maxima >= least).nonzero(as_tuple=True)
+        few = 8 * _TILE * len(tile) <= n * b
+        if few:
+            row, query, _ = self._among(tiles, tile, query, least)
+        else:
+            held = scores[:n]
+            row, query = ((held >= least) & (held > -torch.inf)).nonzero(as_tuple=True)
+        if 2 * PAIR * len(row) > n * b:  # full products for a while, longer each time
+            self.pauses = min(2 * self.pauses, 32)
+            self.pause = self.pauses
+            return False
+        self.pauses = 1
+        order = query.argsort(stable=True)
+        row, query = row[order], query[order]
+        some, at = row.unique(return_inverse=True)
+        unit = part.rows[some].float() * part.scale[some, None]
+        score = pair_products(unit, at, self.queries, query)
+        keep = score >= best.floor[query]
+        best.add(query[keep], self._numbers(part, row[keep]), score[keep])
+        return True
 
     def _plan(self, sample: Tensor, axes: Tensor) -> None:
         """Takes the projection that promises the least work by now, if any does."""
@@ -209,45 +313,36 @@ class _Pass:
             axes, sample, self.queries[some], self.best.least[some], len(self.queries)
         )
         if self.projection is not None:
+            self.unit = torch.empty(len(self.single.scores), len(axes), device="cpu")
             self.bounding = self.projection.coordinates(self.queries).T
-            self.coordinates = self.unit.new_empty(len(self.unit), len(self.bounding))
 
-    def _bounded(self, start: int, unit: Tensor, projection: Projection) -> bool:
-        """Looks at bounds first; False, and nothing is done, where they leave too much."""
-        if self.pause:
-            self.pause -= 1
-            return False
-        n, b = len(unit), len(self.queries)
-        torch.mm(
-            projection.coordinates(unit, self.coordinates[:n]), self.bounding, out=self.scores[:n]
-        )
-        tiles = self._tiles(start, n)
-        least = self.best.least - projection.slack
-        tile, query = (tiles.amax(1) >= least).nonzero(as_tuple=True)
-        if 8 * _TILE * len(tile) <= n * b:
-            row, query, _ = self._among(tiles, tile, query, least)
-        else:
-            row, query = (self.scores[:n] >= least).nonzero(as_tuple=True)
-        if 2 * PAIR * len(row) > n * b:  # full products for a while, longer each time
-            self.pauses = min(2 * self.pauses, 32)
-            self.pause = self.pauses
-            return False
-        self.pauses = 1
-        order = query.argsort(stable=True)
-        row, query = row[order], query[order]
-        score = pair_products(unit, row, self.queries, query)
-        keep = score >= self.best.floor[query]
-        self.best.add(query[keep], start + row[keep], score[keep])
-        return True
-
-    def _tiles(self, start: int, n: int) -> Tensor:
+    def _tiles(self, scores: Tensor, part: _Part) -> Tensor:
         """The scores of n rows as (tiles, tile, b), -inf where there is no row to be found."""
+        start, n = part.start, len(part.rows)
         wide = n + -n % _TILE
-        self.scores[n:wide] = -torch.inf
-        if self.hidden is not None:
+        scores[n:wide] = -torch.inf
+        if part.numbers is not None:
+            gone = part.numbers < 0
+            if self.hidden is not None:
+                gone |= torch.isin(part.numbers, self.hidden)
+            scores[:n].masked_fill_(gone.unsqueeze(1), -torch.inf)
+        elif self.hidden is not None:
             inside = self.hidden[(self.hidden >= start) & (self.hidden < start + n)]
-            self.scores[inside - start] = -torch.inf
-        return self.scores[:wide].view(-1, _TILE, len(self.queries))
+            scores[inside - start] = -torch.inf
+        return scores[:wide].view(-1, _TILE, len(self.queries))
+
+    def _maxima(self, tiles: Tensor, slack: Tensor | float) -> Tensor:
+        """The maximum of each tile (tiles, b); the first ones say what the k best reach."""
+        maxima, best = tiles.amax(1), self.best
+        if len(maxima) >= best.k and not bool(best.least.isfinite().all()):
+            # k tiles reach this value, so k rows do.
+            reached = maxima.topk(best.k, dim=0).values[-1].float()
+            best.raise_least(reached - slack - best.margin)
+        return maxima
+
+    @staticmethod
+    def _numbers(part: _Part, row: Tensor) -> Tensor:
+        return part.start + row if part.numbers is None else part.numbers[row]
 
     @staticmethod
     def _among(
@@ -266,7 +361,7 @@ def pair_products(
     query: Tensor,  # (n,) rising
 ) -> Tensor:
     """The products of chosen pairs (n,), float32."""
-    if _samples_products():
+    if len(row) > _FEW and _samples_products():
         starts = torch.zeros(len(queries) + 1, dtype=torch.int64, device=query.device)
         starts[1:] = torch.bincount(query, minlength=len(queries)).cumsum(0)
         return _sampled(starts, row, queries, rows)
