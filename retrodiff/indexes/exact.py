@@ -3,9 +3,9 @@
 Rows stream through in blocks. A first pass scores them in the way that was measured to be fastest
 here (`products.py`): by products of halves, whose rounding is bounded, or of float32. It looks only
 at the maximum of each tile of scores. What a bound cannot rule out is scored in float32, and what
-may then still be among the k best once more in float64. So the result is exact, independent of block
-size and batch, and no matrix of queries x rows is ever in memory. Where float32 is the fastest, many
-queries look at upper bounds from a few principal axes first (see `projection.py`).
+may then still be among the k best once more in float64. So the result is exact, independent of
+block size and batch, and no matrix of queries x rows is ever in memory. Where float32 is the
+fastest, many queries look at upper bounds from a few principal axes first (see `projection.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from retrodiff.indexes.copies import STORAGE, Narrow
 from retrodiff.indexes.products import WAYS, FloatProducts, HalfProducts, keeps_its_bound, measured
 from retrodiff.indexes.projection import PAIR, Projection
 from retrodiff.indexes.vectors import (
+    ORDINARY,
     Vectors,
     in_parts,
     outstanding,
@@ -103,7 +104,7 @@ class Exact:
 
 
 class _Part(NamedTuple):
-    """Rows that are scored at a time; ``scale`` (n,) makes unit rows of them.
+    """Rows that are multiplied at a time; ``scale`` (n,) makes unit rows of them.
 
     ``numbers`` (n,) has -1 for rows that are not to be found; None: they follow ``start``.
     """
@@ -112,6 +113,31 @@ class _Part(NamedTuple):
     rows: Tensor
     scale: Tensor
     numbers: Tensor | None = None
+
+
+class _Span(NamedTuple):
+    """Rows in succession whose scores are looked at together, numbered as those of a `_Part`."""
+
+    start: int
+    n: int
+    numbers: Tensor | None
+
+    @classmethod
+    def over(cls, parts: list[_Part]) -> _Span:
+        start, n = parts[0].start, sum(len(part.rows) for part in parts)
+        if all(part.numbers is None for part in parts):
+            return cls(start, n, None)
+        numbers = [
+            torch.arange(part.start, part.start + len(part.rows), device="cpu")
+            if part.numbers is None
+            else part.numbers
+            for part in parts
+        ]
+        return cls(start, n, torch.cat(numbers))
+
+    def number(self, row: Tensor) -> Tensor:
+        """Rows of the span (m,) -> their numbers."""
+        return self.start + row if self.numbers is None else self.numbers[row]
 
 
 class ExactIndex(Index):
@@ -174,9 +200,11 @@ class ExactIndex(Index):
             if hidden is None and (self.copy is None or self.copy.lossless):
                 sampled = self._sample()
         block = self._block(len(queries))
-        first_pass = _Pass(turned, best, block, hidden, way, sampled)
+        room = min(max(block, _SCORES // len(queries)), len(self.vectors))
+        first_pass = _Pass(turned, best, block, room, hidden, way, sampled)
         for part in self._parts(block, len(queries)):
             first_pass.score(part)
+        first_pass.flush()
         return best.result()
 
     def _block(self, b: int) -> int:
@@ -209,7 +237,8 @@ class ExactIndex(Index):
             return
         # Gathering costs as much as some products: with many queries it saves more than it costs.
         for start, rows, norms, numbers in self.vectors.searched(size, 0.25 if b < 8 else 0.75):
-            if outstanding(norms) is None:
+            least, most = (float(x) for x in norms.aminmax())
+            if (ORDINARY[0] <= least and most <= ORDINARY[1]) or outstanding(norms) is None:
                 yield _Part(start, rows, norms.reciprocal(), numbers)
             else:
                 yield _Part(start, unit_rows(rows, norms), torch.ones_like(norms), numbers)
@@ -230,18 +259,19 @@ class _Pass:
 
     def __init__(
         self,
-        queries: Tensor,  # (b, d) unit norm, float64
+        queries: Tensor,  # (b, d) unit norm, float64, turned as the rows are
         best: Candidates,
         block: int,
+        room: int,
         hidden: Tensor | None,
         way: str,
         sampled: tuple[Tensor, Tensor] | None,
     ):
         self.best, self.hidden, self.sampled = best, hidden, sampled
-        self.queries = queries.float()
-        wide = block + -block % _TILE
-        self.single = FloatProducts(queries, wide)
-        self.half = None if way == "float32" else HalfProducts(way, queries, wide)
+        self.queries = best.queries.float()
+        self.single = FloatProducts(queries, _whole_tiles(block))
+        self.half = None if way == "float32" else HalfProducts(way, queries, _whole_tiles(room))
+        self.room, self.pending, self.held, self.slack = room, list[_Part](), 0, torch.zeros(1)
         self.projection: Projection | None = None
         self.planned, self.pause, self.pauses = 0, 0, 1
         if sampled is not None and best.k <= len(sampled[0]):
@@ -249,61 +279,99 @@ class _Pass:
             best.raise_least(cosine.topk(best.k, dim=1).values[:, -1] - best.margin)
 
     def score(self, part: _Part) -> None:
-        """Scores some rows: by a bound first, and in float32 what it leaves."""
-        if self.sampled is not None and part.start >= self.planned:
-            self._plan(*self.sampled)
-            self.planned = 2 * (part.start + len(part.rows))  # what is seen rules out more
-        bounds = self._bounds(part)
-        if bounds is not None and self._ruled_out(part, *bounds):
+        """Scores some rows: by a bound first, and in float32 where it leaves too much."""
+        if self.half is not None:
+            self._halves(part, self.half)
+        elif not self._projected(part):
+            self._singles(part)
+
+    def flush(self) -> None:
+        """Looks at what scores of halves are held."""
+        if self.half is None or not self.pending:
             return
+        parts, slack = self.pending, self.slack
+        span = _Span.over(parts)
+        self.pending, self.held, self.slack = [], 0, torch.zeros_like(slack)
+        tiles = self._tiles(self.half.scores, span)
+        if not self._ruled_out(span, tiles, self._maxima(tiles, slack), slack):
+            for part in parts:
+                self._singles(part)
+
+    def _halves(self, part: _Part, half: HalfProducts) -> None:
+        """Scores of halves are held until there is room for no more, and then looked at."""
+        if self.held + len(part.rows) > self.room:
+            self.flush()
+        slack = None
+        if self.pause:
+            self.pause -= 1
+        else:
+            slack = half.of(part.rows, part.scale, self.held)
+        if slack is None:
+            self.flush()  # rows come in rising order
+            self._singles(part)
+            return
+        self.pending.append(part)
+        self.held += len(part.rows)
+        self.slack = torch.maximum(self.slack, slack)
+
+    def _singles(self, part: _Part) -> None:
         self.single.of(part.rows, part.scale)
-        tiles, best = self._tiles(self.single.scores, part), self.best
+        span, best = _Span.over([part]), self.best
+        tiles = self._tiles(self.single.scores, span)
         maxima = self._maxima(tiles, 0)
         tile, query = (maxima >= best.floor).nonzero(as_tuple=True)
         row, query, score = self._among(tiles, tile, query, best.floor)
-        best.add(query, self._numbers(part, row), score)
+        best.add(query, span.number(row), score)
 
-    def _bounds(self, part: _Part) -> tuple[Tensor, Tensor] | None:
-        """Memory that begins with scores of the rows, and how far these lie too low at most."""
+    def _projected(self, part: _Part) -> bool:
+        """Rules out rows by bounds from principal axes; False where that is not done."""
+        if self.sampled is None:
+            return False
+        if part.start >= self.planned:
+            self._plan(*self.sampled)
+            self.planned = 2 * (part.start + len(part.rows))  # what is seen rules out more
+        if self.projection is None:
+            return False
         if self.pause:
             self.pause -= 1
-            return None
-        if self.half is not None:
-            found = self.half.of(part.rows, part.scale)
-            return None if found is None else (self.half.scores, found[1])
-        if self.projection is None:
-            return None
+            return False
         unit = self.unit[: len(part.rows)].copy_(part.rows).mul_(part.scale.unsqueeze(1))
         scores = self.single.scores
         torch.mm(self.projection.coordinates(unit), self.bounding, out=scores[: len(unit)])
-        return scores, torch.tensor(self.projection.slack, device="cpu")
+        span = _Span.over([part])
+        tiles = self._tiles(scores, span)
+        slack = torch.tensor(self.projection.slack, device="cpu")
+        return self._ruled_out(span, tiles, tiles.amax(1), slack)
 
-    def _ruled_out(self, part: _Part, scores: Tensor, slack: Tensor) -> bool:
-        """Hands in what bounds leave; False, and nothing is done, where they leave too much."""
-        n, b = len(part.rows), len(self.queries)
-        tiles, best = self._tiles(scores, part), self.best
-        # A projection's bounds lie above the cosine, by any amount.
-        maxima = tiles.amax(1) if self.half is None else self._maxima(tiles, slack)
+    def _ruled_out(self, span: _Span, tiles: Tensor, maxima: Tensor, slack: Tensor) -> bool:
+        """Hands in what bounds leave; False, and nothing is done, where they leave too much.
+
+        Args:
+            span: n rows.
+            tiles: their scores.
+            maxima: of the tiles.
+            slack: how far scores lie below the cosine, at most.
+        """
+        best, pairs = self.best, span.n * len(self.queries)
         least = best.floor - slack
         tile, query = (maxima >= least).nonzero(as_tuple=True)
-        few = 8 * _TILE * len(tile) <= n * b
-        if few:
+        if 8 * _TILE * len(tile) <= pairs:
             row, query, _ = self._among(tiles, tile, query, least)
         else:
-            held = scores[:n]
+            held = tiles.flatten(0, 1)
             row, query = ((held >= least) & (held > -torch.inf)).nonzero(as_tuple=True)
-        if 2 * PAIR * len(row) > n * b:  # full products for a while, longer each time
+        if 2 * PAIR * len(row) > pairs:  # full products for a while, longer each time
             self.pauses = min(2 * self.pauses, 32)
             self.pause = self.pauses
             return False
         self.pauses = 1
         order = query.argsort(stable=True)
-        row, query = row[order], query[order]
-        some, at = row.unique(return_inverse=True)
-        unit = part.rows[some].float() * part.scale[some, None]
-        score = pair_products(unit, at, self.queries, query)
+        number, query = span.number(row[order]), query[order]
+        some, at = number.unique(return_inverse=True)
+        values = best.stored(some)
+        score = pair_products(unit_rows(values, row_norms(values)), at, self.queries, query)
         keep = score >= best.floor[query]
-        best.add(query[keep], self._numbers(part, row[keep]), score[keep])
+        best.add(query[keep], number[keep], score[keep])
         return True
 
     def _plan(self, sample: Tensor, axes: Tensor) -> None:
@@ -316,19 +384,18 @@ class _Pass:
             self.unit = torch.empty(len(self.single.scores), len(axes), device="cpu")
             self.bounding = self.projection.coordinates(self.queries).T
 
-    def _tiles(self, scores: Tensor, part: _Part) -> Tensor:
+    def _tiles(self, scores: Tensor, span: _Span) -> Tensor:
         """The scores of n rows as (tiles, tile, b), -inf where there is no row to be found."""
-        start, n = part.start, len(part.rows)
-        wide = n + -n % _TILE
+        n, wide = span.n, _whole_tiles(span.n)
         scores[n:wide] = -torch.inf
-        if part.numbers is not None:
-            gone = part.numbers < 0
+        if span.numbers is not None:
+            gone = span.numbers < 0
             if self.hidden is not None:
-                gone |= torch.isin(part.numbers, self.hidden)
+                gone |= torch.isin(span.numbers, self.hidden)
             scores[:n].masked_fill_(gone.unsqueeze(1), -torch.inf)
         elif self.hidden is not None:
-            inside = self.hidden[(self.hidden >= start) & (self.hidden < start + n)]
-            scores[inside - start] = -torch.inf
+            inside = self.hidden[(self.hidden >= span.start) & (self.hidden < span.start + n)]
+            scores[inside - span.start] = -torch.inf
         return scores[:wide].view(-1, _TILE, len(self.queries))
 
     def _maxima(self, tiles: Tensor, slack: Tensor | float) -> Tensor:
@@ -341,10 +408,6 @@ class _Pass:
         return maxima
 
     @staticmethod
-    def _numbers(part: _Part, row: Tensor) -> Tensor:
-        return part.start + row if part.numbers is None else part.numbers[row]
-
-    @staticmethod
     def _among(
         tiles: Tensor, tile: Tensor, query: Tensor, floor: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,6 +415,10 @@ class _Pass:
         chosen = tiles[tile, :, query]
         i, j = ((chosen >= floor[query, None]) & (chosen > -torch.inf)).nonzero(as_tuple=True)
         return tile[i] * _TILE + j, query[i], chosen[i, j]
+
+
+def _whole_tiles(rows: int) -> int:
+    return rows + -rows % _TILE
 
 
 def pair_products(

@@ -81,44 +81,47 @@ class HalfProducts:
     Args:
         way: ``bfloat16`` or ``stored``.
         queries: (b, d) unit norm or zero, float64.
-        block: rows scored at a time, at most.
+        room: rows whose scores are held, at most.
+
+    Attributes:
+        scores: (room, b).
     """
 
-    def __init__(self, way: str, queries: Tensor, block: int):
+    def __init__(self, way: str, queries: Tensor, room: int):
         self.way, self.queries = way, queries
         self._narrowed: dict[tuple[torch.dtype, float], tuple[Tensor, Tensor]] = {}
         d = queries.shape[1]
-        self.scores = torch.empty(block, len(queries), **(_HALF if way == "bfloat16" else _SINGLE))
+        self.scores = torch.empty(room, len(queries), **(_HALF if way == "bfloat16" else _SINGLE))
         if way == "bfloat16":
-            self._unit = torch.empty(min(block, _ROWS), d, **_SINGLE)
-            self._half = torch.empty(min(block, _ROWS), d, **_HALF)
+            self._unit = torch.empty(min(room, _ROWS), d, **_SINGLE)
+            self._half = torch.empty(min(room, _ROWS), d, **_HALF)
 
-    def of(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Scores (n, b), and how far they stray from the cosine at most, (b,) float32.
+    def of(self, rows: Tensor, scale: Tensor, at: int = 0) -> Tensor | None:
+        """Writes scores, and says how far they stray from the cosine at most, (b,) float32.
 
         Args:
             rows: (n, d) values.
             scale: (n,) what makes unit rows of them.
+            at: where their scores begin.
 
         Returns:
-            The scores lie in memory that the next call uses again. None: this way cannot score
-            these rows, or not well enough to be of use.
+            None: this way cannot score these rows, or not well enough to be of use.
         """
+        scores = self.scores[at : at + len(rows)]
         if self.way == "bfloat16":
-            return self._rounded(rows, scale)
-        return self._stored(rows, scale) if rows.dtype in _ROUNDOFF else None
+            return self._rounded(rows, scale, scores)
+        return self._stored(rows, scale, scores) if rows.dtype in _ROUNDOFF else None
 
-    def _rounded(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _rounded(self, rows: Tensor, scale: Tensor, scores: Tensor) -> Tensor:
         u = _ROUNDOFF[torch.bfloat16]
         narrow, rounding = self._narrow(torch.bfloat16, 1.0)
-        scores = self.scores[: len(rows)]
         for i in range(0, len(rows), _ROWS):
-            some = rows[i : i + _ROWS]
-            unit = self._unit[: len(some)].copy_(some).mul_(scale[i : i + _ROWS, None])
-            torch.mm(self._half[: len(some)].copy_(unit), narrow.T, out=scores[i : i + len(some)])
-        return scores, self._slack(u + 2.0**-22, rounding, u, 0.0)
+            some, factor, out = (x[i : i + _ROWS] for x in (rows, scale, scores))
+            unit = self._unit[: len(some)].copy_(some).mul_(factor.unsqueeze(1))
+            torch.mm(self._half[: len(some)].copy_(unit), narrow.T, out=out)
+        return self._slack(u + 2.0**-22, rounding, u, 0.0)
 
-    def _stored(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _stored(self, rows: Tensor, scale: Tensor, scores: Tensor) -> Tensor | None:
         u, tiny, power = _ROUNDOFF[rows.dtype], 0.0, 1.0
         if rows.dtype == torch.float16:
             least, most = (float(x) for x in scale.aminmax())
@@ -130,10 +133,11 @@ class HalfProducts:
         slack = self._slack(2.0**-22, rounding, u, tiny)
         if float(slack.max()) > _LOOSE:
             return None
-        scores, factor = self.scores[: len(rows)], scale / power
         for j, query in enumerate(narrow):
-            torch.mul(torch.mv(rows, query), factor, out=scores[:, j])
-        return scores, slack
+            torch.mul(torch.mv(rows, query), scale, out=scores[:, j])
+        if power != 1:
+            scores.mul_(1 / power)
+        return slack
 
     def _narrow(self, dtype: torch.dtype, power: float) -> tuple[Tensor, Tensor]:
         """Queries times a power of two, narrowed, and how far they lie from it, in units of it."""
@@ -166,11 +170,10 @@ def measured(rows: Tensor, scale: Tensor, queries: Tensor) -> dict[str, float]:
         if way == "stored" and (b > FEW or rows.dtype not in _ROUNDOFF):
             continue
         half = HalfProducts(way, queries, n)
-        found = half.of(rows, scale)
-        if found is None or not keeps_its_bound(way, rows.dtype, d, b):
+        slack = half.of(rows, scale)
+        if slack is None or not keeps_its_bound(way, rows.dtype, d, b):
             continue
-        scores, slack = found
-        far = (scores.float() - single.of(rows, scale)).abs().amax(0)
+        far = (half.scores.float() - single.of(rows, scale)).abs().amax(0)
         if not bool((far > slack + float_margin(d)).any()):
             seconds[way] = _least_seconds(half.of, rows, scale) / n
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
@@ -209,9 +212,7 @@ def keeps_its_bound(way: str, dtype: torch.dtype, d: int, b: int) -> bool:
     queries = unit64(rows[torch.randint(n, (b,), generator=g, device="cpu")].abs())
     stored = rows.to(dtype)
     scale = stored.double().norm(dim=1).reciprocal()
-    found = HalfProducts(way, queries, n).of(stored, scale.float())
-    if found is None:
-        return False
-    scores, slack = found
+    half = HalfProducts(way, queries, n)
+    slack = half.of(stored, scale.float())
     cosine = stored.double() * scale.unsqueeze(1) @ queries.T
-    return bool(((scores.double() - cosine).abs() <= slack).all())
+    return slack is not None and bool(((half.scores.double() - cosine).abs() <= slack).all())
