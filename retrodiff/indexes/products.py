@@ -192,27 +192,27 @@ def _least_seconds(call: Callable[[Tensor, Tensor], object], rows: Tensor, scale
 def keeps_its_bound(way: str, dtype: torch.dtype, d: int, b: int) -> bool:
     """Whether products of halves stay within their bound on rows that show narrow sums.
 
-    Looked at once per process for each type, width and number of queries. The rows have a few large
-    coordinates and many small ones: a sum kept in a half type loses the small ones, in whichever
-    order it is made.
+    Looked at once per process for each type, width and number of queries. Rows and queries have no
+    more digits than bfloat16, so that only the sum is rounded. They have a few large coordinates,
+    and many so small that a sum kept in the half type loses them, in whichever order it is made.
     """
-    if dtype not in _ROUNDOFF:
-        dtype = torch.float32
+    sums = torch.bfloat16 if way == "bfloat16" else dtype
+    u = _ROUNDOFF[sums]
     g = torch.Generator().manual_seed(d)
     wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     n = 512
-    rows = torch.rand(n, d, generator=g, **wide) * 0.02 + 0.002
+    rows = u**0.5 * (0.3 + 0.65 * torch.rand(n, d, generator=g, **wide))
     often = torch.logspace(-3, -0.5, n, **wide).unsqueeze(1)
     large = torch.rand(n, d, generator=g, **wide) < often
     large[::7] = torch.arange(d, device="cpu") == 0
     rows[large] = 1
-    signs = torch.randint(0, 2, (n // 2, d), generator=g, device="cpu") * 2 - 1
-    rows[1::2] *= signs
-    rows *= torch.logspace(-2, 2, 8, **wide).repeat(n // 8).unsqueeze(1)
-    queries = unit64(rows[torch.randint(n, (b,), generator=g, device="cpu")].abs())
-    stored = rows.to(dtype)
-    scale = stored.double().norm(dim=1).reciprocal()
+    queries = rows[torch.randint(n, (b,), generator=g, device="cpu")]
+    signs = torch.randint(0, 2, (n // 4, d), generator=g, device="cpu") * 2 - 1
+    rows[1::4] *= signs
+    rows, queries = (unit64(x).bfloat16().double() for x in (rows, queries))
     half = HalfProducts(way, queries, n)
-    slack = half.of(stored, scale.float())
-    cosine = stored.double() * scale.unsqueeze(1) @ queries.T
-    return slack is not None and bool(((half.scores.double() - cosine).abs() <= slack).all())
+    if half.of(rows.to(dtype), torch.ones(n, **_SINGLE)) is None:
+        return False
+    exact = rows @ queries.T
+    bound = 1.01 * float_margin(d) + u * exact.abs() + 2.0**-22
+    return bool(((half.scores.double() - exact).abs() <= bound).all())
