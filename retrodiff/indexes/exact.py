@@ -213,22 +213,21 @@ class ExactIndex(Index):
     def _way(self, queries: Tensor) -> tuple[str, dict[str, float]]:
         """How to multiply for these queries (b, d), and what was measured, if anything was."""
         m, b = len(self.vectors), len(queries)
-        dtype = self.copy.values.dtype if self.copy is not None else None
         if self.products is None and m < _MEASURED:
             return "float32", {}
         part = next(self._parts(min(self._block(b), 8192), b))
-        if self.products is not None:
-            keeps = self.products == "float32" or keeps_its_bound(
-                self.products, dtype or part.rows.dtype, queries.shape[1], b
-            )
-            return (self.products if keeps else "float32"), {}
-        batch = 1 << (b - 1).bit_length()
-        key = (part.rows.dtype, queries.shape[1], batch, torch.get_num_threads())
-        if key not in _TIMES:
-            if len(part.rows) < _FEW:  # a view's, of which few lie in a block
-                return "float32", {}
-            _TIMES[key] = measured(part.rows, part.scale, queries)
-        return next(iter(_TIMES[key])), _TIMES[key]
+        way, seconds = self.products, {}
+        if way is None:
+            batch = 1 << (b - 1).bit_length()
+            key = (part.rows.dtype, queries.shape[1], batch, torch.get_num_threads())
+            if key not in _TIMES:
+                if len(part.rows) < _FEW:  # a view's, of which few lie in a block
+                    return "float32", {}
+                _TIMES[key] = measured(part.rows, part.scale, queries)
+            way, seconds = next(iter(_TIMES[key])), _TIMES[key]
+        if way != "float32" and not keeps_its_bound(way, part.rows.dtype, queries.shape[1], b):
+            way = "float32"
+        return way, seconds
 
     def _parts(self, size: int, b: int) -> Iterator[_Part]:
         if self.copy is not None:
