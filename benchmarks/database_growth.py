@@ -174,7 +174,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
             if not points or (name == "exact" and key in ("build_s", "build_mb", "disk_mb")):
                 continue
             x, y = [p["rows"] for p in points], [factor * p[key] for p in points]
-            axis.plot(x, y, marker="o", markersize=4, color=color, label=name)
+            axis.plot(x, y, color=color, label=name)
+            for point, x_of, y_of in zip(points, x, y, strict=True):
+                # Hollow: other processes took more than a tenth of the cores meanwhile.
+                fill = color if point["others"] <= 0.1 else "white"
+                axis.plot(x_of, y_of, "o", markersize=4.5, color=color, markerfacecolor=fill)
         axis.set_xscale("log")
         if key != "recall":
             axis.set_yscale("log")

@@ -47,6 +47,7 @@ _SAMPLE = 4096  # rows that show where the axes lie
 _PROJECTED = (256, 65_536)  # from so many queries and rows on, bounds are worth a try
 _MEASURED = 32_768  # rows from which on the ways are measured; fewer are multiplied in float32
 _FEW = 1024  # pairs, or rows of a block, that are not worth more than the plain way
+_GATHERED = 5e-7  # seconds to gather a row, about
 _TIMES: dict[tuple[torch.dtype, int, int, int], dict[str, float]] = {}
 """What was measured in this process, by type and width of the rows, queries, and threads."""
 
@@ -106,38 +107,20 @@ class Exact:
 class _Part(NamedTuple):
     """Rows that are multiplied at a time; ``scale`` (n,) makes unit rows of them.
 
-    ``numbers`` (n,) has -1 for rows that are not to be found; None: they follow ``start``.
+    Only those of ``chosen`` (c,) may be found, None: all. They are numbered from ``start`` on.
     """
 
     start: int
     rows: Tensor
     scale: Tensor
-    numbers: Tensor | None = None
+    chosen: Tensor | None = None
 
-
-class _Span(NamedTuple):
-    """Rows in succession whose scores are looked at together, numbered as those of a `_Part`."""
-
-    start: int
-    n: int
-    numbers: Tensor | None
-
-    @classmethod
-    def over(cls, parts: list[_Part]) -> _Span:
-        start, n = parts[0].start, sum(len(part.rows) for part in parts)
-        if all(part.numbers is None for part in parts):
-            return cls(start, n, None)
-        numbers = [
-            torch.arange(part.start, part.start + len(part.rows), device="cpu")
-            if part.numbers is None
-            else part.numbers
-            for part in parts
-        ]
-        return cls(start, n, torch.cat(numbers))
-
-    def number(self, row: Tensor) -> Tensor:
-        """Rows of the span (m,) -> their numbers."""
-        return self.start + row if self.numbers is None else self.numbers[row]
+    def keep(self, scores: Tensor) -> int:
+        """Moves the scores of those that may be found to the front, and counts them."""
+        if self.chosen is None:
+            return len(self.rows)
+        scores[: len(self.chosen)] = scores.index_select(0, self.chosen)
+        return len(self.chosen)
 
 
 class ExactIndex(Index):
@@ -193,16 +176,16 @@ class ExactIndex(Index):
         if self.copy is not None:
             margin, turned = margin + self.copy.stray, self.copy.turned(exact)
         best = Candidates(exact, k, margin, self.vectors.rows)
-        way, _ = self._way(turned)
+        way, seconds = self._way(turned)
         few, small = _PROJECTED
         sampled = None
         if way == "float32" and len(queries) >= few and len(self.vectors) >= small:
             if hidden is None and (self.copy is None or self.copy.lossless):
                 sampled = self._sample()
         block = self._block(len(queries))
-        room = min(max(block, _SCORES // len(queries)), len(self.vectors))
+        room = max(block, min(_SCORES // len(queries), len(self.vectors)))
         first_pass = _Pass(turned, best, block, room, hidden, way, sampled)
-        for part in self._parts(block, len(queries)):
+        for part in self._parts(block, seconds):
             first_pass.score(part)
         first_pass.flush()
         return best.result()
@@ -215,7 +198,7 @@ class ExactIndex(Index):
         m, b = len(self.vectors), len(queries)
         if self.products is None and m < _MEASURED:
             return "float32", {}
-        part = next(self._parts(min(self._block(b), 8192), b))
+        part = next(self._parts(min(self._block(b), 8192), {}))
         way, seconds = self.products, {}
         if way is None:
             batch = 1 << (b - 1).bit_length()
@@ -229,18 +212,19 @@ class ExactIndex(Index):
             way = "float32"
         return way, seconds
 
-    def _parts(self, size: int, b: int) -> Iterator[_Part]:
+    def _parts(self, size: int, seconds: dict[str, float]) -> Iterator[_Part]:
         if self.copy is not None:
             for part in self.copy.blocks(size):
                 yield _Part(*part)
             return
-        # Gathering costs as much as some products: with many queries it saves more than it costs.
-        for start, rows, norms, numbers in self.vectors.searched(size, 0.25 if b < 8 else 0.75):
+        # To gather a row costs as much as to multiply some.
+        gather = 1 / (1 + _GATHERED / min(seconds.values(), default=_GATHERED))
+        for start, rows, norms, chosen in self.vectors.searched(size, gather):
             least, most = (float(x) for x in norms.aminmax())
             if (ORDINARY[0] <= least and most <= ORDINARY[1]) or outstanding(norms) is None:
-                yield _Part(start, rows, norms.reciprocal(), numbers)
+                yield _Part(start, rows, norms.reciprocal(), chosen)
             else:
-                yield _Part(start, unit_rows(rows, norms), torch.ones_like(norms), numbers)
+                yield _Part(start, unit_rows(rows, norms), torch.ones_like(norms), chosen)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Some of the unit rows, and the leading half of their principal axes."""
@@ -289,10 +273,10 @@ class _Pass:
         if self.half is None or not self.pending:
             return
         parts, slack = self.pending, self.slack
-        span = _Span.over(parts)
+        start, n = parts[0].start, self.held
         self.pending, self.held, self.slack = [], 0, torch.zeros_like(slack)
-        tiles = self._tiles(self.half.scores, span)
-        if not self._ruled_out(span, tiles, self._maxima(tiles, slack), slack):
+        tiles = self._tiles(self.half.scores, start, n)
+        if not self._ruled_out(start, n, tiles, self._maxima(tiles, slack), slack):
             for part in parts:
                 self._singles(part)
 
@@ -310,17 +294,16 @@ class _Pass:
             self._singles(part)
             return
         self.pending.append(part)
-        self.held += len(part.rows)
+        self.held += part.keep(half.scores[self.held : self.held + len(part.rows)])
         self.slack = torch.maximum(self.slack, slack)
 
     def _singles(self, part: _Part) -> None:
-        self.single.of(part.rows, part.scale)
-        span, best = _Span.over([part]), self.best
-        tiles = self._tiles(self.single.scores, span)
+        n, best = part.keep(self.single.of(part.rows, part.scale)), self.best
+        tiles = self._tiles(self.single.scores, part.start, n)
         maxima = self._maxima(tiles, 0)
         tile, query = (maxima >= best.floor).nonzero(as_tuple=True)
         row, query, score = self._among(tiles, tile, query, best.floor)
-        best.add(query, span.number(row), score)
+        best.add(query, part.start + row, score)
 
     def _projected(self, part: _Part) -> bool:
         """Rules out rows by bounds from principal axes; False where that is not done."""
@@ -337,21 +320,22 @@ class _Pass:
         unit = self.unit[: len(part.rows)].copy_(part.rows).mul_(part.scale.unsqueeze(1))
         scores = self.single.scores
         torch.mm(self.projection.coordinates(unit), self.bounding, out=scores[: len(unit)])
-        span = _Span.over([part])
-        tiles = self._tiles(scores, span)
+        n = part.keep(scores[: len(unit)])
+        tiles = self._tiles(scores, part.start, n)
         slack = torch.tensor(self.projection.slack, device="cpu")
-        return self._ruled_out(span, tiles, tiles.amax(1), slack)
+        return self._ruled_out(part.start, n, tiles, tiles.amax(1), slack)
 
-    def _ruled_out(self, span: _Span, tiles: Tensor, maxima: Tensor, slack: Tensor) -> bool:
+    def _ruled_out(self, start: int, n: int, tiles: Tensor, maxima: Tensor, slack: Tensor) -> bool:
         """Hands in what bounds leave; False, and nothing is done, where they leave too much.
 
         Args:
-            span: n rows.
+            start: number of the first row.
+            n: rows, in succession.
             tiles: their scores.
             maxima: of the tiles.
             slack: how far scores lie below the cosine, at most.
         """
-        best, pairs = self.best, span.n * len(self.queries)
+        best, pairs = self.best, n * len(self.queries)
         least = best.floor - slack
         tile, query = (maxima >= least).nonzero(as_tuple=True)
         if 8 * _TILE * len(tile) <= pairs:
@@ -365,7 +349,7 @@ class _Pass:
             return False
         self.pauses = 1
         order = query.argsort(stable=True)
-        number, query = span.number(row[order]), query[order]
+        number, query = start + row[order], query[order]
         some, at = number.unique(return_inverse=True)
         values = best.stored(some)
         score = pair_products(unit_rows(values, row_norms(values)), at, self.queries, query)
@@ -383,18 +367,13 @@ class _Pass:
             self.unit = torch.empty(len(self.single.scores), len(axes), device="cpu")
             self.bounding = self.projection.coordinates(self.queries).T
 
-    def _tiles(self, scores: Tensor, span: _Span) -> Tensor:
+    def _tiles(self, scores: Tensor, start: int, n: int) -> Tensor:
         """The scores of n rows as (tiles, tile, b), -inf where there is no row to be found."""
-        n, wide = span.n, _whole_tiles(span.n)
+        wide = _whole_tiles(n)
         scores[n:wide] = -torch.inf
-        if span.numbers is not None:
-            gone = span.numbers < 0
-            if self.hidden is not None:
-                gone |= torch.isin(span.numbers, self.hidden)
-            scores[:n].masked_fill_(gone.unsqueeze(1), -torch.inf)
-        elif self.hidden is not None:
-            inside = self.hidden[(self.hidden >= span.start) & (self.hidden < span.start + n)]
-            scores[inside - span.start] = -torch.inf
+        if self.hidden is not None:
+            inside = self.hidden[(self.hidden >= start) & (self.hidden < start + n)]
+            scores[inside - start] = -torch.inf
         return scores[:wide].view(-1, _TILE, len(self.queries))
 
     def _maxima(self, tiles: Tensor, slack: Tensor | float) -> Tensor:

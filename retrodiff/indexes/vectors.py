@@ -24,16 +24,17 @@ class Block(NamedTuple):
     """Rows that are searched at a time.
 
     Args:
-        start: number of the first row.
+        start: number of the first row that is searched.
         rows: (n, d) stored values.
         norms: (n,) of theirs.
-        numbers: (n,) number of each row, -1 where it is not to be found; None: ``start`` and so on.
+        chosen: (c,) which of them are searched, rising; None: all. These are numbered from
+            ``start`` on.
     """
 
     start: int
     rows: Tensor
     norms: Tensor
-    numbers: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 class Vectors:
@@ -90,15 +91,12 @@ class Vectors:
                 if not len(inside):
                     continue
                 low, high = int(inside[0]), int(inside[-1]) + 1
-                rows, their = part[low:high], norms[low:high]
                 if len(inside) == high - low:
-                    yield Block(first, rows, their)
+                    yield Block(first, part[low:high], norms[low:high])
                 elif len(inside) < gather * (high - low):
                     yield Block(first, part[inside], norms[inside])
                 else:
-                    number = torch.full((high - low,), -1, device="cpu")
-                    number[inside - low] = torch.arange(first, first + len(inside), device="cpu")
-                    yield Block(first, rows, their, number)
+                    yield Block(first, part[low:high], norms[low:high], inside - low)
 
     def ready(self, parts: Sequence[int]) -> None:
         """Called before these parts are read."""
