@@ -7,9 +7,9 @@ it, opens it again, and asks 1 and 64 queries: build time, bytes on disk, memory
 torch takes, at its peak while building and while searching; mapped files are not in it), time, and
 recall@20 against exact search.
 
-Points that are in the file already are skipped, so that a run can be ended at any time and
-continued. A point is left out where its build would take longer than ``--longest`` seconds,
-reckoned from the next smaller one; ``--full`` measures all.
+Points that are in the file already are skipped, unless other processes worked meanwhile, so that a
+run can be ended at any time and continued. A point is left out where its build would take longer
+than ``--longest`` seconds, reckoned from the next smaller one; ``--full`` measures all.
 
     python benchmarks/database_growth.py --out benchmarks/results/database_growth.json
     python benchmarks/database_growth.py --plot docs/images/database_growth.png
@@ -36,6 +36,9 @@ from memory import Peak, anonymous_mb
 K = 20
 QUERIES = 256
 ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 20_000_000)
+DISTURBED = 0.1
+"""Share of the cores that other processes may take; beyond it times are not drawn, but measured
+again by the next run."""
 INDEXES = ("exact", "annoy", "usearch", "faiss")
 RESULTS = Path(__file__).parent / "results" / "database_growth.json"
 
@@ -122,7 +125,11 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Every point that is missing, smallest first; the file is written after each."""
     points, ends = report["points"], time.monotonic() + 60 * options.minutes
     for rows in options.rows:
-        wanted = [n for n in options.indexes if options.again or f"{n} {rows}" not in points]
+        wanted = [
+            name
+            for name in options.indexes
+            if options.again or points.get(f"{name} {rows}", {"others": 1})["others"] > DISTURBED
+        ]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as temporary:
@@ -156,6 +163,7 @@ PANELS = (
     ("build_mb", 1, "memory while building, MB"),
     ("disk_mb", 1, "on disk beside the rows, MB"),
 )
+TIMES = ("seconds_1", "seconds_64", "build_s")
 COLORS = {"exact": "#222222", "annoy": "#c46a1b", "usearch": "#1b6fc4", "faiss": "#3c8a3c"}
 
 
@@ -170,15 +178,13 @@ def plot(report: dict[str, Any], file: Path) -> None:
     for axis, (key, factor, title) in zip(axes.flat, PANELS, strict=True):
         for name, color in COLORS.items():
             points = [p for p in report["points"].values() if p["index"] == name]
+            if key in TIMES:
+                points = [point for point in points if point["others"] <= DISTURBED]
             points.sort(key=lambda point: point["rows"])
             if not points or (name == "exact" and key in ("build_s", "build_mb", "disk_mb")):
                 continue
             x, y = [p["rows"] for p in points], [factor * p[key] for p in points]
-            axis.plot(x, y, color=color, label=name)
-            for point, x_of, y_of in zip(points, x, y, strict=True):
-                # Hollow: other processes took more than a tenth of the cores meanwhile.
-                fill = color if point["others"] <= 0.1 else "white"
-                axis.plot(x_of, y_of, "o", markersize=4.5, color=color, markerfacecolor=fill)
+            axis.plot(x, y, marker="o", markersize=4, color=color, label=name)
         axis.set_xscale("log")
         if key != "recall":
             axis.set_yscale("log")

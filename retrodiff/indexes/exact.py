@@ -323,7 +323,7 @@ class _Pass:
         n = part.keep(scores[: len(unit)])
         tiles = self._tiles(scores, part.start, n)
         slack = torch.tensor(self.projection.slack, device="cpu")
-        return self._ruled_out(part.start, n, tiles, tiles.amax(1), slack)
+        return self._ruled_out(part.start, n, tiles, _highest(tiles), slack)
 
     def _ruled_out(self, start: int, n: int, tiles: Tensor, maxima: Tensor, slack: Tensor) -> bool:
         """Hands in what bounds leave; False, and nothing is done, where they leave too much.
@@ -378,7 +378,7 @@ class _Pass:
 
     def _maxima(self, tiles: Tensor, slack: Tensor | float) -> Tensor:
         """The maximum of each tile (tiles, b); the first ones say what the k best reach."""
-        maxima, best = tiles.amax(1), self.best
+        maxima, best = _highest(tiles), self.best
         if len(maxima) >= best.k and not bool(best.least.isfinite().all()):
             # k tiles reach this value, so k rows do.
             reached = maxima.topk(best.k, dim=0).values[-1].float()
@@ -393,6 +393,14 @@ class _Pass:
         chosen = tiles[tile, :, query]
         i, j = ((chosen >= floor[query, None]) & (chosen > -torch.inf)).nonzero(as_tuple=True)
         return tile[i] * _TILE + j, query[i], chosen[i, j]
+
+
+def _highest(tiles: Tensor) -> Tensor:
+    """The maximum of each tile (tiles, tile, b) by halves; amax is slow beyond the cache."""
+    while tiles.shape[1] > 1:
+        half = tiles.shape[1] // 2
+        tiles = torch.maximum(tiles[:, :half], tiles[:, half:])
+    return tiles[:, 0]
 
 
 def _whole_tiles(rows: int) -> int:
