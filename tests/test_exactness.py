@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from retrodiff.indexes import Annoy, Exact, Faiss, USearch, Vectors
+from retrodiff.indexes import Annoy, Exact, Faiss, USearch, Vectors, recipe_from_string
 from retrodiff.indexes import exact as exact_module
+from retrodiff.indexes import products as products_module
 from retrodiff.indexes.axes import principal_axes
+from retrodiff.indexes.products import HalfProducts
 from retrodiff.indexes.resident import ResidentIndex
+from retrodiff.indexes.vectors import row_norms, unit64
 from retrodiff.precision import full_precision
 
 STORAGE = [None, "float16", "bfloat16", "int8"]
@@ -182,6 +187,242 @@ def test_queries_and_numbers_that_mean_nothing(recipe):
         assert "\n" not in str(error.value)
     assert index.search(torch.randn(2, 8), np.int32(3))[1].shape == (2, 3)
     assert index.search(torch.randn(2, 8), torch.tensor(3))[1].shape == (2, 3)
+
+
+# --- first passes in half precision ------------------------------------------------------------
+
+
+HALVES = ["bfloat16", "stored"]
+
+
+def among_others(dtype: torch.dtype, dim: int, rows: int = 6000) -> torch.Tensor:
+    """Hard rows, in a crowd that a bound can rule out."""
+    g = torch.Generator().manual_seed(3)
+    crowd = torch.randn(rows, dim, generator=g) * torch.arange(1, dim + 1).rsqrt()
+    crowd[:, 0] -= 2
+    hard = adversarial(dtype, dim)[:300]
+    if dtype == torch.float16:  # rows of zeros are multiplied in float32, with their block
+        hard = hard[hard.any(1)]
+    every = torch.cat([crowd.to(dtype), hard])
+    return every[torch.randperm(len(every), generator=g)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What becomes of the blocks: scored in halves or not, ruled out by that or not."""
+    counts = {"scored": 0, "refused": 0, "ruled out": 0, "left": 0}
+    of, ruled_out = HalfProducts.of, exact_module._Pass._ruled_out
+
+    def counted_of(self, rows, scale, at=0):
+        found = of(self, rows, scale, at)
+        counts["refused" if found is None else "scored"] += 1
+        return found
+
+    def counted_out(self, *rest):
+        done = ruled_out(self, *rest)
+        counts["ruled out" if done else "left"] += 1
+        return done
+
+    monkeypatch.setattr(HalfProducts, "of", counted_of)
+    monkeypatch.setattr(exact_module._Pass, "_ruled_out", counted_out)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("products", HALVES)
+@pytest.mark.parametrize("dim", [16, 131])
+def test_halves_tell_hard_rows_apart(dtype, products, dim, passes):
+    stored = among_others(dtype, dim)
+    index = Exact(1500, products=products).build(Vectors(list(stored.chunk(2))))
+    for b, k in ((1, 1), (1, 30), (3, 11), (24, 11)):
+        queries = stored[torch.arange(b) * 211 % len(stored)].float() * 3e-4
+        queries[::2] = adversarial(dtype, dim)[: len(queries[::2])].float()
+        check(index.search, stored, queries, k)
+    hidden = torch.arange(0, len(stored), 3).tolist()
+    check(index.search, stored, queries, 9, hidden=hidden)
+    if products == "bfloat16" or dtype != torch.float32:
+        assert passes["ruled out"] > 0
+
+
+@pytest.mark.parametrize("products", HALVES)
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+def test_halves_of_copies(products, storage):
+    stored = among_others(torch.float32, 48, rows=2000)
+    index = Exact(700, storage=storage, products=products).build(Vectors([stored]))
+    check(index.search, stored, stored[100:103].float(), 12, hidden=[100])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    way=st.sampled_from(HALVES),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    dim=st.integers(1, 90),
+    b=st.integers(1, 4),
+    spread=st.floats(0, 4),
+    signs=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_scores_of_halves_stray_no_further_than_they_say(way, dtype, dim, b, spread, signs, seed):
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(80, dim, generator=g)
+    if not signs:  # every term adds up, and so does its rounding
+        rows = rows.abs()
+    rows = (rows * 10 ** (spread * torch.rand(80, 1, generator=g) - spread / 2)).to(dtype)
+    queries = rows[:b].double() + 0.1 * torch.randn(b, dim, generator=g)
+    queries = queries / queries.norm(dim=1, keepdim=True)
+    norms = rows.double().norm(dim=1)
+    rows, norms = rows[norms > 0], norms[norms > 0]
+    half = HalfProducts(way, queries, 128)
+    slack = half.of(rows, norms.float().reciprocal(), 5)
+    assert slack is not None
+    assert slack.max() < 2.0**-6
+    cosine = rows.double() @ queries.T / norms[:, None]
+    assert ((half.scores[5 : 5 + len(rows)].double() - cosine).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("least", [1e-5, 1e-2])
+def test_halves_keep_to_their_range(least, passes):
+    """Norms of a million would leave float16 as sums; tiny ones beside them need float32."""
+    g = torch.Generator().manual_seed(0)
+    stored = torch.randn(3000, 300, generator=g)
+    stored = (stored / stored.abs().amax(1, keepdim=True) * 60_000).half()
+    stored[::9] = (stored[::9].float() / 60_000 * least).half()
+    check(Exact(products="stored").build(Vectors([stored])).search, stored, stored[:2].float(), 5)
+    assert passes["refused"] == (least == 1e-5)
+
+
+def test_a_library_that_adds_in_halves_is_found_out(monkeypatch):
+    """A test double that rounds every partial sum, in several orders."""
+
+    def narrow_sum(terms: torch.Tensor, lanes: int) -> torch.Tensor:
+        total = torch.zeros(*terms.shape[:-1], lanes, dtype=terms.dtype)
+        terms = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % lanes))
+        for part in terms.split(lanes, -1):
+            total += part
+        return total.sum(-1)
+
+    for lanes in (1, 8, 32):
+
+        def mv(rows, query, lanes=lanes):
+            return narrow_sum(rows * query, lanes)
+
+        def mm(rows, queries, out, lanes=lanes):
+            return out.copy_(narrow_sum(rows[:, None] * queries.T[None], lanes))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "mv", mv)
+            patched.setattr(torch, "mm", mm)
+            for dtype in (torch.float16, torch.bfloat16):
+                assert not products_module.keeps_its_bound.__wrapped__("stored", dtype, 512, 2)
+            patched.setattr(torch, "mm", mm)
+            assert not products_module.keeps_its_bound.__wrapped__("bfloat16", dtype, 512, 2)
+    for way in HALVES:  # and this build of torch is not
+        for dtype in (torch.float16, torch.bfloat16):
+            for dim in (1, 5, 48, 512, 768):
+                assert products_module.keeps_its_bound(way, dtype, dim, 3)
+
+
+def test_a_way_that_strays_is_not_taken(monkeypatch):
+    """Whatever it is that is wrong with it, and also where it is asked for by name."""
+    stored, queries = torch.randn(4000, 32).half(), torch.randn(2, 32)
+    expected = Exact().build(Vectors([stored])).search(queries, 5)
+    of = HalfProducts.of
+
+    def wrong(self, rows, scale, at=0):
+        slack = of(self, rows, scale, at)
+        self.scores[at + len(rows) // 2 :] *= 0.9
+        return slack
+
+    monkeypatch.setattr(HalfProducts, "of", wrong)
+    monkeypatch.setattr(exact_module, "_MEASURED", 100)
+    monkeypatch.setattr(exact_module, "_TIMES", {})
+    products_module.keeps_its_bound.cache_clear()
+    for products in (None, "stored", "bfloat16"):
+        index = Exact(products=products).build(Vectors([stored]))
+        assert "products in float32" in index.explain(2)
+        assert torch.equal(index.search(queries, 5)[1], expected[1])
+    products_module.keeps_its_bound.cache_clear()
+
+
+def test_the_way_is_measured_once_and_explained(monkeypatch):
+    seen = []
+
+    def measured(rows, scale, queries):
+        seen.append((rows.dtype, len(queries)))
+        return {"bfloat16": 1e-8, "float32": 2e-8}
+
+    monkeypatch.setattr(exact_module, "measured", measured)
+    monkeypatch.setattr(exact_module, "_MEASURED", 2000)
+    monkeypatch.setattr(exact_module, "_TIMES", {})
+    stored = torch.randn(3000, 8).half()
+    for _ in range(2):
+        index = Exact().build(Vectors([stored]))
+        assert index.explain(5) == (
+            "5 queries over 3,000 rows of width 8: products in bfloat16 (nanoseconds a row on "
+            f"{torch.get_num_threads()} threads: bfloat16 10, float32 20)"
+        )
+        index.search(torch.randn(7, 8), 3)
+        index.search(torch.randn(9, 8), 3)
+    assert seen == [(torch.float16, 5), (torch.float16, 9)]
+    few = Exact().build(Vectors([stored[:1500]]))
+    assert few.explain() == (
+        "1 queries over 1,500 rows of width 8: products in float32 "
+        "(1,500 rows are too few to measure others)"
+    )
+    assert "(as asked for)" in Exact(products="stored").build(Vectors([stored])).explain()
+    assert recipe_from_string("exact:products=bfloat16") == Exact(products="bfloat16")
+    with pytest.raises(ValueError, match="unknown products 'int4'; known: float32, bfloat16"):
+        Exact(products="int4").build(Vectors([stored]))
+
+
+def test_ways_are_measured_where_they_may_be_taken():
+    rows, queries = torch.randn(2000, 64), unit64(torch.randn(3, 64))
+    for dtype, ways in (
+        (torch.float16, {"float32", "bfloat16", "stored"}),
+        (torch.float32, {"float32", "bfloat16"}),
+    ):
+        scale = row_norms(rows.to(dtype)).reciprocal()
+        found = products_module.measured(rows.to(dtype), scale, queries)
+        assert set(found) == ways
+        assert list(found.values()) == sorted(found.values())
+
+
+# --- some of the rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("products", [None, *HALVES])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_some_rows_are_searched_as_a_copy_of_them_is(products, share, dtype):
+    stored = among_others(dtype, 24, rows=4000)
+    g = torch.Generator().manual_seed(1)
+    chosen = (torch.rand(len(stored), generator=g) < share).nonzero().flatten()
+    vectors = Vectors(list(stored.chunk(3)))
+    twice = vectors.select(chosen).select(torch.arange(0, len(chosen), 2))
+    for rows, view in (
+        (chosen, vectors.select(chosen)),
+        (chosen[::2], twice),
+        (chosen.flip(0), vectors.select(chosen.flip(0))),
+        (chosen.repeat(2), vectors.select(chosen.repeat(2))),
+        (torch.arange(700, 1900), vectors.select(torch.arange(700, 1900))),
+    ):
+        index = Exact(500, products=products).build(view)
+        for b in (1, 9):
+            queries = stored[50 : 50 + b].float()
+            check(index.search, stored[rows], queries, 7)
+            check(index.search, stored[rows], queries, 7, hidden=[0, 1, 5, len(rows) - 1])
+
+
+def test_blocks_of_a_view_that_hold_nothing_are_passed_over():
+    stored = torch.randn(4000, 8).half()
+    chosen = torch.cat([torch.arange(10, 1010, 2), torch.arange(3000, 3300)])
+    view = Vectors(list(stored.chunk(2))).select(chosen)
+    whole = list(view.searched(100, 0.25))
+    assert sum(len(block.rows) for block in whole) == 89 + 9 * 99 + 9 + 300
+    assert all(block.rows.dtype == torch.float16 for block in whole)
+    gathered = list(view.searched(100, 0.75))
+    assert sum(len(block.rows) for block in gathered) == len(chosen)
+    assert torch.equal(torch.cat([block.rows for block in gathered]), stored[chosen])
 
 
 # --- autocast, and other settings of the process ------------------------------------------------

@@ -1,12 +1,14 @@
 """Indexes: the exact one against float64 brute force and faiss, the others against it."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import types
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -41,6 +43,7 @@ from retrodiff.indexes.axes import leading_axes
 from retrodiff.indexes.candidates import Candidates, float_margin
 from retrodiff.indexes.copies import Narrow
 from retrodiff.indexes.projection import Projection
+from retrodiff.indexes.recipe import EXACT_ROWS
 from retrodiff.indexes.resident import ResidentIndex
 from retrodiff.indexes.tile_maxima import TILE, launch_sizes, tile_maxima
 from retrodiff.interfaces import Fingerprint, Index
@@ -272,6 +275,7 @@ def test_products_of_pairs(sampled, monkeypatch):
     if sampled:
         assert exact_module._samples_products()  # of this build of torch
     monkeypatch.setattr(exact_module, "_samples_products", lambda: sampled)
+    monkeypatch.setattr(exact_module, "_FEW", 0)
     rows, queries = torch.randn(90, 33), torch.randn(7, 33)
     query, row = (torch.rand(7, 90) < 0.3).nonzero(as_tuple=True)
     expected = (rows[row].double() * queries[query].double()).sum(1)
@@ -633,13 +637,21 @@ def test_cuvs_without_a_gpu_says_so(monkeypatch):
 def test_what_suits_a_database(monkeypatch):
     installed = {"usearch", "annoy"}
     monkeypatch.setattr(choice_module, "find_spec", lambda name: name in installed or None)
-    assert automatic(1_000_000, gpu=False) == automatic(1_000_000, gpu=True) == Exact()
+    assert automatic(2_000_000, gpu=False) == automatic(2_000_000, gpu=True) == Exact()
     assert automatic(20_000_000, gpu=True) == Exact(device="cuda")
     assert suitable(20_000_000, gpu=False) == [USearch(), Annoy(), Exact()]
     installed.remove("usearch")
     assert suitable(20_000_000, gpu=False) == [Annoy(), Exact()]
     installed.clear()
     assert suitable(20_000_000, gpu=False) == [Exact()]
+
+
+def test_exact_search_is_automatic_up_to_a_tenth_of_a_second():
+    """As measured for one query over rows of width 512, in the results that are kept here."""
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "exact_search.json"
+    measured = json.loads(file.read_text())
+    per_row = measured["spectrum"]["exact"]["1"]["seconds"] / measured["rows"]
+    assert 0.05 <= EXACT_ROWS * per_row <= 0.1
 
 
 @dataclass

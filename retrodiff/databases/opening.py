@@ -34,7 +34,7 @@ def open_database(
             ``parquet://FOLDER``, parquet files with a column ``embedding`` (`ParquetDatabase`); or
             ``pictograms``, the database of a model that has a package of its own.
         index: name of a saved index, ``exact``, or a recipe (taken from beside the rows if it was
-            saved there, else built and saved). None: exact, except that above a million rows
+            saved there, else built and saved). None: exact, except that above two million rows
             of a folder the saved index of the highest measured recall is taken, if that is 0.95
             or more; where it cannot be opened, a warning says why. A shared index, a file of
             someone else's that goes to a native parser, is read only when it is named.
@@ -100,7 +100,7 @@ def _open_parquet(
 
 
 def with_best_index(database: EmbeddingDatabase) -> EmbeddingDatabase:
-    """The same rows; a million and more are searched by their best saved index."""
+    """The same rows; more than two million are searched by their best saved index."""
     if len(database) <= EXACT_ROWS:
         return database
     try:

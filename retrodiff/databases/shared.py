@@ -183,6 +183,10 @@ class _SharedVectors(Vectors):
         self._fetch(self._names)
         return super().blocks(size)
 
+    def ready(self, parts: Sequence[int]) -> None:
+        """Fetches the shards that are about to be read."""
+        self._fetch([self._names[i] for i in parts])
+
     def rows(self, indices: Tensor) -> Tensor:
         """Row numbers (n,) -> stored values (n, d) in float32."""
         shards = torch.searchsorted(self._starts, indices.unique(), right=True).unique() - 1

@@ -1,6 +1,6 @@
 """Chooses the index of a database: the first of a list whose measured recall reaches a target.
 
-Exact search on a GPU, or up to about a million rows; above that on a CPU a graph where one is
+Exact search on a GPU, or up to two million rows; above that on a CPU a graph where one is
 installed, else trees over principal components. An index with recall below the target is not
 chosen; the function that builds it decides what it leaves on disk.
 """

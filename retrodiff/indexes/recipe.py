@@ -21,8 +21,9 @@ from retrodiff.indexes.usearch import USearch
 from retrodiff.indexes.vectors import Vectors
 from retrodiff.interfaces import Index
 
-EXACT_ROWS = 1_000_000
-"""Up to here exact search is the automatic choice on a CPU."""
+EXACT_ROWS = 2_000_000
+"""Up to here exact search is the automatic choice on a CPU: one query over so many rows of width
+512 takes less than 0.1 s on two cores (benchmarks/results/exact_search.json)."""
 RECIPES: dict[str, type[Any]] = {r.name: r for r in (Exact, Annoy, USearch, Faiss, ScaNN, CuVS)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,23 @@ from retrodiff.precision import full_precision
 
 ORDINARY = (1e-15, 1e15)
 """Norms whose squares float32 holds well; rows of others are divided in float64."""
+
+
+class Block(NamedTuple):
+    """Rows that are searched at a time.
+
+    Args:
+        start: number of the first row that is searched.
+        rows: (n, d) stored values.
+        norms: (n,) of theirs.
+        chosen: (c,) which of them are searched, rising; None: all. These are numbered from
+            ``start`` on.
+    """
+
+    start: int
+    rows: Tensor
+    norms: Tensor
+    chosen: Tensor | None = None
 
 
 class Vectors:
@@ -48,6 +65,42 @@ class Vectors:
                 yield start + i, part[i : i + size], norms[i : i + size]
             start += len(part)
 
+    def searched(self, size: int, gather: float) -> Iterator[Block]:
+        """All rows as a search reads them, at most ``size`` at a time.
+
+        Args:
+            size: rows of a block.
+            gather: of a view: blocks of which it has a smaller share are copied together.
+        """
+        del gather
+        for start, rows, norms in self.blocks(size):
+            yield Block(start, rows, norms)
+
+    def among(self, chosen: Tensor, size: int, gather: float) -> Iterator[Block]:
+        """Some of the rows, rising (n,), numbered anew: as `searched`."""
+        ends = torch.searchsorted(chosen, self._starts).tolist()
+        touched = [i for i in range(len(self.parts)) if ends[i + 1] > ends[i]]
+        self.ready(touched)
+        for i in touched:
+            part, norms = self.parts[i], self.norms[i]
+            local = chosen[ends[i] : ends[i + 1]] - self._starts[i]
+            borders = torch.tensor([*range(0, len(part), size), len(part)], device="cpu")
+            places = torch.searchsorted(local, borders).tolist()
+            for at in range(len(places) - 1):
+                inside, first = local[places[at] : places[at + 1]], ends[i] + places[at]
+                if not len(inside):
+                    continue
+                low, high = int(inside[0]), int(inside[-1]) + 1
+                if len(inside) == high - low:
+                    yield Block(first, part[low:high], norms[low:high])
+                elif len(inside) < gather * (high - low):
+                    yield Block(first, part[inside], norms[inside])
+                else:
+                    yield Block(first, part[low:high], norms[low:high], inside - low)
+
+    def ready(self, parts: Sequence[int]) -> None:
+        """Called before these parts are read."""
+
     def rows(self, indices: Tensor) -> Tensor:
         """Row numbers (n,) -> stored values (n, d) in float32."""
         if len(self.parts) == 1:
@@ -70,10 +123,11 @@ class Vectors:
 
 
 class VectorsView(Vectors):
-    """Chosen rows of other vectors; gathered block by block when they are searched."""
+    """Chosen rows of other vectors; gathered block by block, or picked out of whole blocks."""
 
     def __init__(self, vectors: Vectors, chosen: Tensor):
         self.vectors, self.chosen, self.dim = vectors, chosen, vectors.dim
+        self.rising = bool((chosen.diff() > 0).all())
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -84,9 +138,19 @@ class VectorsView(Vectors):
             block = self.rows(torch.arange(i, min(i + size, len(self.chosen)), device="cpu"))
             yield i, block, row_norms(block)
 
+    def searched(self, size: int, gather: float) -> Iterator[Block]:
+        """All rows as a search reads them: where they rise, they keep their type."""
+        if self.rising:
+            return self.vectors.among(self.chosen, size, gather)
+        return super().searched(size, gather)
+
     def rows(self, indices: Tensor) -> Tensor:
         """Row numbers (n,) of the view -> stored values (n, d) in float32."""
         return self.vectors.rows(self.chosen[indices])
+
+    def select(self, rows: Tensor) -> VectorsView:
+        """Some of the rows (n,), numbered anew in the given order; copies nothing."""
+        return VectorsView(self.vectors, self.chosen[rows])
 
 
 class GatheredVectors(Vectors):
@@ -97,6 +161,13 @@ class GatheredVectors(Vectors):
         for start in range(0, len(self), size):
             block = self.rows(torch.arange(start, min(start + size, len(self))))
             yield start, block, row_norms(block)
+
+    def among(self, chosen: Tensor, size: int, gather: float) -> Iterator[Block]:
+        """Some of the rows (n,), numbered anew, gathered."""
+        del gather
+        for start in range(0, len(chosen), size):
+            block = self.rows(chosen[start : start + size])
+            yield Block(start, block, row_norms(block))
 
 
 def row_norms(rows: Tensor, block: int = 512) -> Tensor:
