@@ -220,16 +220,14 @@ def test_nothing_visible_is_the_null_condition_exactly() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", [1, 4, 11, 20])
-@pytest.mark.parametrize("mean", [0, 30])
-@pytest.mark.parametrize("gain", [1, 8])
+@pytest.mark.parametrize(("k", "mean", "gain"), [(4, 0, 1), (20, 30, 8)])
 def test_the_check_leaves_room_for_rounding_and_none_for_faults(
     dtype: torch.dtype, k: int, mean: float, gain: float
 ) -> None:
     """A right kernel has half of what is allowed in reserve, one percent is too much."""
     torch.manual_seed(k)
     module = NeighborAttention(192, 64, 6).to(dtype)
-    x, values = (torch.randn(2, 24, 192) + mean).to(dtype), torch.randn(2, k, 64)
+    x, values = (torch.randn(1, 16, 192) + mean).to(dtype), torch.randn(1, k, 64)
     values = (gain * values / values.norm(dim=-1, keepdim=True)).to(dtype)
     with torch.no_grad():
         tables, bias = absorb(values, module.weights), module.to_out.bias
@@ -242,7 +240,7 @@ def test_the_check_leaves_room_for_rounding_and_none_for_faults(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("k", "r"), [(1, 1), (4, 1), (11, 4)])
+@pytest.mark.parametrize(("k", "r"), [(1, 1), (5, 4)])
 def test_the_check_of_gradients_leaves_room_for_rounding(
     dtype: torch.dtype, k: int, r: int
 ) -> None:
