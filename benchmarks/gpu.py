@@ -177,7 +177,9 @@ def network(setting: Setting) -> Iterator[tuple[str, Run]]:
 def search(setting: Setting) -> Iterator[tuple[str, Run]]:
     for storage in ("float16", "int8"):
         options = ["--device", setting.device, "--storage", storage]
-        options += ["--quick", "--rows", "2000", "--queries", "4"] if setting.small else []
+        options += (
+            ["--quick", "--rows", "500", "--dim", "64", "--queries", "4"] if setting.small else []
+        )
         yield storage, lambda o=options, s=storage: {"storage": s, **script("gpu_search", o)}
 
 

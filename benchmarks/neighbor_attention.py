@@ -305,7 +305,7 @@ def network(
         out_channels=3,
         size=size,
         channels=64 if small else 192,
-        multipliers=(1, 2, 3, 5),
+        multipliers=(1, 2, 3, 5) if size == 64 else (1, 1, 1, 1),
         blocks_per_level=2,
         attention_factors=(2, 4, 8),
         context_width=512,
