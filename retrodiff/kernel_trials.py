@@ -80,6 +80,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _named(error: Exception) -> str:
+    told = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {told[0][:200]}"
+
+
 class Trials:
     """What is known about the classes of one kernel.
 
@@ -125,8 +130,7 @@ class Trials:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            told = str(error).strip().splitlines() or [""]
-            self._refuse(key, f"it raised {type(error).__name__}: {told[0][:200]}")
+            self._refuse(key, f"it raised {_named(error)}")
             return plain()
         if tried:
             return out
@@ -134,6 +138,9 @@ class Trials:
             findings = judge(out)
         except torch.OutOfMemoryError:  # there is room for the kernel alone: another time
             return out
+        except Exception as error:  # a fault of the kernel shows when its result is looked at
+            self._refuse(key, f"comparing its result raised {_named(error)}")
+            return plain()
         wrong = [finding for finding in findings if not finding.holds]
         if wrong:
             self._refuse(key, str(max(wrong, key=lambda f: f.error / max(f.allowed, 1e-30))))

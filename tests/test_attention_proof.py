@@ -362,6 +362,18 @@ def test_no_room_for_the_comparison_is_no_fault(monkeypatch) -> None:
             module(x, tables)
 
 
+def test_a_fault_that_shows_when_the_result_is_looked_at(monkeypatch) -> None:
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(proving, "judged_forward", lost)
+    module, (x, values) = block(), inputs()
+    tables = prepared(module, values)
+    with torch.no_grad(), pytest.warns(KernelWarning, match="an illegal memory access"):
+        out = module(x, tables)
+    assert torch.equal(out, absorbed_attention(x, tables, module.to_out.bias))
+
+
 def test_of_a_large_batch_the_last_samples_are_compared(monkeypatch) -> None:
     def last_sample(*arguments):
         out = right(*arguments)

@@ -19,9 +19,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--network", default="rdm_imagenet", help="a published network's shapes")
     parser.add_argument("--width", type=types.integer(1), help="channels, in place of --network")
-    parser.add_argument(
-        "--heads", type=types.integer(1), help="of --width; 32 wide each if out"
-    )
+    parser.add_argument("--heads", type=types.integer(1), help="of --width; 32 wide each if out")
     parser.add_argument("--positions", type=types.integer(1), help="of --width, such as 1024")
     parser.add_argument("-k", type=types.integer(1, 64), nargs="+", default=[4], help="neighbors")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"])
