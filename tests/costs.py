@@ -105,6 +105,13 @@ def per_step(measure: Callable[..., Counts], run: Callable[[int], object]) -> Co
     return {name: (more[name] - less[name]) / 3 for name in more}
 
 
+def older_torch() -> bool:
+    """Whether this torch is older than the one of the table: it counts otherwise."""
+    known = json.loads(TABLE.read_text())["torch"]
+    here = torch.__version__.split("+")[0]
+    return [int(i) for i in here.split(".")[:2]] < [int(i) for i in known.split(".")[:2]]
+
+
 def ceilings(path: str) -> Counts:
     """Of one hot path, from the table."""
     return json.loads(TABLE.read_text())["ceilings"][path]

@@ -1,6 +1,7 @@
 """Hot paths do not become dearer unnoticed: counts, not times, below ceilings.
 
-The ceilings are in costs.json, a tenth above the counts of the day they were made. Where a change
+The ceilings are in costs.json, a tenth above the counts of the day they were made (with the torch that
+is named there; an older one is not held to them). Where a change
 makes a path cheaper, or dearer for a good reason, make them anew and say so in the commit:
 
     python tests/costs.py --write
@@ -21,7 +22,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from costs import Counts, calls, ceilings, opens, operators, over, per_step
+from costs import Counts, calls, ceilings, older_torch, opens, operators, over, per_step
 from parts import HashingEncoder
 from PIL import Image
 from trainings import made, run
@@ -241,6 +242,7 @@ PATHS = {
 }
 
 
+@pytest.mark.skipif(older_torch(), reason="the ceilings were counted with a later torch")
 @pytest.mark.parametrize("name", PATHS)
 def test_a_hot_path_stays_below_its_ceilings(name: str) -> None:
     told = over(PATHS[name].measured(), ceilings(name))
