@@ -1,8 +1,8 @@
 """Hot paths do not become dearer unnoticed: counts, not times, below ceilings.
 
-The ceilings are in costs.json, a tenth above the counts of the day they were made (with the torch that
-is named there; an older one is not held to them). Where a change
-makes a path cheaper, or dearer for a good reason, make them anew and say so in the commit:
+The ceilings are in costs.json, a tenth above the counts of the day they were made, with the torch
+that is named there; an older one is not held to them. Where a change makes a path cheaper, or
+dearer for a good reason, make them anew and say so in the commit:
 
     python tests/costs.py --write
 
