@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     from retrodiff.attention.tuning import told
 
     ways = (False, True) if options.backward else (False,)
-    cases = itertools.product(list(_shapes(options)), options.k, options.dtype, ways)
+    shapes: list[tuple[int, int, int]] = list(_shapes(options))
+    cases: Any = itertools.product(shapes, options.k, options.dtype, ways)
     for (positions, width, heads), k, dtype, backward in cases:
         found = tune_attention(
             width=width,
