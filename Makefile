@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint docs clean
+.PHONY: install demo test lint docs gpu clean
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# On a machine with a GPU: needs torch, triton, numpy and einops, and no installation.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(addprefix --stage ,$(STAGE)) $(if $(AGAIN),--again)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache

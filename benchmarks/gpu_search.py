@@ -143,7 +143,7 @@ def main() -> int:
         print("torch sees no GPU: use --quick --device cpu to see that it runs", file=sys.stderr)
         return 2
     if options.quick:
-        options.rows, options.repeats = 20_000, 2
+        options.rows, options.repeats = min(options.rows, 20_000), 2
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     report: dict[str, Any] = {"device": name, "torch": torch.__version__, "k": K}
     report |= {key: getattr(options, key) for key in ("rows", "dim", "queries", "quick")}

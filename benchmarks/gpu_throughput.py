@@ -113,7 +113,7 @@ def ours(unet: Any, vq: VQAutoencoder, noise: Tensor, tokens: Tensor, steps: int
     def run() -> Tensor:
         next_step()
         return generator.decode(
-            generator.latents(context, context.zeros(), noise, steps, None, next_step)
+            generator.generate(context, context.zeros(), noise, steps=steps, callback=next_step)
         )
 
     return run
@@ -157,6 +157,12 @@ def variants(arguments: argparse.Namespace, batch: int) -> dict[tuple[str, str],
     noise = torch.randn(batch, *unet.shape, generator=generator).to(device)
     tokens = torch.randn(batch, arguments.k, config["context_width"], generator=generator)
     tokens = tokens.to(device)
+    if arguments.alone:
+        unet, vq = unet.to(device, dtype), vq.to(device, dtype)
+        return {
+            ("retrodiff", mode): ours(compiled(unet, mode), vq, noise, tokens, arguments.steps)
+            for mode in arguments.modes
+        }
     twin, twin_vq = diffusers_twin(unet).to(device, dtype), vq_twin(vq).to(device, dtype)
     unet, vq = unet.to(device, dtype), vq.to(device, dtype)
     last, last_vq = (
@@ -261,6 +267,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), help="all, or eager on a CPU")
     parser.add_argument("-k", type=int, default=4, help="neighbors")
+    parser.add_argument("--alone", action="store_true", help="without diffusers: no ratios")
     parser.add_argument("--json", type=Path, help="file of the figures")
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"

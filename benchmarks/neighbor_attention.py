@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -290,7 +290,9 @@ def measure(case: Case, device: str, clock: Clock, compiled: str, copy: float) -
     }
 
 
-def network(device: str, dtype: torch.dtype, clock: Clock, small: bool) -> list[dict]:
+def network(
+    device: str, dtype: torch.dtype, clock: Clock, small: bool, size: int = 64
+) -> list[dict]:
     """One guided step of the ImageNet model's UNet: prepared, standard, and without attention.
 
     What attention takes is measured inside the step, module by module: on a CPU it is a few
@@ -301,15 +303,15 @@ def network(device: str, dtype: torch.dtype, clock: Clock, small: bool) -> list[
     net = UNet(
         in_channels=3,
         out_channels=3,
-        size=64,
+        size=size,
         channels=64 if small else 192,
-        multipliers=(1, 2, 3, 5),
+        multipliers=(1, 2, 3, 5) if size == 64 else (1, 1, 1, 1),
         blocks_per_level=2,
         attention_factors=(2, 4, 8),
         context_width=512,
     ).to(device, dtype)
     b = 1 if device == "cpu" else 32
-    x = torch.randn(2 * b, 3, 64, 64, device=device, dtype=dtype)
+    x = torch.randn(2 * b, 3, size, size, device=device, dtype=dtype)
     t = torch.full((2 * b,), 500, device=device)
     rows = []
     for k in (4, 20):
@@ -392,33 +394,18 @@ def _identity(module: object, x: Tensor, prepared: Prepared, shape: object = Non
 # --- launch sizes -------------------------------------------------------------------------------
 
 
-def tune(shapes: list[tuple[int, int]], ks: list[int], clock: Clock) -> list[dict]:
-    """The forward kernel's launch sizes, measured; best first for each shape."""
-    from retrodiff.attention import fused
+def tune(shapes: list[tuple[int, int]], ks: list[int]) -> list[dict]:
+    """The kernels' launch sizes, measured and kept, as `retrodiff tune` does."""
+    from retrodiff.attention import tune_attention
+    from retrodiff.attention.tuning import told
 
     rows = []
-    usual = fused.launch
-    for (n, c), k in itertools.product(shapes, ks):
-        module = NeighborAttention(c, 512, c // 32, path="fused").to("cuda", torch.bfloat16)
-        x = torch.randn(64, n, c, device="cuda", dtype=torch.bfloat16)
-        values = torch.randn(64, k, 512, device="cuda", dtype=torch.bfloat16)
-        take = rotating(x, "cuda")
-        run = ours(Case("", 64, n, c, 32, k, "bf16", False), module, values)
-        plan = usual(size=n, heads=c // 32, k=k, dtype=torch.bfloat16)
-        tried = []
-        for bn, bc, warps, stages in itertools.product((32, 64, 128), (32, 64), (4, 8), (2, 3, 4)):
-            mine = replace(plan, bn=bn, bc=bc, warps=warps, stages=stages)
-            with patch.object(fused, "launch", lambda mine=mine, **_: mine):
-                try:
-                    seconds = clock.medians({"": lambda run=run, take=take: run(take())})[""]
-                except Exception:  # does not fit the GPU
-                    continue
-            tried.append({"shape": [64, n, c, 32], "k": k, "us": 1e6 * seconds, "launch": mine})
-        tried.sort(key=lambda row: row["us"])
-        rows += tried[:3]
-        for row in tried[:3]:
-            print(row["shape"], row["k"], f"{row['us']:.1f} us", row["launch"], flush=True)
-        print("  chosen:", plan)
+    for (n, c), k, backward in itertools.product(shapes, ks, (False, True)):
+        found = tune_attention(
+            width=c, heads=c // 32, k=k, positions=n, batch=64, backward=backward
+        )
+        rows.append(asdict(found))
+        print(told(found), flush=True)
     return rows
 
 
@@ -449,8 +436,12 @@ def write(rows: list[dict], folder: Path, about: dict, copy: float, peaks: dict)
         table = csv.DictWriter(file, fieldnames=list(flat[0]))
         table.writeheader()
         table.writerows(flat)
-    import matplotlib
-
+    print(f"wrote {stem}.csv", file=sys.stderr)
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -478,7 +469,8 @@ def write(rows: list[dict], folder: Path, about: dict, copy: float, peaks: dict)
     axes.set(ylabel="TFLOP/s", title=f"Neighbor cross-attention, {about['device']}")
     axes.legend(fontsize=7)
     figure.savefig(f"{stem}.png", dpi=120)
-    print(f"wrote {stem}.csv and {stem}.png", file=sys.stderr)
+    plt.close(figure)
+    print(f"wrote {stem}.png", file=sys.stderr)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -530,8 +522,7 @@ def main() -> None:
         for row in rows:
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     elif args.tune:
-        rows = tune([s for p in SHAPES.values() for s in p], args.k, clock)
-        rows = [row | {"launch": str(row["launch"])} for row in rows]
+        rows = tune([s for p in SHAPES.values() for s in p], args.k)
     else:
         copy = copy_bandwidth(clock, args.device)
         print(f"copy: {copy / 1e9:.0f} GB/s", flush=True)

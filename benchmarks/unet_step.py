@@ -8,6 +8,7 @@ switch one source of the gain off, so that each one's share shows.
     python benchmarks/unet_step.py                  # eager, the full model: two minutes on 2 cores
     python benchmarks/unet_step.py --compile        # and torch.compile against torch.compile
     python benchmarks/unet_step.py --quick --json   # a narrow model, under a minute
+    python benchmarks/unet_step.py --device cuda --dtype bfloat16 --batch 16 --compile
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
     numbers = dict(PUBLISHED["rdm_imagenet"].unet)
     if arguments.quick:
         numbers |= {"channels": 64, "size": 32}
+    if arguments.tiny:
+        numbers |= {"channels": 32, "multipliers": [1, 2], "size": 16, "blocks_per_level": 1}
     torch.manual_seed(0)
     unet = UNet(**numbers).eval()
     with torch.no_grad():
@@ -100,15 +103,17 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
             if parameter.abs().max() == 0:  # a new network predicts nothing
                 parameter.normal_(std=0.02)
     size, width = numbers["size"], numbers["context_width"]
-    x = torch.randn(arguments.batch, 3, size, size)
-    t = torch.full((arguments.batch,), 500)
-    tokens = torch.randn(arguments.batch, arguments.k, width)
+    place: dict[str, Any] = {
+        "device": arguments.device, "dtype": getattr(torch, arguments.dtype)
+    }  # fmt: skip
+    unet.to(**place)
+    x = torch.randn(arguments.batch, 3, size, size).to(**place)
+    t = torch.full((arguments.batch,), 500, device=arguments.device)
+    tokens = torch.randn(arguments.batch, arguments.k, width).to(**place)
     cond = Context.of(tokens)
     both = Context.cat([cond, cond.zeros()])
     unmarked = Context.of(torch.cat([tokens, torch.zeros_like(tokens)]))
 
-    twin = diffusers_twin(unet)
-    nhwc = copy.deepcopy(twin).to(memory_format=torch.channels_last)
     x2, t2, tokens2 = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([tokens, 0 * tokens])
 
     def opponent(network: Any) -> Step:
@@ -121,15 +126,18 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
         )[0]  # fmt: skip
 
     prepared = unet.prepare(both)
-    steps: dict[str, Step] = {
-        "diffusers": opponent(twin),
-        "diffusers, channels last": last(nhwc),
-        "retrodiff": lambda: unet(x, t, prepared),
-    }
+    steps: dict[str, Step] = {}
+    if not arguments.alone:
+        twin: Any = diffusers_twin(unet).to(**place)
+        nhwc = copy.deepcopy(twin).to(memory_format=torch.channels_last)
+        steps["diffusers"] = opponent(twin)
+        steps["diffusers, channels last"] = last(nhwc)
+        if arguments.compile:
+            steps["diffusers, compiled"] = opponent(torch.compile(twin))
+            steps["diffusers, channels last, compiled"] = last(torch.compile(nhwc))
+    steps["retrodiff"] = lambda: unet(x, t, prepared)
     if arguments.compile:
         compiled = torch.compile(unet)
-        steps["diffusers, compiled"] = opponent(torch.compile(twin))
-        steps["diffusers, channels last, compiled"] = last(torch.compile(nhwc))
         steps["retrodiff, compiled"] = lambda: compiled(x, t, prepared)
     if arguments.parts:
         with standard_attention(unet):
@@ -158,8 +166,12 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the width, half the size")
+    parser.add_argument("--tiny", action="store_true", help="does it run: says nothing")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     parser.add_argument("--no-parts", dest="parts", action="store_false", help="totals only")
+    parser.add_argument("--alone", action="store_true", help="without diffusers: no ratios")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("-k", type=int, default=4, help="neighbors")
@@ -168,38 +180,49 @@ def main() -> None:
     arguments = parser.parse_args()
 
     steps = variants(arguments)
-    expected = steps["diffusers"]()
+    wait = torch.cuda.synchronize if arguments.device == "cuda" else (lambda: None)
+    expected = next(iter(steps.values()))()
     errors: dict[str, float] = {}
     for name, step in steps.items():  # also the warm-up, and the compilation
         errors[name] = ((step() - expected).norm() / expected.norm()).item()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(arguments.rounds):
         for name, step in steps.items():
+            wait()
             start = time.perf_counter()
             step()
+            wait()
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {machine}, float32")
+    if arguments.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {machine}, {arguments.dtype}")
     print(f"batch {arguments.batch} x 2, k={arguments.k}, median of {arguments.rounds}")
     ours = medians["retrodiff"]
     print(f"{'':38} {'s':>8} {'ours / it':>10} {'error':>9}")
     for name, seconds in medians.items():
-        reference = medians["retrodiff, compiled"] if name.endswith("compiled") else ours
+        reference = medians.get("retrodiff, compiled") if name.endswith("compiled") else ours
+        reference = reference or ours
         print(f"{name:38} {seconds:8.3f} {reference / seconds:10.3f} {errors[name]:9.1e}")
     bounds = {"diffusers": 0.90, "diffusers, channels last": 0.98}
     if arguments.compile:
         bounds |= {"diffusers, compiled": 1.0, "diffusers, channels last, compiled": 1.0}
     rows: list[dict[str, Any]] = []
+    if arguments.device != "cpu":
+        bounds = dict.fromkeys(bounds)  # those of a GPU are on whole sampling: gpu_throughput.py
     for name, bound in bounds.items():
+        if name not in medians:
+            continue
         own = medians["retrodiff, compiled"] if name.endswith("compiled") else ours
         ratio = own / medians[name]
-        rows.append({"against": name, "ratio": ratio, "bound": bound, "holds": ratio <= bound})
+        holds = None if bound is None else ratio <= bound
+        rows.append({"against": name, "ratio": ratio, "bound": bound, "holds": holds})
         print(f"against {name}: {ratio:.3f} (bound {bound})")
     if arguments.out:
         about = {
-            "device": machine, "torch": torch.__version__, "dtype": "float32",
+            "device": machine, "torch": torch.__version__, "dtype": arguments.dtype,
             "date": datetime.date.today().isoformat(), "batch": arguments.batch, "k": arguments.k,
         }  # fmt: skip
         write_json(arguments.out, {**about, "seconds": medians, "errors": errors, "rows": rows})

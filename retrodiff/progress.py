@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -15,9 +16,32 @@ def progress_bar(total: int | None, what: str, show: bool, **options: Any) -> An
         show: False for silence.
         options: of tqdm.
     """
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a bar that nobody sees needs no package
+        if show:
+            raise
+        return _Silent(options.get("iterable", ()))
     return tqdm(total=total, desc=what, disable=not show, delay=1.0, dynamic_ncols=True, **options)
+
+
+class _Silent:
+    """A bar that shows nothing."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self.iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.iterable)
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values, **options: None
 
 
 def say(line: str) -> None:

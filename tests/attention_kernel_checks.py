@@ -7,6 +7,7 @@ Not collected by itself: the interpreter must be chosen before triton is importe
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,29 @@ import torch
 from parts import SHARED, needs_shared
 from torch import Tensor, nn
 
-from retrodiff.attention import NeighborAttention, reference_attention, use_path
+from retrodiff.attention import (
+    KernelWarning,
+    NeighborAttention,
+    check_kernels,
+    kernel_calls,
+    proving,
+    reference_attention,
+    use_path,
+)
 from retrodiff.attention.absorbed import absorb
-from retrodiff.attention.fused import INTERPRETED, fused_attention, launch
+from retrodiff.attention.fused import fused_attention
+from retrodiff.attention.launches import INTERPRETED, launch
 from retrodiff.attention.reference import keys_values, standard_attention
 from retrodiff.interfaces import Tokens
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def tried_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test begins without verdicts and tuned sizes; a kernel found wrong fails it."""
+    monkeypatch.setenv("RETRODIFF_CACHE", str(tmp_path))
+    proving.TRIALS.forget()
 
 
 def block(width: int, heads: int, dtype: torch.dtype, context: int = 12) -> NeighborAttention:
@@ -200,6 +217,62 @@ def test_nothing_visible_is_the_null_condition_exactly() -> None:
     assert torch.equal(out[1], x[1] + module.to_out.bias)
     every = fused_attention(x, absorb(Tokens(values).zeros(), module.weights), module.to_out.bias)
     assert torch.equal(every, x + module.to_out.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "mean", "gain"), [(4, 0, 1), (20, 30, 8)])
+def test_the_check_leaves_room_for_rounding_and_none_for_faults(
+    dtype: torch.dtype, k: int, mean: float, gain: float
+) -> None:
+    """A right kernel has half of what is allowed in reserve, one percent is too much."""
+    torch.manual_seed(k)
+    module = NeighborAttention(192, 64, 6).to(dtype)
+    x, values = (torch.randn(1, 16, 192) + mean).to(dtype), torch.randn(1, k, 64)
+    values = (gain * values / values.norm(dim=-1, keepdim=True)).to(dtype)
+    with torch.no_grad():
+        tables, bias = absorb(values, module.weights), module.to_out.bias
+        out = fused_attention(x, tables, bias)
+        rest = (x, tables.m, tables.offset, tables.u, bias, 1e-5, 6, None, "interpreted")
+        (right,) = proving.judged_forward(out, *rest)
+        (wrong,) = proving.judged_forward(out * 1.01, *rest)
+    assert right.error <= 0.6 * right.allowed, right
+    assert not wrong.holds, wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "r"), [(1, 1), (5, 4)])
+def test_the_check_of_gradients_leaves_room_for_rounding(
+    dtype: torch.dtype, k: int, r: int
+) -> None:
+    torch.manual_seed(k)
+    module = NeighborAttention(96, 64, 3).to(dtype)
+    x, values = torch.randn(2, 24, 96).to(dtype), torch.randn(2, r, k, 64).to(dtype)
+    grad = torch.randn(2, 24, 96).to(dtype)
+    with torch.no_grad():
+        tables = absorb(Tokens(values, None, 1), module.weights)
+        rest = (grad, x, tables.m, tables.offset, tables.u, 1e-5, 3)
+        with check_kernels(False):
+            found = torch.ops.retrodiff.neighbor_attention_backward(*rest, 0, 0)
+        findings = proving.judged_backward(found, *rest, None, "interpreted")
+    for finding in findings:
+        assert finding.error <= 0.6 * finding.allowed, finding
+
+
+def test_a_planted_fault_in_the_real_kernel_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = kernel_calls.forward
+
+    def one_percent(*arguments):
+        return usual(*arguments) * 1.01
+
+    monkeypatch.setattr(kernel_calls, "forward", one_percent)
+    module = block(48, 3, torch.bfloat16)
+    x, values = torch.randn(2, 20, 48).bfloat16(), torch.randn(2, 4, 12).bfloat16()
+    tables = absorb(values, module.weights)
+    with torch.no_grad(), pytest.warns(KernelWarning, match="is allowed"):
+        out = module(x, tables)
+    module.path = "absorbed"
+    with torch.no_grad():
+        assert torch.equal(out, module(x, tables))
 
 
 def test_too_many_neighbors_and_float64_go_to_the_next_path() -> None:

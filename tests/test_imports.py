@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "retrodiff"
 # A module may import, at its top level, from its own layer's siblings listed here and from below.
 LAYERS = [
-    {"devices", "interrupts", "numbers", "precision", "randomness", "text"},
+    {"devices", "interrupts", "kernel_trials", "numbers", "precision", "randomness", "text"},
     {"components", "disk", "progress"},
     {"interfaces", "pictures"},
     {"attention", "autoregressive", "indexes", "encoders", "retrieval", "diffusion"},

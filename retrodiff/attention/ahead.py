@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from retrodiff.attention.fused import Launch, launch, most_registers, table_tile
+from retrodiff.attention.launches import Launch, launch, most_registers, table_tile
 
 Kernel = Literal["forward", "backward_rows", "backward_tables"]
 

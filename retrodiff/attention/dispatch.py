@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from retrodiff.attention.fused import MAX_K, launch
+from retrodiff.attention.fused import MAX_K
+from retrodiff.attention.launches import launch
 
 Path = Literal["one", "fused", "absorbed", "standard"]
 """``one``: a single neighbor, an addition. ``fused``: Triton on thin tables. ``absorbed``: PyTorch

@@ -22,6 +22,7 @@ from retrodiff.attention.absorbed import (
 )
 from retrodiff.attention.dispatch import STEPS, Choice, Path, Problem, choose
 from retrodiff.attention.fused import fused_attention, refusal, refusal_of
+from retrodiff.attention.proving import why_not
 from retrodiff.attention.reference import (
     KeysValues,
     Weights,
@@ -163,7 +164,7 @@ class NeighborAttention(nn.Module):
             self._check(x, context)
             if self.path == "absorbed":
                 return Choice(path="absorbed", reason="forced")
-            refused = refusal(x, context)
+            refused = refusal(x, context) or why_not(x, context)
             if refused is None:
                 return Choice(path="fused", reason="one kernel, x is read and written once")
             return Choice(path="absorbed", reason=f"not fused: {refused}")

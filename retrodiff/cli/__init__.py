@@ -30,6 +30,7 @@ def parser() -> Parser:
         train,
         train_autoencoder,
         train_encoder,
+        tune,
     )
 
     top = Parser(
@@ -49,6 +50,7 @@ def parser() -> Parser:
         credit,
         info,
         convert,
+        tune,
     ):
         module.add_parser(commands)
     return top
