@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint docs clean
+.PHONY: install demo test lint docs notebooks clean
 
 install: $(READY)
 
@@ -26,6 +26,9 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+notebooks: $(READY)
+	$(BIN)/python examples/notebooks/run.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
