@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from retrodiff import presets
+from retrodiff.pictures.sheet import Line, Section, draw_sheet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("prompts", nargs="*", default=["a red apple", "a crown", "a ship"])
@@ -20,6 +21,7 @@ model = presets.rdm_pictograms(pretrained=True)
 prompts = [prompt for prompt in options.prompts for _ in range(options.each)]
 out = model.sample(prompts=prompts, seed=options.seed, steps=options.steps)
 
+lines = []
 for i in range(0, len(prompts), options.each):
     print(prompts[i])
     found = out.neighbors
@@ -30,5 +32,9 @@ for i in range(0, len(prompts), options.each):
             about = "{title}, {style} ({license}, {credit})".format(**record)
             print(f"  {similarity:.2f}  row {row}: {about}")
 
-out.save(options.out, overwrite=True)  # PNG files, sheet.png, generation.json
+    near = [model.database.image(row) for row in found.indices[i].tolist() if row >= 0]
+    lines.append(Line(prompts[i], near, out.images[i : i + options.each]))
+
+out.save(options.out, overwrite=True)  # PNG files, and generation.json with all of the above
+draw_sheet([Section("", lines)]).save(options.out / "sheet.png")
 print(f"look at {options.out / 'sheet.png'}")
