@@ -21,7 +21,7 @@ import retrodiff
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS_TESTED = ("demo", "indexes", "scann", "eval", "train", "lance", "ray", "serve", "diffusers")
+EXTRAS_TESTED = ("demo", "indexes", "eval", "train", "lance", "ray", "serve", "diffusers")
 pytest.importorskip("hatchling")
 
 

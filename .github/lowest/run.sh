@@ -11,7 +11,7 @@ case $which in
     extras=()
     tests=(imports presets model samplers retrieval databases encoders checkpoints_native training) ;;
   extras)
-    extras=(demo indexes scann eval train ray lance serve diffusers)
+    extras=(demo indexes eval train ray lance serve diffusers)
     tests=(indexes serving databases_lance databases_ray references references_programs
            references_pipelines evaluation_metrics evaluation_extractors watching autoencoders
            diffusers_network) ;;
