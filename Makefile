@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint docs gpu clean
+.PHONY: install demo test lint docs gpu notebooks clean
 
 install: $(READY)
 
@@ -30,6 +30,9 @@ docs: $(READY)
 # On a machine with a GPU: needs torch, triton, numpy and einops, and no installation.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(addprefix --stage ,$(STAGE)) $(if $(AGAIN),--again)
+
+notebooks: $(READY)
+	$(BIN)/python examples/notebooks/run.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache

@@ -33,7 +33,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The block is a class of diffusers, which is imported with it only."""
     if name in ("RetrieveReferences", "hub_folder"):
-        from retrodiff.bridges import retrieve_references
-
+        try:
+            from retrodiff.bridges import retrieve_references
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{name} needs {error.name}: pip install 'retrodiff[diffusers]'"
+            ) from error
         return getattr(retrieve_references, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

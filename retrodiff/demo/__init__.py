@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def run(
 
     Raises:
         FileNotFoundError: the package of the pictogram model is not installed.
+        ImportError: scikit-learn is not installed.
         CopyingError: samples copy above the null; the report is written all the same.
     """
     shipped("pictograms")
+    if find_spec("sklearn") is None:
+        raise ImportError("the demo needs scikit-learn: pip install 'retrodiff[demo]'")
     out = place(out)
     check_free(out, MARKER, overwrite, None)  # parts are replaced one by one
     out.mkdir(parents=True, exist_ok=True)

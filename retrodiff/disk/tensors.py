@@ -207,7 +207,7 @@ def opened(path: str | Path, again: str = AGAIN) -> Iterator[Any]:
             yield file
     except (SafetensorError, RuntimeError, OverflowError, UnicodeError) as error:
         reason = " ".join(str(error).split())[:300]
-        if "not fully covered" in reason:
+        if "not fully covered" in reason or "MetadataIncompleteBuffer" in reason:
             reason = "truncated, or longer than its header says"
         raise _damaged(path, reason, again) from None
 

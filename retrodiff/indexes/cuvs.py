@@ -93,7 +93,7 @@ def _import_cagra() -> Any:
         from cuvs.neighbors import cagra  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "cuvs is not installed: pip install cuvs-cu13 (or cuvs-cu12, as your CUDA is), or use "
+            "cuvs is not installed: pip install 'retrodiff[cuvs]' (cuvs-cu13 for CUDA 13), or use "
             "the index Exact()"
         ) from error
     if not torch.cuda.is_available():

@@ -107,6 +107,6 @@ def _import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ValueError(
-            "faiss is not installed: pip install faiss-cpu, or use the index Exact()"
+            "faiss is not installed: pip install 'retrodiff[indexes]', or use the index Exact()"
         ) from error
     return faiss

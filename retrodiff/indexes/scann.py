@@ -133,6 +133,7 @@ def _import_scann() -> Any:
         import scann  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "scann is not installed: pip install scann (Linux), or use the index Exact()"
+            "scann is not installed: pip install 'retrodiff[scann]' (Linux), or use the index "
+            "Exact()"
         ) from error
     return scann

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from retrodiff.interfaces import Context, Tokens
 from retrodiff.networks.blocks import (
@@ -263,6 +262,8 @@ class UNet(Placed):
         def run(stage: Stage, h: Tensor) -> Tensor:
             mine = [next(layers, None) for _ in range(self.depth if stage.transformer else 0)]
             if self.gradient_checkpointing and torch.is_grad_enabled():
+                from torch.utils.checkpoint import checkpoint  # two seconds with torch 2.6
+
                 return checkpoint(stage, h, time, mine, prepared.rows, use_reentrant=False)
             return stage(h, time, mine, prepared.rows)
 
