@@ -183,7 +183,7 @@ def rdm_768(*, convert_scale: bool = False, **chosen: Unpack[Chosen]) -> Builder
 
 @preset
 def rarm_dogs(**chosen: Unpack[ChosenTokens]) -> Builder:
-    """The paper's autoregressive model of dogs, 256x256 (RARM): CLIP ViT-B/32, VQ f=16, 256 codes.
+    """The autoregressive model of dogs, 256x256 (RARM, Blattmann et al. 2022): CLIP, VQ f=16.
 
     It was trained on neighbors alone: ask prompts with ``mode="neighbors"`` or ``mode="text"``.
 
@@ -251,6 +251,9 @@ def rdm_small(
         size: side of the pictures, a multiple of 4.
         channels: of the UNet, a multiple of 32.
         k: neighbors per picture.
+
+    Raises:
+        ValueError: ``size`` is no multiple of the side of a patch.
     """
     if first_stage is None:
         patch, width = 4, 48

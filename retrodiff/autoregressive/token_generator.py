@@ -23,7 +23,13 @@ from retrodiff.precision import full_precision
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Maps images to codes, and back: `retrodiff.networks.VQAutoencoder`, `GrayLevels`."""
+    """Maps images to codes, and back: `retrodiff.networks.VQAutoencoder`, `GrayLevels`.
+
+    Example:
+        >>> from retrodiff.autoregressive import GrayLevels, Tokenizer
+        >>> isinstance(GrayLevels(17), Tokenizer), GrayLevels(17).vocabulary
+        (True, 17)
+    """
 
     @property
     def vocabulary(self) -> int:
@@ -45,6 +51,8 @@ class AutoregressiveGenerator(TrainableGenerator, GuidedGenerator):
 
     Its latents are the codes themselves, (b, 1, h, w). It has no sampler and no noise levels;
     ``steps`` has no effect, there is one for each code.
+
+    The way in which the paper's autoregressive models, RARM, draw images (Blattmann et al. 2022).
 
     Args:
         network: a `retrodiff.networks.CausalTransformer`.

@@ -52,6 +52,9 @@ class ReferenceRetriever:
             and the lists are merged.
         ranking: what ranks the rows; nearest first by default. It is not saved.
 
+    Raises:
+        ValueError: the encoder places no text, or a number is out of range.
+
     Example:
         >>> from retrodiff.encoders import CLIPEncoder
         >>> retriever = ReferenceRetriever(CLIPEncoder("ViT-B-32-quickgelu", "openai"))

@@ -36,6 +36,13 @@ class FidelityExtractor(Encoder):
         ImportError: torch-fidelity is not installed.
         ValueError: it has no such network or layer.
         OSError: the weights are not here and cannot be fetched.
+
+    Example:
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.evaluation import FidelityExtractor, register_extractor
+        >>> register_extractor("offline", TimmEncoder("test_resnet", image_size=32))
+        >>> FidelityExtractor("offline").dim
+        96
     """
 
     def __init__(

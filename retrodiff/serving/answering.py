@@ -35,11 +35,23 @@ FILTERS = 8
 
 
 class Refused(ValueError):
-    """A request that cannot be answered as it stands; the message is for the client."""
+    """A request that cannot be answered as it stands; the message is for the client.
+
+    Example:
+        >>> from retrodiff.serving import Refused
+        >>> issubclass(Refused, ValueError)
+        True
+    """
 
 
 class NotFound(Refused):
-    """A row, or the picture of one, that is not there."""
+    """A row, or the picture of one, that is not there.
+
+    Example:
+        >>> from retrodiff.serving import NotFound, Refused
+        >>> issubclass(NotFound, Refused)
+        True
+    """
 
 
 @dataclass(frozen=True)
