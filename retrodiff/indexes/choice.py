@@ -35,7 +35,12 @@ Built = TypeVar("Built", bound=Measured)
 
 
 def automatic(rows: int, gpu: bool | None = None) -> Recipe:
-    """The recipe for a number of rows: the first of `suitable`."""
+    """The recipe for a number of rows: the first of `suitable`.
+
+    Args:
+        rows: of the database.
+        gpu: whether there is a GPU; None: look.
+    """
     return suitable(rows, gpu)[0]
 
 

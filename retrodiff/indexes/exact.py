@@ -54,6 +54,14 @@ class Exact:
             this form, held in memory or on the device; the result is exact all the same. None: no
             copy on a CPU, float16 on a GPU.
         device: where the first pass runs, such as ``cuda``; None: on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from retrodiff.indexes import Exact, Vectors
+        >>> rows = torch.randn(500, 32)
+        >>> similarity, found = Exact().build(Vectors([rows])).search(rows[:2], k=5)
+        >>> found.shape, found[:, 0].tolist()
+        (torch.Size([2, 5]), [0, 1])
     """
 
     block: int = 32_768
@@ -62,7 +70,11 @@ class Exact:
     name = "exact"
 
     def build(self, vectors: Vectors, progress: bool = False) -> ExactIndex | ResidentIndex:
-        """The index over these vectors; nothing is copied unless storage or device is given."""
+        """The index over these vectors; nothing is copied unless storage or device is given.
+
+        Raises:
+            ValueError: the storage or the device is not known.
+        """
         if self.storage is not None and self.storage not in STORAGE:
             raise ValueError(f"unknown storage {self.storage!r}; known: {', '.join(STORAGE)}")
         device = torch.device(self.device or "cpu")
