@@ -1,4 +1,4 @@
-"""Every public name tells what `docstring_rules` asks for, and every example in a docstring runs."""
+"""Every public name tells what `docstring_rules` asks for; every example in a docstring runs."""
 
 from __future__ import annotations
 
