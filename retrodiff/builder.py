@@ -69,7 +69,7 @@ class Builder:
     Args:
         slots: components by the name of their slot. Use the methods in its place.
 
-    Example:
+    Examples:
         >>> from retrodiff import Builder
         >>> from retrodiff.diffusion import DDIM, ClassifierFree
         >>> recipe = Builder().sampler(DDIM()).guidance(ClassifierFree(2.0))

@@ -308,7 +308,7 @@ def rdm_pictograms(
     preconditioning; prompt and neighbors as two streams of tokens, and their means beside the
     timestep.
 
-    Example:
+    Examples:
         >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
         >>> model.sample(prompts=["a robot wearing a hat"]).save("out")  # doctest: +SKIP
 

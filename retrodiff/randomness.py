@@ -31,7 +31,7 @@ class Randomness(torch.Generator):
     Args:
         streams: one for each row; `of` makes them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Randomness
         >>> from retrodiff.randomness import normal

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from docstring_rules import public_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -68,3 +69,17 @@ def test_every_preset_is_on_its_page() -> None:
 
     page = (DOCS / "api" / "presets.md").read_text()
     assert [n for n in presets.__all__ if f"retrodiff.presets.{n}\n" not in page] == []
+
+
+def test_every_public_name_is_on_a_page_of_the_api() -> None:
+    pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: [\w.]*\.(\w+)$|^        - (\w+)$", pages, re.M))
+    names = {name for pair in shown for name in pair}
+    assert [str(name) for name in public_names() if name.name not in names] == []
+
+
+def test_a_function_and_not_the_module_of_its_name_is_shown() -> None:
+    for page in (DOCS / "api").glob("*.md"):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M):
+            file = ROOT / (path.replace(".", "/") + ".py")
+            assert not file.is_file() or "members:" in page.read_text(), path

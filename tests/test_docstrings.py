@@ -24,6 +24,8 @@ NEEDS = {
     "retrodiff.networks.Adapted": "diffusers",
     "retrodiff.networks.DiffusersNetwork": "diffusers",
     "retrodiff.networks.RetrievalAdapter": "diffusers",
+    "retrodiff.serving.SearchService": "fastapi",
+    "retrodiff.serving.running": "fastapi",
 }
 
 

@@ -48,7 +48,7 @@ class AttentionTables:
         heads: h.
         null_rows: rows at the end of the batch that are null, beside the b.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2, path="absorbed")
@@ -90,7 +90,7 @@ class OneNeighbor:
         hidden: (b, r, 1) or None, True where the caller's mask hid the neighbor.
         null_rows: rows at the end of the batch that are null, among the b.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2)

@@ -33,7 +33,7 @@ class Choice:
         reason: why.
         estimates: seconds per evaluation that were compared; empty where nothing was to compare.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2)

@@ -52,7 +52,7 @@ class NeighborAttention(nn.Module):
     Raises:
         ValueError: ``heads`` does not divide ``width``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2)

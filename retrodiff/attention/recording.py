@@ -48,7 +48,7 @@ class Recorder:
         ValueError: there is no measure of that name; or, while recording, positions come without a
             shape (h, w).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention, recording
         >>> block = NeighborAttention(width=64, context_width=32, heads=2)

@@ -35,7 +35,7 @@ class Weights:
         heads: h; each is e = c / h wide.
         eps: of the LayerNorm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention, reference_attention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2)
@@ -74,7 +74,7 @@ class KeysValues:
         hidden: (b, r, k) or None, True where the caller's mask hid a token.
         null_rows: rows at the end of the batch that are null, beside the b.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.attention import NeighborAttention
         >>> block = NeighborAttention(width=64, context_width=32, heads=2, path="standard")

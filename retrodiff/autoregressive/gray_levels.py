@@ -16,7 +16,7 @@ class GrayLevels:
     Args:
         levels: of gray, black and white among them: 17 for scikit-learn's digits, 256 for bytes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.autoregressive import GrayLevels
         >>> grays = GrayLevels(3)  # black, gray, white

@@ -25,7 +25,7 @@ from retrodiff.precision import full_precision
 class Tokenizer(Protocol):
     """Maps images to codes, and back: `retrodiff.networks.VQAutoencoder`, `GrayLevels`.
 
-    Example:
+    Examples:
         >>> from retrodiff.autoregressive import GrayLevels, Tokenizer
         >>> isinstance(GrayLevels(17), Tokenizer), GrayLevels(17).vocabulary
         (True, 17)
@@ -66,7 +66,7 @@ class AutoregressiveGenerator(TrainableGenerator, GuidedGenerator):
         ValueError: network and autoencoder have different numbers of codes, or a number is out of
             range.
 
-    Example:
+    Examples:
         >>> from retrodiff.autoregressive import AutoregressiveGenerator, GrayLevels
         >>> from retrodiff.networks import CausalTransformer
         >>> network = CausalTransformer(

@@ -27,7 +27,7 @@ class Reference:
         nearest: highest cosine to a reference that was taken before it; None for the first.
         original: whether the picture is the file at full size, not a thumbnail.
 
-    Example:
+    Examples:
         >>> from retrodiff.bridges import Reference
         >>> door = Reference(
         ...     row=3, similarity=0.31, record={"file": "door.png", "license": "CC0"}, rank=1
@@ -62,7 +62,7 @@ class Chosen:
         where: the filter, if there was one.
         left_out: why rows of higher rank than the last one chosen were left out, a line each.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from PIL import Image
         >>> from retrodiff.bridges import Chosen, Reference

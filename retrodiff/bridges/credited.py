@@ -44,7 +44,7 @@ class Pictures:
         chosen: the references of each image.
         made_by: name of the pipeline, and the settings it was called with.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from PIL import Image
         >>> from retrodiff.bridges import Chosen, Pictures, Reference

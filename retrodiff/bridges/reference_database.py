@@ -35,7 +35,7 @@ class ReferenceDatabase:
     Raises:
         ValueError: the database has no pictures, or the captions are of other rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Fingerprint
         >>> from retrodiff.bridges import ReferenceDatabase

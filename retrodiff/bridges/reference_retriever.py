@@ -55,7 +55,7 @@ class ReferenceRetriever:
     Raises:
         ValueError: the encoder places no text, or a number is out of range.
 
-    Example:
+    Examples:
         >>> from retrodiff.encoders import CLIPEncoder
         >>> retriever = ReferenceRetriever(CLIPEncoder("ViT-B-32-quickgelu", "openai"))
         >>> retriever.diversity

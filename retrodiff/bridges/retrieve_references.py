@@ -47,7 +47,7 @@ class RetrieveReferences(ModularPipelineBlocks):
     Raises:
         ValueError: ``output`` is none of the two names.
 
-    Example:
+    Examples:
         >>> from retrodiff.bridges import RetrieveReferences
         >>> [component.name for component in RetrieveReferences().expected_components]
         ['database', 'retriever']

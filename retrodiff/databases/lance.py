@@ -48,7 +48,7 @@ class LanceDatabase(Searchable):
         condition: SQL that rows must meet, or several such; None: all rows.
         root: folder that the records' files are relative to.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.databases import LanceDatabase

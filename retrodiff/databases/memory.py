@@ -31,7 +31,7 @@ class ArrayDatabase(Searchable):
         ValueError: numbers of embeddings, records and images differ, the widths differ, or an
             embedding cannot be stored in float16.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Fingerprint, Query
         >>> from retrodiff.databases import ArrayDatabase

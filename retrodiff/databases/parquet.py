@@ -47,7 +47,7 @@ class ParquetDatabase(Searchable):
         ValueError: a file is no whole parquet file, has other columns, or lacks an embedding
             somewhere; or nothing says which encoder made them.
 
-    Example:
+    Examples:
         >>> import pyarrow as pa
         >>> import pyarrow.parquet as pq
         >>> import torch

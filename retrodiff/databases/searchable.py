@@ -34,7 +34,7 @@ class Searchable(Database):
     Raises:
         ValueError: widths of fingerprint and embeddings differ.
 
-    Example:
+    Examples:
         >>> from retrodiff.databases import Searchable
         >>> from retrodiff.testing import small_database
         >>> database = small_database(rows=32)
@@ -227,7 +227,7 @@ class Subset(Searchable):
         database: whose rows.
         rows: (m,) row numbers there, in the order they shall have here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Subset
         >>> from retrodiff.testing import small_database

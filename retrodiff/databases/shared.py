@@ -39,7 +39,7 @@ class SharedDatabase(EmbeddingDatabase):
         manifest: its table of contents.
         root: folder that the records' files are relative to.
 
-    Example:
+    Examples:
         >>> from retrodiff import open_database
         >>> from retrodiff.databases import EmbeddingDatabase, SharedDatabase
         >>> database = open_database("hf://datasets/me/library@v1")  # doctest: +SKIP

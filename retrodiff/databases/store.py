@@ -47,7 +47,7 @@ class EmbeddingDatabase(Searchable):
         manifest: its table of contents.
         root: folder that the records' files are relative to, if it has moved since the build.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Encoder, Fingerprint, build_database, open_database
         >>> from retrodiff.databases import Images

@@ -32,7 +32,7 @@ class Union(Searchable):
     Raises:
         ValueError: there is no database, encoders or scales differ, or the weights do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.databases import Union

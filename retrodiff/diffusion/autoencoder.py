@@ -17,7 +17,7 @@ class Identity(Autoencoder):
 
     Both are (b, c, h, w); images in [-1, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import Identity
         >>> Identity().encode(torch.zeros(1, 3, 8, 8)).shape
@@ -43,7 +43,7 @@ class Folded(Autoencoder):
         autoencoder: makes the latents.
         factor: side of the square of positions that becomes one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import Folded, Identity
         >>> Folded(Identity(), 2).encode(torch.zeros(1, 3, 8, 8)).shape
@@ -79,7 +79,7 @@ class PixelUnshuffle(Autoencoder):
     Args:
         factor: side of the square; divides height and width.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import PixelUnshuffle
         >>> PixelUnshuffle(4).encode(torch.zeros(1, 3, 32, 32)).shape

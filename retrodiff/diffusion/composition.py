@@ -24,7 +24,7 @@ class Composed(Denoiser):
         ValueError: numbers of models and weights differ, the weights do not sum to 1, or the models
             take different latents or streams.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.diffusion import Composed
         >>> one, other = presets.ldm().denoiser, presets.ldm().denoiser

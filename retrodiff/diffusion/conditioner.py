@@ -39,7 +39,7 @@ class NeighborEmbeddings(Conditioner):
         convert: whether ``unit`` may divide what a database stores raw. False, as in the presets of
             published checkpoints: such a database is refused until someone says so.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.diffusion import NeighborEmbeddings
@@ -87,7 +87,7 @@ class NeighborEmbeddings(Conditioner):
 class Unconditional(Conditioner):
     """No condition at all: the parametric baseline without retrieval.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import Unconditional
         >>> Unconditional().widths(512), Unconditional().uses_neighbors
         ({}, False)
@@ -114,7 +114,7 @@ class QueryOnly(Conditioner):
     Args:
         scale: as for `NeighborEmbeddings`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Neighbors, Query
         >>> from retrodiff.diffusion import QueryOnly
@@ -153,7 +153,7 @@ class QueryAndNeighbors(Conditioner):
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import QueryAndNeighbors
         >>> QueryAndNeighbors("unit").widths(512)
         {'query': 512, 'neighbors': 512}
@@ -192,7 +192,7 @@ class PromptAndNeighbors(Conditioner):
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import PromptAndNeighbors
         >>> PromptAndNeighbors("unit").widths(512)
         {'query': 512, 'neighbors': 512}
@@ -230,7 +230,7 @@ class Wrapper(Conditioner):
 
     A subclass is a dataclass or a torch module with a ``conditioner``, the inner one.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass, replace
         >>> import torch
         >>> from retrodiff import Context, Query, Tokens
@@ -298,7 +298,7 @@ class QueryVector(Wrapper):
         conditioner: what gives the tokens; `Unconditional()` for none.
         scale: as for `NeighborEmbeddings`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Neighbors, Query
         >>> from retrodiff.diffusion import QueryVector, Unconditional
@@ -344,7 +344,7 @@ class Noised(Wrapper):
         most: levels are drawn from 0 to this in training.
         level: what the network is told in sampling: higher, and it holds to the embedding less.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import Noised, QueryVector, Unconditional
         >>> conditioner = Noised(QueryVector(Unconditional(), "unit"), most=0.5)
         >>> conditioner.vector_width(512)
@@ -421,7 +421,7 @@ class Dropped(Wrapper):
         stream: the stream to hide, or ``vector`` for ``Context.vector``; None hides all of them
             together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.diffusion import Dropped, NeighborEmbeddings

@@ -51,7 +51,7 @@ class Preconditioned(nn.Module):
             error of the denoised image counts min(SNR, gamma), SNR = (data / sigma)². None: the
             parametrization's own weighting.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import EpsDenoiser, FlowDenoiser, Preconditioned
         >>> issubclass(EpsDenoiser, Preconditioned), issubclass(FlowDenoiser, Preconditioned)
@@ -199,7 +199,7 @@ class EpsDenoiser(Preconditioned):
         schedule: the discrete schedule that gives sigma its timestep; the paper's by default.
         min_snr: as for all denoisers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import EpsDenoiser
@@ -247,7 +247,7 @@ class EpsDenoiser(Preconditioned):
 class VDenoiser(EpsDenoiser):
     """The network predicts v = alpha * noise - sigma_vp * x0 (Salimans & Ho 2022).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import VDenoiser
@@ -269,7 +269,7 @@ class VDenoiser(EpsDenoiser):
 class X0Denoiser(EpsDenoiser):
     """The network predicts x0 of a variance-preserving process (Salimans & Ho 2022).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import X0Denoiser
@@ -301,7 +301,7 @@ class EDMDenoiser(Preconditioned):
         sigma_max: first sampling level.
         min_snr: as for all denoisers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import EDMDenoiser
@@ -373,7 +373,7 @@ class FlowDenoiser(Preconditioned):
         shift: of the sampling times, see `LinearFlow`.
         min_snr: as for all denoisers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import FlowDenoiser

@@ -40,7 +40,7 @@ class Start:
         latents: (b, c, h, w), clean.
         strength: 0 gives the latents back, 1 forgets them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import Start
         >>> Start(torch.zeros(2, 4, 8, 8), strength=0.6).left(10)
@@ -76,7 +76,7 @@ class DiffusionGenerator(Generator):
         schedule: at which noise levels.
         autoencoder: from latents to images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context, presets
         >>> generator = presets.ldm().diffusion()

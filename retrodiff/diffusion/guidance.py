@@ -22,7 +22,7 @@ SAME = 1e-5
 class Unguided(Guidance):
     """The conditional branch alone.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.diffusion import Unguided
         >>> presets.ldm().replace(guidance=Unguided()).sample(n=1, steps=2).images.shape
@@ -49,7 +49,7 @@ class ClassifierFree(Guidance):
     Raises:
         ValueError: ``scale`` is negative.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.diffusion import ClassifierFree
         >>> model = presets.ldm().replace(guidance=ClassifierFree(2.0))
@@ -97,7 +97,7 @@ class Mixture(Guidance):
     Raises:
         ValueError: there are no weights; or, in sampling, one names no branch.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import Mixture
         >>> text_and_database = Mixture({"query": 1.5, "neighbors": 0.5})
         >>> away = Mixture({"cond": 2.0, "negative": -1.0})
@@ -159,7 +159,7 @@ class ByLevel(Guidance):
     Raises:
         ValueError: there is no level, or they do not fall.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import ByLevel, ClassifierFree, Mixture
         >>> text_first = ByLevel(((1.0, Mixture({"query": 2.0})), (0.0, ClassifierFree(1.5))))
         >>> [lowest for lowest, guidance in text_first.parts]
@@ -194,7 +194,7 @@ class Interval(Guidance):
         low: smallest sigma that is guided; a level of the schedule that equals it is guided, too.
         high: largest sigma that is guided, likewise; infinity for no limit.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import ClassifierFree, Interval
         >>> Interval(ClassifierFree(4.0), low=0.3, high=5.0)
         Interval(guidance=ClassifierFree(scale=4.0), low=0.3, high=5.0)

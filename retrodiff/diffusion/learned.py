@@ -25,7 +25,7 @@ class Projected(nn.Module, Wrapper):
         dim: width of an embedding, the encoder's ``dim``.
         width: of every stream afterwards.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import NeighborEmbeddings, Projected
         >>> Projected(NeighborEmbeddings("unit"), dim=512, width=128).widths(512)
         {'neighbors': 128}
@@ -95,7 +95,7 @@ class VectorTokens(nn.Module, Wrapper):
     Raises:
         ValueError: the conditioner gives no vector, or has a stream of that name.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import QueryVector, Unconditional, VectorTokens
         >>> vector = QueryVector(Unconditional(), "unit")
         >>> VectorTokens(vector, dim=512, tokens=4, width=128).widths(512)
@@ -160,7 +160,7 @@ class LearnedNull(nn.Module, Wrapper):
         conditioner: what gives the streams.
         dim: width of an embedding, the encoder's ``dim``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context
         >>> from retrodiff.diffusion import Dropped, LearnedNull, NeighborEmbeddings

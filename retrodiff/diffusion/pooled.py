@@ -25,7 +25,7 @@ class Pooled(Wrapper):
     Args:
         conditioner: what gives the tokens, without a vector of its own.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import Pooled, PromptAndNeighbors
         >>> conditioner = Pooled(PromptAndNeighbors("unit"))
         >>> conditioner.widths(512), conditioner.vector_width(512)
@@ -68,7 +68,7 @@ class Rescaled(Wrapper):
         conditioner: what gives the tokens.
         factor: above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.diffusion import NeighborEmbeddings, Rescaled

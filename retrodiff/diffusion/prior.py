@@ -27,7 +27,7 @@ class DiffusionPrior(Prior):
         draws: embeddings that are drawn for a text, the nearest of which is kept.
         norm: of the embeddings that it gives; their direction is what it draws.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.diffusion import DiffusionPrior

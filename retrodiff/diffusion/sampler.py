@@ -31,7 +31,7 @@ class Step:
         look: the denoiser's estimate for another x and level: one more network call.
         generator: randomness of the run.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> import torch
         >>> from retrodiff.diffusion import Step, Stepwise
@@ -75,7 +75,7 @@ class Step:
 class Stepwise(Sampler):
     """A sampler that is given by its step; subclass it and write `step`.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> from retrodiff.diffusion import Stepwise
         >>> from retrodiff.testing import check_sampler
@@ -150,7 +150,7 @@ class DDIM(Stepwise):
     Args:
         eta: 0 is deterministic; 1 adds the noise of DDPM's posterior.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import DDIM, ScaledLinear
         >>> schedule = ScaledLinear()
@@ -178,7 +178,7 @@ class DDIM(Stepwise):
 class DDPM(DDIM):
     """Ancestral sampling (Ho et al. 2020): DDIM with eta = 1, meant for all T steps.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import DDIM, DDPM
         >>> isinstance(DDPM(), DDIM), DDPM().eta
         (True, 1.0)
@@ -195,7 +195,7 @@ class PLMS(Stepwise):
     and the levels are uneven in sigma, so as a whole it converges with order 2. A run of S steps
     makes S + 1 network calls.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import PLMS, ScaledLinear
         >>> schedule = ScaledLinear()
@@ -232,7 +232,7 @@ class PLMS(Stepwise):
 class Euler(Stepwise):
     """First order along dx/dsigma (Karras et al. 2022): one network call per step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import Euler
         >>> sigmas = torch.tensor([2.0, 1.0, 0.0])
@@ -257,7 +257,7 @@ class EulerAncestral(Stepwise):
         eta: 0 or more: 0 is deterministic, 1 adds the noise of DDPM's posterior. Above 1 more is
             renewed, at most all of it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import EulerAncestral
         >>> sigmas = torch.tensor([2.0, 1.0, 0.0])
@@ -287,7 +287,7 @@ class Heun(Stepwise):
 
     Two network calls per step, one where the step ends at zero.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import Heun, Karras
         >>> sigmas = Karras().sigmas(10)
@@ -314,7 +314,7 @@ class DPMpp2M(Stepwise):
     paper's models choose ``schedule=LogSpaced(...)`` with it. On their own even timesteps, 20 steps
     lose to DDIM.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.diffusion import DPMpp2M
         >>> presets.ldm().sample(n=1, steps=4, sampler=DPMpp2M()).images.shape

@@ -38,7 +38,7 @@ class ScaledLinear(Schedule):
         beta_end: beta of the last step.
         length: T.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import ScaledLinear
         >>> schedule = ScaledLinear()  # the paper's
         >>> schedule.timesteps(4).tolist()
@@ -114,7 +114,7 @@ class LogSpaced(Schedule):
     Args:
         schedule: whose first and last levels are kept; it also leads in and out of σ-space.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import LogSpaced, ScaledLinear
         >>> sigmas = LogSpaced(ScaledLinear()).sigmas(4)
         >>> [round(ratio, 3) for ratio in (sigmas[:-1] / sigmas[1:]).tolist()]
@@ -147,7 +147,7 @@ class Karras(Schedule):
         sigma_max: first level.
         rho: 7 in the paper: more steps near the data.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import Karras
         >>> [round(sigma, 3) for sigma in Karras().sigmas(4).tolist()]
         [80.0, 9.723, 0.47, 0.002, 0.0]
@@ -179,7 +179,7 @@ class LinearFlow(Schedule):
         t_max: first time; below 1, where sigma is infinite.
         shift: > 1 spends more steps at high noise (Esser et al. 2024, eq. 23); 1 leaves t as it is.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import LinearFlow
         >>> [round(sigma, 3) for sigma in LinearFlow(t_max=0.8).sigmas(4).tolist()]
         [4.0, 1.5, 0.667, 0.25, 0.0]

@@ -27,7 +27,7 @@ class ClassNames(TextEncoder):
     Raises:
         ValueError: there is no name, or one twice.
 
-    Example:
+    Examples:
         >>> from retrodiff.encoders import ClassNames
         >>> ClassNames(("cat", "dog")).encode_text(["dog"]).tolist()
         [[0.0, 1.0]]

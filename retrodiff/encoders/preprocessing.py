@@ -176,7 +176,7 @@ class Preprocessing:
         name: goes into the fingerprint, such as ``rdm-224``.
         steps: applied in order to images (b, c, h, w) in [-1, 1] of any size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.encoders import TimmEncoder
         >>> preprocessing = TimmEncoder("test_resnet", image_size=32).preprocessing

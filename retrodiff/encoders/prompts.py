@@ -14,7 +14,7 @@ from retrodiff.text import printable
 class PromptCut(UserWarning):
     """The end of a prompt is left out, because an encoder reads no more.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> from retrodiff.encoders import PromptCut
         >>> warnings.simplefilter("error", PromptCut)  # refuse prompts that are too long

@@ -20,7 +20,7 @@ class Regions(Encoder):
         encoder: of blocks; with a text tower, a prompt is that of every region.
         side: blocks along each side; an image has side * side, in reading order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.encoders import Regions, TimmEncoder
         >>> regions = Regions(TimmEncoder("test_resnet", image_size=32), side=2)

@@ -45,7 +45,7 @@ class Copying:
         planted: margins of planted copies by the kind of change; empty: none were planted.
         images: (n,) numbers of the generated images; None: all of them, in their order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.evaluation import copying
         >>> generator = torch.Generator().manual_seed(0)

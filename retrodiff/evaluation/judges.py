@@ -25,7 +25,7 @@ class Judge:
         head: features (n, d) -> logits (n, classes).
         classes: a name for each; several names of one class are separated by commas.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.encoders import TimmEncoder
         >>> from retrodiff.evaluation import Judge

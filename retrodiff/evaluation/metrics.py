@@ -39,7 +39,7 @@ class Score:
             generated ones) against the other half: what a perfect generator would get at these
             numbers of images; None: not computed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.evaluation import vendi
         >>> print(vendi(torch.eye(10)))

@@ -34,7 +34,7 @@ class Reconstruction:
         latent_std: of all latents, about their mean.
         images: a few reconstructions (m, c, h, w) in [-1, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.diffusion import PixelUnshuffle
         >>> from retrodiff.evaluation import reconstruction

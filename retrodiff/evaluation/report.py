@@ -41,7 +41,7 @@ class Report:
         details: what the copying report compares, in words.
         notes: what to keep in mind.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import torch
         >>> from retrodiff.encoders import TimmEncoder

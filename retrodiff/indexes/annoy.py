@@ -43,7 +43,7 @@ class Annoy:
         search: nodes visited, at least; None: trees * rerank.
         seed: of the random splits.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.indexes import Annoy, Vectors, recall_of
         >>> vectors = Vectors([torch.randn(500, 32)])

@@ -78,7 +78,7 @@ def build_automatic(
     Returns:
         What was built, and in words what was chosen and why.
 
-    Example:
+    Examples:
         ``build_automatic(len(database), partial(database.build_index, save=False))`` gives the
         database, searched by the index that was chosen, and writes nothing.
     """

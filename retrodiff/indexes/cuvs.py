@@ -30,7 +30,7 @@ class CuVS:
         visit: candidates kept during a search (cuVS's ``itopk_size``), at least ``rerank``.
         rerank: candidates ranked again by exact cosine.
 
-    Example:
+    Examples:
         >>> from retrodiff.indexes import CuVS
         >>> CuVS(visit=256).name
         'cuvs'

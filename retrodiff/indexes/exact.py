@@ -55,7 +55,7 @@ class Exact:
             copy on a CPU, float16 on a GPU.
         device: where the first pass runs, such as ``cuda``; None: on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.indexes import Exact, Vectors
         >>> rows = torch.randn(500, 32)

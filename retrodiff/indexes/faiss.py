@@ -37,7 +37,7 @@ class Faiss:
         rerank: candidates ranked again by exact cosine.
         train_rows: rows that quantizers and clusters are fitted on, evenly spaced.
 
-    Example:
+    Examples:
         >>> from retrodiff.indexes import Faiss
         >>> Faiss("IVF4096,SQ8", rerank=200)
         Faiss(factory='IVF4096,SQ8', rerank=200, train_rows=200000)

@@ -37,7 +37,7 @@ class SavableIndex(Index, Protocol):
 class Recipe(Protocol):
     """Hyper-parameters of an index: a frozen dataclass of JSON-able values.
 
-    Example:
+    Examples:
         >>> from retrodiff.indexes import Annoy, recipe_from_string
         >>> recipe = recipe_from_string("annoy:trees=20,rerank=200")
         >>> recipe == Annoy(trees=20, rerank=200), recipe.name
@@ -69,7 +69,7 @@ class Recall:
         k: neighbors asked for.
         queries: rows that were asked for their neighbors (each one's own row is left out).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.indexes import Exact, Vectors, recall_of
         >>> vectors = Vectors([torch.randn(500, 32)])

@@ -44,7 +44,7 @@ class ScaNN:
         threshold: how much more an error along a row counts than one across (ScaNN's
             ``anisotropic_quantization_threshold``), in hundredths.
 
-    Example:
+    Examples:
         >>> from retrodiff.indexes import ScaNN
         >>> ScaNN(rerank=800).name
         'scann'

@@ -41,7 +41,7 @@ class USearch:
         expansion_search: candidates looked at in a search.
         rerank: candidates ranked again by exact cosine.
 
-    Example:
+    Examples:
         >>> from retrodiff.indexes import USearch
         >>> USearch(expansion_search=256)
         USearch(connectivity=16, expansion_add=128, expansion_search=256, rerank=64)

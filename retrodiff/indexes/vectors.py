@@ -30,7 +30,7 @@ class Vectors:
     Raises:
         ValueError: there is no part.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.indexes import Vectors
         >>> vectors = Vectors([torch.randn(300, 32).half(), torch.randn(200, 32).half()])

@@ -27,7 +27,7 @@ class Conditioner(Protocol):
 
     One that has weights is a torch module, and is trained with the denoiser.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Conditioner, Context, Query, Tokens
         >>> from retrodiff.retrieval import NearestNeighbors
@@ -87,7 +87,7 @@ class Generator(Protocol):
     `retrodiff.diffusion.DiffusionGenerator` is the one that a model is made of unless it is given
     another.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context, Generator
         >>> class Gray(Generator):
@@ -163,7 +163,7 @@ class Generator(Protocol):
 class TrainableGenerator(Generator, Protocol):
     """A generator that knows its own training objective.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.interfaces import TrainableGenerator
         >>> isinstance(presets.ldm().diffusion(), TrainableGenerator)
@@ -182,7 +182,7 @@ class TrainableGenerator(Generator, Protocol):
 class GuidedGenerator(Generator, Protocol):
     """A generator that can be asked for another guidance.
 
-    Example:
+    Examples:
         >>> from retrodiff.autoregressive import AutoregressiveGenerator, GrayLevels
         >>> from retrodiff.interfaces import GuidedGenerator
         >>> from retrodiff.networks import CausalTransformer
@@ -212,7 +212,7 @@ class Denoiser(Protocol):
         untrained: fresh weights that are meant to be replaced; sampling from them warns.
         takes_float64: x and sigma may be float64, whatever the type of the weights.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context, Denoiser
         >>> from retrodiff.diffusion import Karras
@@ -279,7 +279,7 @@ class Denoiser(Protocol):
 class TrainableDenoiser(Denoiser, Protocol):
     """A denoiser that knows its own training objective.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.interfaces import TrainableDenoiser
         >>> isinstance(presets.ldm().denoiser, TrainableDenoiser)
@@ -301,7 +301,7 @@ class TrainableDenoiser(Denoiser, Protocol):
 class Guidance(Protocol):
     """Combines a condition and its null into one denoiser.
 
-    Example:
+    Examples:
         >>> from retrodiff import Guidance
         >>> class Half(Guidance):
         ...     # The mean of both branches.
@@ -329,7 +329,7 @@ class Guidance(Protocol):
 class Sampler(Protocol):
     """Takes noise to data along decreasing noise levels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Sampler
         >>> class OneStep(Sampler):
@@ -373,7 +373,7 @@ class Autoencoder(Protocol):
 
     Images (b, c, h, w) in [-1, 1] <-> latents (b, c, h, w) with channels and size of their own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Autoencoder
         >>> class Halved(Autoencoder):
@@ -411,7 +411,7 @@ class Autoencoder(Protocol):
 class Schedule(Protocol):
     """Noise levels to sample at, and the way into σ-space and out of it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Schedule
         >>> class Linear(Schedule):

@@ -21,7 +21,7 @@ class Encoder(Protocol):
 
     Three members must be written; the rest has defaults, and what wraps an encoder forwards it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Encoder, Fingerprint
         >>> class MeanColor(Encoder):
@@ -84,7 +84,7 @@ class Encoder(Protocol):
 class TextEncoder(Encoder, Protocol):
     """Maps images and text to embeddings in one space.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Fingerprint, TextEncoder
         >>> class Lengths(TextEncoder):
@@ -113,7 +113,7 @@ class TextEncoder(Encoder, Protocol):
 class Database(Protocol):
     """Rows of embeddings with a record of where each comes from (D). It does not change.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.testing import small_database
@@ -151,7 +151,7 @@ class Database(Protocol):
 class Retriever(Protocol):
     """Chooses k rows of a database for each query (ξ_k).
 
-    Example:
+    Examples:
         >>> from retrodiff import Retriever
         >>> class Reversed(Retriever):
         ...     # The k nearest, the farthest of them first.
@@ -181,7 +181,7 @@ class Retriever(Protocol):
 class ProposalDistribution(Protocol):
     """Distribution over database rows used as queries in unconditional sampling (p_D).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import ProposalDistribution, Query
         >>> from retrodiff.randomness import uniform
@@ -221,7 +221,7 @@ class ProposalDistribution(Protocol):
 class Index(Protocol):
     """Searches vectors by cosine, in a form of its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Index
         >>> class Brute(Index):
@@ -246,7 +246,7 @@ class Index(Protocol):
 class Prior(Protocol):
     """Turns embeddings of text into embeddings of images that it may describe (unCLIP's prior).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Prior
         >>> class Shifted(Prior):

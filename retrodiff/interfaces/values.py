@@ -30,7 +30,7 @@ Record = Mapping[str, Any]
 class Value:
     """Equality, hash and a short repr for a dataclass that holds tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> Query(torch.zeros(1, 4)) == Query(torch.zeros(1, 4))
@@ -71,7 +71,7 @@ class Fingerprint:
         scale: ``raw`` as the encoder gave them, ``unit`` divided by their norm.
         rows: hash of the stored rows in their order; empty for an encoder.
 
-    Example:
+    Examples:
         >>> from retrodiff import Fingerprint
         >>> one = Fingerprint(encoder="clip", weights="a1", preprocessing="openai-224", dim=512)
         >>> other = Fingerprint(
@@ -142,7 +142,7 @@ class Query(Value):
         generator: randomness for retrievers that draw, best a `Randomness` of b rows; None means
             torch's global state.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> query = Query(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), source=("a door", "a tree"))
@@ -200,7 +200,7 @@ class Neighbors(Value):
         mask: (b, k) or (b, r, k), True where a neighbor takes part; None: all do. Training on a
             varying number of neighbors fills shorter lists up to k with what does not take part.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.testing import small_database
@@ -304,7 +304,7 @@ class Tokens(Value):
         null_rows: how many rows at the *end* of the batch are the all-zero null condition. Set
             where the null is made and never detected from values, so that a network may skip them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Tokens
         >>> tokens = Tokens(torch.randn(2, 4, 512))
@@ -355,7 +355,7 @@ class Context(Value):
         streams: named token sets; a network joins them along k after its own projection of each.
         vector: (b, v), added to the timestep embedding; None: there is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Context, Tokens
         >>> context = Context({"neighbors": Tokens(torch.randn(2, 4, 512))})

@@ -56,7 +56,7 @@ class Generation(Value):
         renewed: neighbors of each image that were found while sampling, by step, where that was
             asked for.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> out = presets.ldm().sample(n=2, steps=2)
         >>> out.images.shape, len(out.pil())

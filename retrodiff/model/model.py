@@ -76,7 +76,7 @@ class Model(Saved, Placed):
         class_top: l, the nearest rows of a class prompt that k are drawn from.
         steps: of the sampler, unless asked otherwise.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> model = presets.ldm()
         >>> out = model.sample(n=2, steps=2, seed=0)

@@ -31,7 +31,7 @@ class Adapted(Placed):
     Raises:
         ValueError: the base takes no input of that name, or one has several rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusers import UNet2DConditionModel
         >>> from retrodiff.diffusion import EpsDenoiser

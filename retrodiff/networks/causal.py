@@ -41,7 +41,7 @@ class CausalTransformer(Placed):
     Raises:
         ValueError: ``heads`` does not divide ``width``, or a number is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import CausalTransformer
         >>> network = CausalTransformer(

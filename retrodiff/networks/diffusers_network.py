@@ -66,7 +66,7 @@ class DiffusersNetwork(Placed):
     Raises:
         ValueError: it is no such model, or needs arguments that are not there; one line.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusers import UNet2DModel
         >>> from retrodiff import Context

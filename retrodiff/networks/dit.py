@@ -52,7 +52,7 @@ class DiT(Placed):
     Raises:
         ValueError: ``patch`` does not divide height or width, or ``heads`` not the width.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import DiT
         >>> network = DiT(

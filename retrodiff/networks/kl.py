@@ -38,7 +38,7 @@ class KLAutoencoder(Placed, Autoencoder):
         scale_factor: latents are the encoder's mean times this number, about one over its standard
             deviation: what `encode` returns and `decode` takes is in the diffusion model's space.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import KLAutoencoder
         >>> first_stage = KLAutoencoder(

@@ -30,7 +30,7 @@ class PatchDiscriminator(Placed):
     Raises:
         ValueError: ``levels`` is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import PatchDiscriminator
         >>> PatchDiscriminator(channels=32, levels=2)(torch.zeros(2, 3, 64, 64)).shape

@@ -33,7 +33,7 @@ class PrincipalPatches(Placed, Autoencoder):
     Raises:
         ValueError: more ``components`` than numbers in a patch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import PrincipalPatches
         >>> images = torch.rand(20, 3, 16, 16) * 2 - 1

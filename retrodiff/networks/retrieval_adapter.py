@@ -63,7 +63,7 @@ class RetrievalAdapter(nn.Module):
     Raises:
         ValueError: the network has no such layers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusers import UNet2DConditionModel
         >>> from retrodiff.networks import RetrievalAdapter

@@ -77,7 +77,7 @@ class UNet(Placed):
         dropout: probability inside the residual blocks.
         gradient_checkpointing: recompute the blocks in the backward pass instead of keeping them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import UNet
         >>> network = UNet(

@@ -45,7 +45,7 @@ class VQAutoencoder(Placed, Autoencoder):
         groups: of every norm; divides ``channels``.
         scale_factor: latents are the encoder's times this number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import VQAutoencoder
         >>> first_stage = VQAutoencoder(

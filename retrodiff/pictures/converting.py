@@ -43,7 +43,7 @@ LEEWAY = 0.25
 class PixelRange(UserWarning):
     """Warning of pixels that are taken as [-1, 1], though they look like [0, 1].
 
-    Example:
+    Examples:
         >>> import warnings
         >>> from retrodiff.pictures import PixelRange
         >>> warnings.simplefilter("error", PixelRange)  # refuse pixels that look like [0, 1]

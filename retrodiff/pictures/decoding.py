@@ -36,7 +36,7 @@ FULL_SCALE = frozenset({"PNG", "PPM", "JPEG2000"})
 class UnreadableImage(ValueError):
     """A file that is no picture, or only a part of one, or too large to be decoded.
 
-    Example:
+    Examples:
         >>> from retrodiff.databases import UnreadableImage
         >>> from retrodiff.pictures import to_image
         >>> try:

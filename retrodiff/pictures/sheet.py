@@ -31,7 +31,7 @@ class Line:
         note: a few words below the query.
         captions: of the neighbors, a short text each; may be empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.pictures import Line, Section, draw_sheet
         >>> found = torch.zeros(3, 3, 32, 32)
@@ -56,7 +56,7 @@ class Section:
         title: above the lines.
         lines: of the section, from above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.pictures import Line, Section, draw_sheet
         >>> rows = [Line(None, torch.zeros(3, 3, 32, 32)), Line(None, torch.ones(3, 3, 32, 32))]

@@ -33,7 +33,7 @@ class ReciprocalRankFusion(Retriever):
         top: how many rows of each list take part; k, if that is more.
         constant: 60 in the paper; the smaller, the more the first ranks count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import NearestNeighbors, ReciprocalRankFusion
@@ -72,7 +72,7 @@ class MaxSimilarity(Retriever):
         retriever: what ranks the rows for each of the q queries of an image.
         top: how many rows of each list take part; k, if that is more.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import MaxSimilarity, NearestNeighbors
@@ -115,7 +115,7 @@ class MultiQuery(Retriever):
         ValueError: phrasings are no list of templates with ``{}``; or, when asked, their numbers
             differ from prompt to prompt.
 
-    Example:
+    Examples:
         >>> from retrodiff import Query
         >>> from retrodiff.encoders import ClassNames
         >>> from retrodiff.retrieval import MultiQuery, NearestNeighbors, ReciprocalRankFusion

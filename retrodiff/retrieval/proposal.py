@@ -57,7 +57,7 @@ class _Drawing(ProposalDistribution, Protocol):
 class Uniform(_Drawing):
     """Every row with the same probability; needs no fitting.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.retrieval import Uniform
         >>> from retrodiff.testing import small_database
@@ -84,7 +84,7 @@ class NeighborCounts(_Drawing):
         counts: (n,) int64, how often.
         fingerprint: of the database.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import NeighborCounts
@@ -191,7 +191,7 @@ class Instances(_Drawing):
         rows: (n,) int64, ascending.
         fingerprint: of the database.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.retrieval import Instances
         >>> from retrodiff.testing import small_database
@@ -259,7 +259,7 @@ class TopM(_Drawing):
     Raises:
         ValueError: not exactly one of ``fraction`` and ``rows`` is given, or it is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import NeighborCounts, TopM

@@ -21,7 +21,7 @@ from retrodiff.randomness import uniform
 class NearestNeighbors(Retriever):
     """The k rows of highest cosine (ξ_k of Blattmann et al. 2022).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import NearestNeighbors
@@ -48,7 +48,7 @@ class RandomOfTop(Retriever):
         retriever: what ranks the rows.
         top: l, how many rows to draw from; at least k.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import NearestNeighbors, RandomOfTop
@@ -89,7 +89,7 @@ class Diverse(Retriever):
         diversity: 0 keeps the ranking, 1 ignores the query after the first row.
         top: how many of the nearest rows are looked at.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import Diverse, NearestNeighbors
@@ -136,7 +136,7 @@ class ExcludeSelf(Retriever):
     Args:
         retriever: what ranks the rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import ExcludeSelf, NearestNeighbors
@@ -172,7 +172,7 @@ class ExcludeGroup(Retriever):
         retriever: what ranks the rows.
         column: metadata column that names the group.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import ExcludeGroup, NearestNeighbors
@@ -225,7 +225,7 @@ class ExcludeDuplicates(Retriever):
         retriever: what ranks the rows.
         threshold: rows of a cosine above this are taken for copies.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import Query
         >>> from retrodiff.retrieval import ExcludeDuplicates, NearestNeighbors

@@ -25,7 +25,7 @@ class ServerLimits:
         samples: images of one request, where a model is served.
         steps: of the sampler.
 
-    Example:
+    Examples:
         >>> from retrodiff.serving import ServerLimits
         >>> ServerLimits(k=50, upload=8 * 1024**2).k
         50

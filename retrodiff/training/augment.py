@@ -24,7 +24,7 @@ from retrodiff.randomness import uniform
 class Augmentation(Protocol):
     """Changes training images, each by randomness of its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.randomness import uniform
         >>> from retrodiff.training import Augmentation
@@ -54,7 +54,7 @@ class Mirrored:
     Args:
         probability: of each image being mirrored.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import Mirrored
         >>> images = torch.tensor([[[[0.0, 1.0]]]])
@@ -85,7 +85,7 @@ class Moved:
         smallest: least size in relation to the original, above 0 and up to 1.
         background: value of the color around the picture, -1 to 1; 1 is white.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import Moved
         >>> moved = Moved(shift=2, smallest=0.85)
@@ -163,7 +163,7 @@ class ShiftScaleColor:
         flip: mirror half of the pictures; wrong where left and right mean something, as in letters,
             arrows and clocks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import ShiftScaleColor
         >>> view = ShiftScaleColor(shift=0.1, flip=True)

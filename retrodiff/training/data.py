@@ -56,7 +56,7 @@ class TrainingSet:
     Raises:
         ValueError: the parts do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.encoders import TimmEncoder
         >>> from retrodiff.databases import ArrayDatabase

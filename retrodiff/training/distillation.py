@@ -39,7 +39,7 @@ class Teachers:
     Raises:
         ValueError: features that are not finite, or not one row for each text.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import Teachers
         >>> teachers = Teachers(images=torch.randn(100, 384), image_weight=0.5)

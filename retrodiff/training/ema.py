@@ -24,7 +24,7 @@ class NamedEMA:
         decay: per update, 0 to 1; the first updates use (1 + n) / (10 + n) where that is smaller.
         name: what it is called in checkpoints; each average of a training has its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import NamedEMA
         >>> module = torch.nn.Linear(2, 2)

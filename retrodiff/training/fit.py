@@ -50,7 +50,7 @@ class FitResult:
         snapshots: the model with the averaged weights of earlier steps, by step.
         averages: the model with each of the averages, by decay.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.training import TrainingSet, fit

@@ -35,7 +35,7 @@ class FolderImages:
     Raises:
         ValueError: no picture can be read.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from pathlib import Path
         >>> from retrodiff.training import FolderImages

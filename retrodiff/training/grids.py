@@ -44,7 +44,7 @@ class Grids:
         seed: of the noise.
         side: of an image in the picture, in pixels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.encoders import ClassNames

@@ -35,7 +35,7 @@ class Held:
         by_level: at each noise level, least noise first; empty for models without noise levels.
         trained: of as many training images, measured in the same way; None: not measured.
 
-    Example:
+    Examples:
         >>> from retrodiff.training import Held
         >>> Held(done=400, loss=0.42, by_level=(0.61, 0.23), trained=0.40).loss
         0.42
@@ -65,7 +65,7 @@ class HeldOut:
         batch_size: images per pass.
         seed: of the noise; the same in every training, so that two trainings compare.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.training import HeldOut, TrainingSet

@@ -63,7 +63,7 @@ class Log:
     Raises:
         ModuleNotFoundError: TensorBoard was asked for and is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.training import Log, TrainingSet, fit

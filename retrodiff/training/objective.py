@@ -21,7 +21,7 @@ class Objective(nn.Module):
     Raises:
         ValueError: nothing in it can be trained.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.training import Objective, TrainingSet

@@ -25,7 +25,7 @@ class Occasion:
         seed: of the training.
         positions: (b,) numbers of the images in the sequence of all that the training sees.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.randomness import uniform
         >>> from retrodiff.training import Occasion

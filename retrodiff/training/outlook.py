@@ -77,7 +77,7 @@ def outlook(
         speed: images per second; None: unknown, and no times are said.
         table: measured trainings; None: those of `measured_budgets`.
 
-    Example:
+    Examples:
         >>> row = Budget("faces", 64, "pixels", "UNet", 500_000, True, "faces", "a run")
         >>> print(outlook(1_000_000, 500, 64, table=[row]))
         this budget will see about 1,000,000 images (2,000 passes over your 500); at 64x64 \
@@ -118,7 +118,7 @@ class Outlook:
         size: their side in pixels.
         tell: takes the line; by default it is printed to standard error.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.training import Moment, Outlook
         >>> told = []

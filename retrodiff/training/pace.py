@@ -30,7 +30,7 @@ class Pace:
         step: of training.
         look: a held-out measurement and a sample grid; 0 where there are none.
 
-    Example:
+    Examples:
         >>> from retrodiff.training import Pace
         >>> steps, looks = Pace(step=0.2, look=3.0).steps(minutes=10)
         >>> steps, looks

@@ -25,7 +25,7 @@ class Pairing:
         ValueError: numbers of conditions and targets differ, there are none, or they are no whole
             numbers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import Pairing
         >>> table = torch.tensor([[1, 2], [0, 2], [0, 1]])

@@ -66,7 +66,7 @@ class SourceImages:
         ValueError: no picture can be read, one gives several rows, or the folder keeps squares of
             other pictures.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Images
         >>> from retrodiff.training import SourceImages

@@ -31,7 +31,7 @@ class Moment:
         seconds: of training in this sitting.
         averaged: makes a copy of the model with the averaged weights, in evaluation mode.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.training import Moment
         >>> moment = Moment(400, 400, 0.42, 1e-4, 12_800, 60.0, averaged=presets.ldm)
@@ -58,7 +58,7 @@ class Watcher(Protocol):
 
     Its state goes into checkpoints, so that curves go on after an interruption.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff import presets
         >>> from retrodiff.training import TrainingSet, Watcher, fit

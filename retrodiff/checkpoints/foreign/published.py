@@ -35,7 +35,7 @@ class Architecture:
         name: which published model this is; None: another one.
         scaled_by_std: ``scale_factor`` was measured in training and is in the checkpoint itself.
 
-    Example:
+    Examples:
         >>> from retrodiff.checkpoints import PUBLISHED
         >>> architecture = PUBLISHED["rdm_imagenet"]
         >>> architecture.kind, architecture.scale, architecture.unet["channels"]
@@ -116,7 +116,7 @@ class PublishedModel(Scaled):
         classes: (classes, d) the tokens of a class-conditional model; None: it has none, or a
             conditioner that is not read.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.checkpoints import PublishedModel, load_compvis
         >>> from retrodiff.diffusion import ScaledLinear

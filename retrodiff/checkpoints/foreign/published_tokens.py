@@ -26,7 +26,7 @@ class TokenArchitecture:
         scale: of the embeddings that it was trained with; None: the file doesn't say.
         name: which published model this is; None: another one, or a file that doesn't say.
 
-    Example:
+    Examples:
         >>> from retrodiff.checkpoints import PUBLISHED_TOKENS
         >>> architecture = PUBLISHED_TOKENS["rarm_dogs"]
         >>> architecture.transformer["depth"], architecture.transformer["codes"]
@@ -61,7 +61,7 @@ class PublishedTransformer(Scaled):
         weights: these files hold one set, those of the last step.
         source: the file it was read from.
 
-    Example:
+    Examples:
         >>> from retrodiff import presets
         >>> from retrodiff.checkpoints import PublishedTransformer, load_compvis
         >>> from retrodiff.networks import CausalTransformer, VQAutoencoder

@@ -55,7 +55,7 @@ class Part(NamedTuple):
             records are the numbers of the rows.
         name: what errors call it.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from retrodiff import Fingerprint
         >>> from retrodiff.databases import Part, import_embeddings

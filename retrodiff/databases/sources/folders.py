@@ -26,7 +26,7 @@ from retrodiff.text import escaped
 class Item(NamedTuple):
     """A row to be encoded: an image (c, h, w), uint8 or float in [-1, 1], and its record.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Item
         >>> item = Item(torch.zeros(3, 8, 8, dtype=torch.uint8), {"file": "black.png"})
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 class Source(Protocol):
     """Pictures by number; one picture may give several rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Item, Source
         >>> class Grays(Source):
@@ -109,7 +109,7 @@ class ImageFolder(Source):
         FileNotFoundError: there is no folder at the path.
         ValueError: the folder is a database, or holds no files.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from retrodiff.databases import ImageFolder
@@ -189,7 +189,7 @@ class Images(Source):
     Raises:
         ValueError: pixels of a type or range whose meaning is open.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Images
         >>> source = Images(torch.zeros(2, 3, 8, 8), records=[{"name": "a"}, {"name": "b"}])

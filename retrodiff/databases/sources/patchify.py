@@ -45,7 +45,7 @@ class Patchify:
     Raises:
         ValueError: both ``n`` and ``stride`` are given, or ``short_side`` is less than ``size``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.databases import Images, Patchify
         >>> pictures = Images(torch.zeros(1, 3, 64, 96))

@@ -126,7 +126,7 @@ class ParquetImages(_Tables):
     Raises:
         ValueError: no files are given, or one lacks the column.
 
-    Example:
+    Examples:
         >>> import io
         >>> import pyarrow as pa
         >>> import pyarrow.parquet as pq
@@ -214,7 +214,7 @@ class SavedDataset(_Tables):
         FileNotFoundError: a file that ``state.json`` names is missing.
         ValueError: the folder is no dataset, holds several, or is empty.
 
-    Example:
+    Examples:
         >>> import io, json
         >>> from pathlib import Path
         >>> import pyarrow as pa
@@ -313,7 +313,7 @@ class DatasetImages(Source):
     Raises:
         ValueError: the dataset has no length or no such column.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from retrodiff.databases import DatasetImages
         >>> rows = [{"image": Image.new("RGB", (8, 8)), "caption": "black"}]

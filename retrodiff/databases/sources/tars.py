@@ -40,7 +40,7 @@ class Tars(Archives):
     Raises:
         ValueError: a file is no whole tar, or there is no picture in any.
 
-    Example:
+    Examples:
         >>> import io, tarfile
         >>> from PIL import Image
         >>> from retrodiff.databases import Tars

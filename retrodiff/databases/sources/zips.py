@@ -52,7 +52,7 @@ class Zips(Archives):
         ValueError: a file is no whole zip archive, a member has an absolute path or ``..`` in it,
             a picture is there twice, or there is none in any.
 
-    Example:
+    Examples:
         >>> import io, zipfile
         >>> from PIL import Image
         >>> from retrodiff.databases import Zips

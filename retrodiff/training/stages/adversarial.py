@@ -27,7 +27,7 @@ class Adversarial:
         start: step from which it is trained and counts; before, images are only blurred ones.
         weight: of the adaptive weight; Rombach et al. 2022 took 0.5 for KL, 0.75 to 1 for VQ.
 
-    Example:
+    Examples:
         >>> from retrodiff.networks import PatchDiscriminator
         >>> from retrodiff.training import Adversarial
         >>> against = Adversarial(

@@ -39,7 +39,7 @@ class CachedLatents:
         made_from: hash of the images.
         pictures: the images themselves, which encoders embed; None: they are not at hand.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import PrincipalPatches
         >>> from retrodiff.training import encode_latents

@@ -19,7 +19,7 @@ class CodeUse:
         codes: of the codebook.
         positions: that were coded; with fewer positions than codes some cannot occur.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import CodeUse
         >>> CodeUse.of(torch.tensor([5, 5, 0, 0]))

@@ -47,7 +47,7 @@ class StageResult:
             ``telling`` (the reverse), ``adversarial_weight``.
         code_use: of a codebook, on the images that the scale was measured on; None: there is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.networks import KLAutoencoder
         >>> from retrodiff.training import fit_autoencoder

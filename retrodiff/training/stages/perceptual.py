@@ -34,7 +34,7 @@ class FeatureDistance:
             differentiable. A module is copied and frozen.
         name: what a resumed training compares; of a module, its weights are compared as well.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from retrodiff.training import FeatureDistance
         >>> distance = FeatureDistance(torch.nn.Conv2d(3, 8, 3))
