@@ -66,7 +66,10 @@ class Builder:
     Slots that a plain model can do without have a default: nearest neighbors, no guidance, pixel
     space, and the denoiser's own schedule and sampler DDIM.
 
-    Example:
+    Args:
+        slots: components by the name of their slot. Use the methods in its place.
+
+    Examples:
         >>> from retrodiff import Builder
         >>> from retrodiff.diffusion import DDIM, ClassifierFree
         >>> recipe = Builder().sampler(DDIM()).guidance(ClassifierFree(2.0))
@@ -81,7 +84,11 @@ class Builder:
     slots: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
     def set(self, **slots: Any) -> Builder:
-        """A copy of the recipe with these slots filled; None empties a slot."""
+        """A copy of the recipe with these slots filled; None empties a slot.
+
+        Raises:
+            ValueError: there is no slot of that name.
+        """
         unknown = sorted(set(slots) - set(SLOTS))
         if unknown:
             raise ValueError(f"no slot {', '.join(unknown)}: the slots are {', '.join(SLOTS)}")

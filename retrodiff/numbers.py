@@ -22,7 +22,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     Raises:
         ValueError: it is no whole number, or out of range.
 
-    Example:
+    Examples:
         >>> whole("batch_size", 8)
         8
     """
@@ -62,7 +62,7 @@ def real(
     Raises:
         ValueError: it is no number, not finite, or out of range.
 
-    Example:
+    Examples:
         >>> real("eta", 0.5, 0, 1)
         0.5
     """

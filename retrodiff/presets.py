@@ -184,7 +184,7 @@ def rdm_768(*, convert_scale: bool = False, **chosen: Unpack[Chosen]) -> Builder
 
 @preset
 def rarm_dogs(**chosen: Unpack[ChosenTokens]) -> Builder:
-    """The paper's autoregressive model of dogs, 256x256 (RARM): CLIP ViT-B/32, VQ f=16, 256 codes.
+    """The autoregressive model of dogs, 256x256 (RARM, Blattmann et al. 2022): CLIP, VQ f=16.
 
     It was trained on neighbors alone: ask prompts with ``mode="neighbors"`` or ``mode="text"``.
 
@@ -252,6 +252,9 @@ def rdm_small(
         size: side of the pictures, a multiple of 4.
         channels: of the UNet, a multiple of 32.
         k: neighbors per picture.
+
+    Raises:
+        ValueError: ``size`` is no multiple of the side of a patch.
     """
     if first_stage is None:
         patch, width = 4, 48
@@ -307,7 +310,7 @@ def rdm_pictograms(
     and a third stream of the cells of the neighbors' pictures (`NeighborPatches`), so that D must
     have pictures.
 
-    Example:
+    Examples:
         >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
         >>> model.sample(prompts=["a robot wearing a hat"]).save("out")  # doctest: +SKIP
 

@@ -27,6 +27,18 @@ class Randomness(torch.Generator):
     It is a torch generator, too: a component that knows nothing of rows can hand it to
     ``torch.rand(..., generator=...)``. It then draws for the whole batch at once, and an image
     depends on its batch.
+
+    Args:
+        streams: one for each row; `of` makes them.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Randomness
+        >>> from retrodiff.randomness import normal
+        >>> both = normal(Randomness.of(7, range(2), "noise"), (2, 3))
+        >>> second = normal(Randomness.of(7, [1], "noise"), (1, 3))
+        >>> torch.equal(both[1:], second)
+        True
     """
 
     def __new__(cls, streams: Sequence[_Stream]) -> Randomness:
@@ -61,7 +73,11 @@ class Randomness(torch.Generator):
         return Randomness([self._streams[i] for i in numbers])
 
     def draw(self, shape: Sequence[int], one: Callable[[np.random.Generator], Any]) -> Tensor:
-        """``one`` of each row's generator, stacked along b."""
+        """``one`` of each row's generator, stacked along b.
+
+        Raises:
+            ValueError: the shape is of another number of rows.
+        """
         if len(self) != shape[0]:
             raise ValueError(
                 f"randomness of {len(self)} rows cannot draw for {shape[0]}: take its own rows, "

@@ -21,7 +21,7 @@ def printable(text: object) -> str:
 
     Letters of every language stay. Bytes of a file name that are no UTF-8 become ``\xe9``.
 
-    Example:
+    Examples:
         >>> printable("a\x1b[2Jb\n")
         'a\\x1b[2Jb\\n'
     """
@@ -31,7 +31,7 @@ def printable(text: object) -> str:
 def markdown(text: object) -> str:
     r"""One line for a Markdown page or an HTML text: `printable`, with their marks as text.
 
-    Example:
+    Examples:
         >>> markdown("<b>|x|</b>")
         '&lt;b&gt;\\|x\\|&lt;/b&gt;'
     """

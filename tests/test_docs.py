@@ -28,7 +28,10 @@ from retrodiff.model.generated import to_picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN_COMMANDS = {"docs/getting_started.md"}
+RUN_COMMANDS = {"docs/getting_started.md", "docs/tutorials/train_on_a_folder.md"}
+# Python blocks that are run, and those below a "not executed" mark, over all pages. Every block
+# that needs no download, account or cluster is run.
+RUN, NOT_RUN = 85, 24
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*).*\n(?P<body>[\s\S]*?)^(?P=indent)```", re.M
 )
@@ -106,6 +109,18 @@ def test_page_runs(page: str, desk: Path) -> None:
         elif block.language == "bash" and block.executed and page in RUN_COMMANDS:
             for arguments in block.commands():
                 assert main(arguments) == 0, " ".join(arguments)
+
+
+def test_how_many_blocks_are_run() -> None:
+    python = [b for found in BLOCKS.values() for b in found if b.language == "python"]
+    assert sum(b.executed for b in python) >= RUN, "a block that was run is run no longer"
+    assert sum(not b.executed for b in python) <= NOT_RUN, "a block more that is not run"
+
+
+def test_every_page_is_reached_from_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+    assert [page for page in pages if f": {page}\n" not in listed] == []
 
 
 def test_commands_are_accepted() -> None:

@@ -47,6 +47,15 @@ class AttentionTables:
         hidden: (b, r, k) or None, True where the caller's mask hid a token.
         heads: h.
         null_rows: rows at the end of the batch that are null, beside the b.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2, path="absorbed")
+        >>> with torch.no_grad():
+        ...     tables = block.prepare(torch.randn(2, 4, 32), positions=256)
+        >>> type(tables).__name__, tables.m.shape
+        ('AttentionTables', torch.Size([2, 1, 8, 64]))
     """
 
     m: Tensor
@@ -80,6 +89,15 @@ class OneNeighbor:
         added: (b, r, c); zero in null rows and where the mask hides the neighbor.
         hidden: (b, r, 1) or None, True where the caller's mask hid the neighbor.
         null_rows: rows at the end of the batch that are null, among the b.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2)
+        >>> with torch.no_grad():
+        ...     prepared = block.prepare(torch.randn(2, 1, 32), positions=256)
+        >>> type(prepared).__name__, prepared.added.shape
+        ('OneNeighbor', torch.Size([2, 1, 64]))
     """
 
     added: Tensor

@@ -33,6 +33,14 @@ class Choice:
         path: the one taken.
         reason: why.
         estimates: seconds per evaluation that were compared; empty where nothing was to compare.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2)
+        >>> choice = block.explain(torch.randn(2, 256, 64), torch.randn(2, 4, 32))
+        >>> choice.path in ("one", "fused", "absorbed", "standard")
+        True
     """
 
     path: Path

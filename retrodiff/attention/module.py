@@ -49,6 +49,20 @@ class NeighborAttention(nn.Module):
         heads: h; must divide c.
         eps: of the LayerNorm.
         path: None lets each call take the path that counts least; a name forces it.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2)
+        >>> x, neighbors = torch.randn(2, 256, 64), torch.randn(2, 4, 32)
+        >>> with torch.no_grad():
+        ...     prepared = block.prepare(neighbors, positions=256)  # once for a sampling run
+        ...     y = block(x, prepared)  # at every step
+        >>> y.shape
+        torch.Size([2, 256, 64])
     """
 
     def __init__(

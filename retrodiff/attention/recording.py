@@ -43,6 +43,19 @@ class Recorder:
             token adds to the position, attention times projected value (Kobayashi et al. 2020).
             ``removal``: the norm of the change of the layer's output if the token were taken
             away, so that the softmax runs over the others.
+
+    Raises:
+        ValueError: there is no measure of that name; or, while recording, positions come without a
+            shape (h, w).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention, recording
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2)
+        >>> with torch.no_grad(), recording([block], rows=2, size=(8, 8)) as recorder:
+        ...     y = block(torch.randn(2, 64, 64), torch.randn(2, 4, 32), (8, 8))
+        >>> recorder.shares.shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(self, rows: int, size: tuple[int, int], measure: Measure = "removal") -> None:

@@ -34,6 +34,17 @@ class Weights:
         bias: (c,) of the output projection.
         heads: h; each is e = c / h wide.
         eps: of the LayerNorm.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention, reference_attention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2)
+        >>> x, neighbors = torch.randn(2, 256, 64), torch.randn(2, 4, 32)
+        >>> with torch.no_grad():
+        ...     y = block(x, neighbors)
+        ...     slow = reference_attention(x, neighbors, block.weights)
+        >>> torch.allclose(y, slow, atol=1e-5)
+        True
     """
 
     gain: Tensor
@@ -62,6 +73,15 @@ class KeysValues:
         mask: (b, r, k) or None, True where a token takes part.
         hidden: (b, r, k) or None, True where the caller's mask hid a token.
         null_rows: rows at the end of the batch that are null, beside the b.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.attention import NeighborAttention
+        >>> block = NeighborAttention(width=64, context_width=32, heads=2, path="standard")
+        >>> with torch.no_grad():
+        ...     prepared = block.prepare(torch.randn(2, 4, 32), positions=256)
+        >>> prepared.keys.shape
+        torch.Size([2, 1, 4, 64])
     """
 
     keys: Tensor

@@ -15,6 +15,15 @@ class GrayLevels:
 
     Args:
         levels: of gray, black and white among them: 17 for scikit-learn's digits, 256 for bytes.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.autoregressive import GrayLevels
+        >>> grays = GrayLevels(3)  # black, gray, white
+        >>> grays.codes(torch.tensor([[[[-1.0, 0.1, 0.9]]]])).tolist()
+        [[[0, 1, 2]]]
+        >>> grays.decode_codes(torch.tensor([[[0, 1, 2]]])).tolist()
+        [[[[-1.0, 0.0, 1.0]]]]
     """
 
     levels: int

@@ -23,7 +23,13 @@ from retrodiff.precision import full_precision
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Maps images to codes, and back: `retrodiff.networks.VQAutoencoder`, `GrayLevels`."""
+    """Maps images to codes, and back: `retrodiff.networks.VQAutoencoder`, `GrayLevels`.
+
+    Examples:
+        >>> from retrodiff.autoregressive import GrayLevels, Tokenizer
+        >>> isinstance(GrayLevels(17), Tokenizer), GrayLevels(17).vocabulary
+        (True, 17)
+    """
 
     @property
     def vocabulary(self) -> int:
@@ -46,6 +52,8 @@ class AutoregressiveGenerator(TrainableGenerator, GuidedGenerator):
     Its latents are the codes themselves, (b, 1, h, w). It has no sampler and no noise levels;
     ``steps`` has no effect, there is one for each code.
 
+    The way in which the paper's autoregressive models, RARM, draw images (Blattmann et al. 2022).
+
     Args:
         network: a `retrodiff.networks.CausalTransformer`.
         autoencoder: images <-> codes; its weights are not trained here.
@@ -58,7 +66,7 @@ class AutoregressiveGenerator(TrainableGenerator, GuidedGenerator):
         ValueError: network and autoencoder have different numbers of codes, or a number is out of
             range.
 
-    Example:
+    Examples:
         >>> from retrodiff.autoregressive import AutoregressiveGenerator, GrayLevels
         >>> from retrodiff.networks import CausalTransformer
         >>> network = CausalTransformer(

@@ -26,6 +26,14 @@ class Reference:
         rank: its place among the rows that were looked at, from 1.
         nearest: highest cosine to a reference that was taken before it; None for the first.
         original: whether the picture is the file at full size, not a thumbnail.
+
+    Examples:
+        >>> from retrodiff.bridges import Reference
+        >>> door = Reference(
+        ...     row=3, similarity=0.31, record={"file": "door.png", "license": "CC0"}, rank=1
+        ... )
+        >>> door.name
+        'door.png'
     """
 
     row: int
@@ -53,6 +61,22 @@ class Chosen:
         counts: rows of the database, rows after the filter, rows looked at.
         where: the filter, if there was one.
         left_out: why rows of higher rank than the last one chosen were left out, a line each.
+
+    Examples:
+        >>> import torch
+        >>> from PIL import Image
+        >>> from retrodiff.bridges import Chosen, Reference
+        >>> door = Reference(
+        ...     row=3, similarity=0.31, record={"file": "door.png", "license": "CC0"}, rank=1
+        ... )
+        >>> chosen = Chosen(
+        ...     "a red door", (door,), [Image.new("RGB", (64, 64))], torch.ones(1, 8), (9, 9, 5)
+        ... )
+        >>> print(chosen.explain())
+        'a red door': 1 of 9 rows; the 5 nearest were looked at
+        1. door.png: similarity 0.310, rank 1
+        >>> chosen.credit()
+        [{'row': 3, 'similarity': 0.31, 'record': {'file': 'door.png', 'license': 'CC0'}}]
     """
 
     prompt: str

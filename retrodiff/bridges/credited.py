@@ -43,6 +43,19 @@ class Pictures:
         images: made by the pipeline, PIL.
         chosen: the references of each image.
         made_by: name of the pipeline, and the settings it was called with.
+
+    Examples:
+        >>> import torch
+        >>> from PIL import Image
+        >>> from retrodiff.bridges import Chosen, Pictures, Reference
+        >>> door = Reference(
+        ...     row=3, similarity=0.31, record={"file": "door.png", "license": "CC0"}, rank=1
+        ... )
+        >>> image = Image.new("RGB", (64, 64))
+        >>> chosen = Chosen("a red door", (door,), [image], torch.ones(1, 8), (9, 9, 5))
+        >>> folder = Pictures([image], [chosen], {"pipeline": "mine"}).save("pictures")
+        >>> sorted(file.suffix for file in folder.iterdir())
+        ['.json', '.json', '.png']
     """
 
     images: list[Image] = field(repr=False)
@@ -95,6 +108,9 @@ def save_credited(
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: the path does not end with ``.png``.
     """
     from PIL.PngImagePlugin import PngInfo
 

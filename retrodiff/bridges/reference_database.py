@@ -34,6 +34,17 @@ class ReferenceDatabase:
 
     Raises:
         ValueError: the database has no pictures, or the captions are of other rows.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Fingerprint
+        >>> from retrodiff.bridges import ReferenceDatabase
+        >>> from retrodiff.databases import ArrayDatabase
+        >>> made_by = Fingerprint(encoder="mine", weights="", preprocessing="none", dim=8)
+        >>> pictures = torch.zeros(5, 3, 16, 16)
+        >>> database = ArrayDatabase(torch.randn(5, 8), made_by, images=pictures)
+        >>> len(ReferenceDatabase(database).database)
+        5
     """
 
     def __init__(self, database: Database, captions: Searchable | None = None):

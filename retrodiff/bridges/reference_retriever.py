@@ -52,7 +52,10 @@ class ReferenceRetriever:
             and the lists are merged.
         ranking: what ranks the rows; nearest first by default. It is not saved.
 
-    Example:
+    Raises:
+        ValueError: the encoder places no text, or a number is out of range.
+
+    Examples:
         >>> from retrodiff.encoders import CLIPEncoder
         >>> retriever = ReferenceRetriever(CLIPEncoder("ViT-B-32-quickgelu", "openai"))
         >>> retriever.diversity

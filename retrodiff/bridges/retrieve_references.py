@@ -43,6 +43,14 @@ class RetrieveReferences(ModularPipelineBlocks):
     Args:
         output: what the next blocks call it: ``image`` for FLUX.2 and Qwen-Image-Edit-Plus, a list
             of pictures; ``ip_adapter_image`` for SDXL, that list as the images of one adapter.
+
+    Raises:
+        ValueError: ``output`` is none of the two names.
+
+    Examples:
+        >>> from retrodiff.bridges import RetrieveReferences
+        >>> [component.name for component in RetrieveReferences().expected_components]
+        ['database', 'retriever']
     """
 
     model_name = None

@@ -18,7 +18,7 @@ def in_options(text: str, names: Iterable[str]) -> str:
         text: an error of the library, such as ``k=9 ...: use mode='text'``.
         names: the command's options, such as ``k`` and ``batch_size``.
 
-    Example:
+    Examples:
         >>> in_options("d exists: choose another path, or overwrite=True", ["overwrite"])
         'd exists: choose another path, or --overwrite'
         >>> in_options("k=9 is more than 8 rows: use mode='text'", ["k", "mode"])

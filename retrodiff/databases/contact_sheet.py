@@ -37,7 +37,12 @@ def contact_sheet(
 
 
 def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
-    """Two short lines per neighbor: similarity and box, then file."""
+    """Two short lines per neighbor: similarity and box, then file.
+
+    Args:
+        neighbors: with records.
+        side: of a cell, in pixels; longer names are cut.
+    """
     return [
         [_caption(record, float(s), side) for record, s in zip(row, similarity, strict=True)]
         for row, similarity in zip(neighbors.records, neighbors.similarity, strict=True)

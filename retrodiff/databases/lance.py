@@ -47,6 +47,15 @@ class LanceDatabase(Searchable):
         fingerprint: of the encoder that made them; None: the one that `create` wrote.
         condition: SQL that rows must meet, or several such; None: all rows.
         root: folder that the records' files are relative to.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.databases import LanceDatabase
+        >>> from retrodiff.testing import small_database
+        >>> table = LanceDatabase.create("lance", "rows", small_database())
+        >>> table.where("label = '3'").search(Query(torch.randn(1, 8)), k=2).indices.shape
+        torch.Size([1, 2])
     """
 
     def __init__(
@@ -110,6 +119,10 @@ class LanceDatabase(Searchable):
             root: folder that the records' files are relative to.
             version: of the table; None: the latest.
             storage_options: of the object storage, as LanceDB takes them.
+
+        Raises:
+            FileNotFoundError: there is no LanceDB folder or table.
+            ValueError: its vectors are none, or nothing says which encoder made them.
         """
         if "://" not in str(uri) and not Path(uri).is_dir():
             raise FileNotFoundError(f"{uri} is no LanceDB folder: check the path")
@@ -140,6 +153,9 @@ class LanceDatabase(Searchable):
             overwrite: replace a table of that name.
             root: folder that the records' files are relative to.
             storage_options: of the object storage, as LanceDB takes them.
+
+        Raises:
+            ValueError: the database has a column of the name of the vectors.
         """
         if vector in database.columns:
             raise ValueError(

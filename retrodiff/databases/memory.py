@@ -26,6 +26,22 @@ class ArrayDatabase(Searchable):
         records: one per row; by default its number.
         images: one (c, h, w) per row, to be shown.
         index: recipe of the index; exact by default.
+
+    Raises:
+        ValueError: numbers of embeddings, records and images differ, the widths differ, or an
+            embedding cannot be stored in float16.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Fingerprint, Query
+        >>> from retrodiff.databases import ArrayDatabase
+        >>> made_by = Fingerprint(encoder="mine", weights="", preprocessing="none", dim=2)
+        >>> database = ArrayDatabase(
+        ...     torch.eye(2), made_by, [{"file": "a.png"}, {"file": "b.png"}]
+        ... )
+        >>> found = database.search(Query(torch.tensor([[0.9, 0.1]])), k=1)
+        >>> database.records(found.indices[0])
+        [{'file': 'a.png'}]
     """
 
     def __init__(

@@ -42,6 +42,11 @@ def open_database(
             do not say it, compared with any other database's own.
         root: folder that the records' files are relative to, if it has moved since the build.
         token: for a private shared database; None: the one of ``hf auth login``.
+
+    Raises:
+        FileNotFoundError: there is no finished database, or no index of that name.
+        ValueError: the fingerprint is another one, or files are damaged.
+        OSError: a shared database cannot be fetched.
     """
     address = str(path)
     shared = address.startswith("hf:")

@@ -46,6 +46,21 @@ class ParquetDatabase(Searchable):
     Raises:
         ValueError: a file is no whole parquet file, has other columns, or lacks an embedding
             somewhere; or nothing says which encoder made them.
+
+    Examples:
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet as pq
+        >>> import torch
+        >>> from retrodiff import Fingerprint, Query
+        >>> from retrodiff.databases import ParquetDatabase
+        >>> table = pa.table(
+        ...     {"embedding": [[1.0, 0.0], [0.0, 1.0]], "file": ["a.png", "b.png"]}
+        ... )
+        >>> pq.write_table(table, "rows.parquet")
+        >>> made_by = Fingerprint(encoder="mine", weights="", preprocessing="none", dim=2)
+        >>> database = ParquetDatabase("rows.parquet", fingerprint=made_by)
+        >>> database.search(Query(torch.tensor([[0.1, 0.9]])), k=1).indices.tolist()
+        [[1]]
     """
 
     def __init__(

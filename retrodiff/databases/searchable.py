@@ -24,7 +24,23 @@ _ORIENTATION = 274
 
 
 class Searchable(Database):
-    """Rows of vectors with records, and an index over them."""
+    """Rows of vectors with records, and an index over them.
+
+    Args:
+        vectors: the rows (m, d).
+        fingerprint: of the encoder that made them, with the hash of the rows.
+        index: searches them; None: exact.
+
+    Raises:
+        ValueError: widths of fingerprint and embeddings differ.
+
+    Examples:
+        >>> from retrodiff.databases import Searchable
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database(rows=32)
+        >>> isinstance(database, Searchable), len(database.where("label == '3'"))
+        (True, 8)
+    """
 
     def __init__(self, vectors: Vectors, fingerprint: Fingerprint, index: Index | None = None):
         if fingerprint.dim != vectors.dim:
@@ -88,7 +104,11 @@ class Searchable(Database):
         return found.view(*rows.shape, self.fingerprint.dim).to(rows.device)
 
     def search(self, query: Query, k: int) -> Neighbors:
-        """The k rows of highest cosine for each query, or for each region of it."""
+        """The k rows of highest cosine for each query, or for each region of it.
+
+        Raises:
+            ValueError: the query has another width, or k is less than 1 or more than the rows.
+        """
         embedding = query.embedding
         if embedding.shape[-1] != self.fingerprint.dim:
             raise ValueError(
@@ -107,7 +127,11 @@ class Searchable(Database):
         return Neighbors(indices, similarity.view(shape), self.embeddings(indices))
 
     def column(self, name: str) -> np.ndarray:
-        """The values (m,) of a column."""
+        """The values (m,) of a column.
+
+        Raises:
+            ValueError: there is no such column.
+        """
         if name not in self.columns:
             raise ValueError(f"unknown column {name!r}; columns: {', '.join(self.columns)}")
         return self.table([name])[name].to_numpy()
@@ -122,6 +146,9 @@ class Searchable(Database):
 
         Args:
             condition: such as ``label == 'dog' and year > 2000`` or ``label in ['cat', 'dog']``.
+
+        Raises:
+            ValueError: the condition cannot be read, or names an unknown column.
         """
         import pyarrow as pa
 
@@ -199,6 +226,14 @@ class Subset(Searchable):
     Args:
         database: whose rows.
         rows: (m,) row numbers there, in the order they shall have here.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Subset
+        >>> from retrodiff.testing import small_database
+        >>> few = Subset(small_database(), torch.tensor([4, 7]))
+        >>> len(few), few.records(torch.tensor([0]))
+        (2, [{'file': '4.png', 'label': '0'}])
     """
 
     def __init__(self, database: Searchable, rows: Tensor):

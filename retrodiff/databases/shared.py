@@ -38,6 +38,13 @@ class SharedDatabase(EmbeddingDatabase):
         path: the folder of that commit in the cache.
         manifest: its table of contents.
         root: folder that the records' files are relative to.
+
+    Examples:
+        >>> from retrodiff import open_database
+        >>> from retrodiff.databases import EmbeddingDatabase, SharedDatabase
+        >>> database = open_database("hf://datasets/me/library@v1")  # doctest: +SKIP
+        >>> issubclass(SharedDatabase, EmbeddingDatabase)
+        True
     """
 
     def __init__(
@@ -77,6 +84,9 @@ class SharedDatabase(EmbeddingDatabase):
         Args:
             kinds: of ``vectors``, ``records``, ``thumbnails``, ``indexes``; none given: all.
             progress: show a bar.
+
+        Raises:
+            ValueError: there is no kind of file of that name.
         """
         if unknown := [kind for kind in kinds if kind not in _KINDS]:
             raise ValueError(f"fetch({unknown[0]!r}): give some of {', '.join(_KINDS)}, or none")

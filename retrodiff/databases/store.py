@@ -46,6 +46,24 @@ class EmbeddingDatabase(Searchable):
         path: the folder.
         manifest: its table of contents.
         root: folder that the records' files are relative to, if it has moved since the build.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Encoder, Fingerprint, build_database, open_database
+        >>> from retrodiff.databases import Images
+        >>> class MeanColor(Encoder):
+        ...     dim = 3
+        ...     fingerprint = Fingerprint(
+        ...         encoder="mean-color", weights="", preprocessing="none", dim=3
+        ...     )
+        ...
+        ...     def encode_image(self, images):
+        ...         return images.float().mean((2, 3))
+        >>> pictures = Images(torch.rand(6, 3, 8, 8) * 2 - 1)
+        >>> built = build_database("colors.rdb", pictures, MeanColor(), progress=False)
+        >>> database = open_database("colors.rdb")
+        >>> len(database), database.columns, database.verify()
+        (6, ('number',), [])
     """
 
     def __init__(self, path: Path, manifest: Manifest, root: str | Path | None = None):
@@ -78,7 +96,11 @@ class EmbeddingDatabase(Searchable):
 
     @classmethod
     def at(cls, address: str | Path, root: str | Path | None = None) -> EmbeddingDatabase:
-        """The database at an address of its own kind, searched exactly; see `open_database`."""
+        """The database at an address of its own kind, searched exactly; see `open_database`.
+
+        Raises:
+            FileNotFoundError: there is no database, or its build is unfinished.
+        """
         path = given(address)
         if not (path / MANIFEST).is_file():
             if unfinished(path.with_name(path.name + ".partial")):
@@ -252,7 +274,11 @@ class EmbeddingDatabase(Searchable):
         return {about.parent.name: about.parent for about in found}
 
     def open_index(self, name: str) -> EmbeddingDatabase:
-        """The same database, searched by an index saved beside it; refused if of other rows."""
+        """The same database, searched by an index saved beside it; refused if of other rows.
+
+        Raises:
+            FileNotFoundError: no index of that name is saved.
+        """
         if name == "exact":
             return self.with_index(Exact(), Exact().build(self.vectors), None)
         folder = self.index_folders().get(name)

@@ -28,6 +28,21 @@ class Union(Searchable):
     Args:
         *databases: made by the same encoder.
         weights: one positive number per database; only their ratios matter.
+
+    Raises:
+        ValueError: there is no database, encoders or scales differ, or the weights do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.databases import Union
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database(rows=32)
+        >>> both = Union(
+        ...     database.subset(range(20)), database.subset(range(20, 32)), weights=[3, 1]
+        ... )
+        >>> len(both), both.shares(4)
+        (32, [3, 1])
     """
 
     def __init__(self, *databases: Searchable, weights: Sequence[float] | None = None):

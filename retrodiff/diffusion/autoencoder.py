@@ -13,7 +13,16 @@ from retrodiff.interfaces import Autoencoder
 
 @dataclass(frozen=True)
 class Identity(Autoencoder):
-    """Latents are images."""
+    """Latents are images.
+
+    Both are (b, c, h, w); images in [-1, 1].
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import Identity
+        >>> Identity().encode(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 8, 8])
+    """
 
     def encode(self, images: Tensor) -> Tensor:
         """Images as they are."""
@@ -33,6 +42,12 @@ class Folded(Autoencoder):
     Args:
         autoencoder: makes the latents.
         factor: side of the square of positions that becomes one.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import Folded, Identity
+        >>> Folded(Identity(), 2).encode(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 12, 4, 4])
     """
 
     autoencoder: Autoencoder
@@ -63,12 +78,22 @@ class PixelUnshuffle(Autoencoder):
 
     Args:
         factor: side of the square; divides height and width.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import PixelUnshuffle
+        >>> PixelUnshuffle(4).encode(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 48, 8, 8])
     """
 
     factor: int
 
     def encode(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, c * factor², h / factor, w / factor)."""
+        """(b, c, h, w) -> (b, c * factor², h / factor, w / factor).
+
+        Raises:
+            ValueError: ``factor`` does not divide height or width.
+        """
         if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
             raise ValueError(
                 f"images of {images.shape[-2]}x{images.shape[-1]} cannot be folded by "

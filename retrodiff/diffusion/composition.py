@@ -19,6 +19,17 @@ class Composed(Denoiser):
     Args:
         denoisers: of the same latents, streams and vector; the first one's schedule is sampled.
         weights: of each; their sum is 1.
+
+    Raises:
+        ValueError: numbers of models and weights differ, the weights do not sum to 1, or the models
+            take different latents or streams.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.diffusion import Composed
+        >>> one, other = presets.ldm().denoiser, presets.ldm().denoiser
+        >>> Composed((one, other), (0.5, 0.5)).shape
+        (1, 8, 8)
     """
 
     denoisers: tuple[Denoiser, ...]

@@ -38,6 +38,18 @@ class NeighborEmbeddings(Conditioner):
             without an error, so checkpoints and databases record theirs and the two are compared.
         convert: whether ``unit`` may divide what a database stores raw. False, as in the presets of
             published checkpoints: such a database is refused until someone says so.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.diffusion import NeighborEmbeddings
+        >>> from retrodiff.testing import small_database
+        >>> query = Query(torch.randn(2, 8))
+        >>> context = NeighborEmbeddings("unit").condition(
+        ...     query, small_database().search(query, 4)
+        ... )
+        >>> context.streams["neighbors"].values.norm(dim=-1).round().tolist()
+        [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
     """
 
     scale: Scale
@@ -73,7 +85,13 @@ class NeighborEmbeddings(Conditioner):
 
 @dataclass(frozen=True)
 class Unconditional(Conditioner):
-    """No condition at all: the parametric baseline without retrieval."""
+    """No condition at all: the parametric baseline without retrieval.
+
+    Examples:
+        >>> from retrodiff.diffusion import Unconditional
+        >>> Unconditional().widths(512), Unconditional().uses_neighbors
+        ({}, False)
+    """
 
     @property
     def uses_neighbors(self) -> bool:
@@ -95,6 +113,16 @@ class QueryOnly(Conditioner):
 
     Args:
         scale: as for `NeighborEmbeddings`.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Neighbors, Query
+        >>> from retrodiff.diffusion import QueryOnly
+        >>> query = Query(torch.randn(2, 512))
+        >>> QueryOnly("unit").condition(query, Neighbors.of_query(query)).streams[
+        ...     "query"
+        ... ].values.shape
+        torch.Size([2, 1, 512])
     """
 
     scale: Scale
@@ -124,6 +152,11 @@ class QueryAndNeighbors(Conditioner):
 
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
+
+    Examples:
+        >>> from retrodiff.diffusion import QueryAndNeighbors
+        >>> QueryAndNeighbors("unit").widths(512)
+        {'query': 512, 'neighbors': 512}
     """
 
     scale: Scale
@@ -159,7 +192,7 @@ class PromptAndNeighbors(Conditioner):
     Args:
         scale: as for `NeighborEmbeddings`, of both streams.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import PromptAndNeighbors
         >>> PromptAndNeighbors("unit").widths(512)
         {'query': 512, 'neighbors': 512}
@@ -196,6 +229,31 @@ class Wrapper(Conditioner):
     """A conditioner around another one: forwards everything, so that only changes are written.
 
     A subclass is a dataclass or a torch module with a ``conditioner``, the inner one.
+
+    Examples:
+        >>> from dataclasses import dataclass, replace
+        >>> import torch
+        >>> from retrodiff import Context, Query, Tokens
+        >>> from retrodiff.diffusion import NeighborEmbeddings, Wrapper
+        >>> from retrodiff.testing import small_database
+        >>> @dataclass(frozen=True)
+        ... class Averaged(Wrapper):
+        ...     # The mean of each stream in place of its tokens.
+        ...     conditioner: NeighborEmbeddings
+        ...
+        ...     def condition(self, query, neighbors):
+        ...         inner = self.conditioner.condition(query, neighbors)
+        ...         means = {
+        ...             n: Tokens(t.values.mean(1, keepdim=True))
+        ...             for n, t in inner.streams.items()
+        ...         }
+        ...         return Context(means)
+        >>> query = Query(torch.randn(2, 8))
+        >>> context = Averaged(NeighborEmbeddings("raw")).condition(
+        ...     query, small_database().search(query, 4)
+        ... )
+        >>> context.streams["neighbors"].values.shape
+        torch.Size([2, 1, 8])
     """
 
     conditioner: Conditioner
@@ -244,6 +302,16 @@ class QueryVector(Wrapper):
     Args:
         conditioner: what gives the tokens; `Unconditional()` for none.
         scale: as for `NeighborEmbeddings`.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Neighbors, Query
+        >>> from retrodiff.diffusion import QueryVector, Unconditional
+        >>> query = Query(torch.randn(2, 512))
+        >>> QueryVector(Unconditional(), "unit").condition(
+        ...     query, Neighbors.of_query(query)
+        ... ).vector.shape
+        torch.Size([2, 512])
     """
 
     conditioner: Conditioner
@@ -254,7 +322,11 @@ class QueryVector(Wrapper):
         return dim
 
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
-        """The inner context with the vector."""
+        """The inner context with the vector.
+
+        Raises:
+            ValueError: queries have several embeddings for an image.
+        """
         if query.embedding.ndim != 2:
             raise ValueError(
                 f"queries of shape {tuple(query.embedding.shape)} give no vector: ask with one "
@@ -276,6 +348,12 @@ class Noised(Wrapper):
         conditioner: what gives the vector, such as `QueryVector`.
         most: levels are drawn from 0 to this in training.
         level: what the network is told in sampling: higher, and it holds to the embedding less.
+
+    Examples:
+        >>> from retrodiff.diffusion import Noised, QueryVector, Unconditional
+        >>> conditioner = Noised(QueryVector(Unconditional(), "unit"), most=0.5)
+        >>> conditioner.vector_width(512)
+        513
     """
 
     conditioner: Conditioner
@@ -347,6 +425,22 @@ class Dropped(Wrapper):
         probability: of hiding a sample's condition.
         stream: the stream to hide, or ``vector`` for ``Context.vector``; None hides all of them
             together.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.diffusion import Dropped, NeighborEmbeddings
+        >>> from retrodiff.testing import small_database
+        >>> conditioner = Dropped(NeighborEmbeddings("raw"), probability=0.5)
+        >>> query = Query(torch.randn(100, 8))
+        >>> context = conditioner.condition(query, small_database().search(query, 4))
+        >>> shown = (
+        ...     conditioner.drop(context, torch.Generator().manual_seed(0))
+        ...     .streams["neighbors"]
+        ...     .values
+        ... )
+        >>> bool((shown == 0).all((1, 2)).any()), bool((shown != 0).any())
+        (True, True)
     """
 
     conditioner: Conditioner

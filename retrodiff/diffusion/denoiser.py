@@ -50,6 +50,18 @@ class Preconditioned(nn.Module):
         min_snr: the gamma of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556; 5 there): the
             error of the denoised image counts min(SNR, gamma), SNR = (data / sigma)². None: the
             parametrization's own weighting.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import EpsDenoiser, FlowDenoiser, Preconditioned
+        >>> issubclass(EpsDenoiser, Preconditioned), issubclass(FlowDenoiser, Preconditioned)
+        (True, True)
+        >>> from retrodiff import presets
+        >>> x0, noise = torch.zeros(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+        >>> denoiser = presets.ldm().denoiser
+        >>> from retrodiff import Context
+        >>> denoiser.loss(x0, denoiser.draw_sigmas(2), noise, Context({})).shape
+        torch.Size([2])
     """
 
     takes_float64 = True
@@ -186,6 +198,19 @@ class EpsDenoiser(Preconditioned):
         network: as for all denoisers.
         schedule: the discrete schedule that gives sigma its timestep; the paper's by default.
         min_snr: as for all denoisers.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import EpsDenoiser
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> denoiser = EpsDenoiser(network)
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0])
+        >>> denoiser.denoise(x, sigma, Context.of(torch.randn(2, 4, 8))).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -220,7 +245,20 @@ class EpsDenoiser(Preconditioned):
 
 
 class VDenoiser(EpsDenoiser):
-    """The network predicts v = alpha * noise - sigma_vp * x0 (Salimans & Ho 2022)."""
+    """The network predicts v = alpha * noise - sigma_vp * x0 (Salimans & Ho 2022).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import VDenoiser
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0])
+        >>> VDenoiser(network).denoise(x, sigma, Context.of(torch.randn(2, 4, 8))).shape
+        torch.Size([2, 1, 8, 8])
+    """
 
     def scalings(self, sigma: Tensor) -> Scalings:
         """c_skip = alpha², c_out = -sigma * alpha, c_in = alpha, alpha = 1 / sqrt(1 + sigma²)."""
@@ -229,7 +267,20 @@ class VDenoiser(EpsDenoiser):
 
 
 class X0Denoiser(EpsDenoiser):
-    """The network predicts x0 of a variance-preserving process (Salimans & Ho 2022)."""
+    """The network predicts x0 of a variance-preserving process (Salimans & Ho 2022).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import X0Denoiser
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0])
+        >>> X0Denoiser(network).denoise(x, sigma, Context.of(torch.randn(2, 4, 8))).shape
+        torch.Size([2, 1, 8, 8])
+    """
 
     def scalings(self, sigma: Tensor) -> Scalings:
         """c_skip = 0, c_out = 1, c_in = 1 / sqrt(1 + sigma²)."""
@@ -249,6 +300,19 @@ class EDMDenoiser(Preconditioned):
         sigma_min: last sampling level before zero.
         sigma_max: first sampling level.
         min_snr: as for all denoisers.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import EDMDenoiser
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> denoiser = EDMDenoiser(network, sigma_data=0.5)
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0])
+        >>> denoiser.denoise(x, sigma, Context.of(torch.randn(2, 4, 8))).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -308,6 +372,19 @@ class FlowDenoiser(Preconditioned):
         t_max: the time sampling starts from.
         shift: of the sampling times, see `LinearFlow`.
         min_snr: as for all denoisers.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import FlowDenoiser
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(1, 8, 8), patch=4, width=16, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> denoiser = FlowDenoiser(network)
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 10.0])
+        >>> denoiser.denoise(x, sigma, Context.of(torch.randn(2, 4, 8))).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

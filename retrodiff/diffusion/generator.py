@@ -39,6 +39,12 @@ class Start:
     Args:
         latents: (b, c, h, w), clean.
         strength: 0 gives the latents back, 1 forgets them.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import Start
+        >>> Start(torch.zeros(2, 4, 8, 8), strength=0.6).left(10)
+        6
     """
 
     latents: Tensor
@@ -69,6 +75,14 @@ class DiffusionGenerator(Generator):
         sampler: how noise becomes data.
         schedule: at which noise levels.
         autoencoder: from latents to images.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context, presets
+        >>> generator = presets.ldm().diffusion()
+        >>> empty, noise = Context({}), torch.randn(2, *generator.shape)
+        >>> generator.decode(generator.generate(empty, empty, noise, steps=2)).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     denoiser: Denoiser
@@ -193,6 +207,9 @@ class DiffusionGenerator(Generator):
             generator: of noise levels and noise, in that order.
             sigma: (b,) noise levels; None: drawn from the training distribution.
             noise: standard normal, of the latents' shape; None: drawn.
+
+        Raises:
+            ValueError: the denoiser has no loss, or the images make no latents that it takes.
         """
         denoiser = self.denoiser
         if not (hasattr(denoiser, "loss") and hasattr(denoiser, "draw_sigmas")):

@@ -20,7 +20,14 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class Unguided(Guidance):
-    """The conditional branch alone."""
+    """The conditional branch alone.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.diffusion import Unguided
+        >>> presets.ldm().replace(guidance=Unguided()).sample(n=1, steps=2).images.shape
+        torch.Size([1, 1, 8, 8])
+    """
 
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
         """One network call per step at the batch's own size."""
@@ -38,6 +45,16 @@ class ClassifierFree(Guidance):
 
     Args:
         scale: 1 is the conditional branch alone, 0 the null branch, above 1 extrapolates.
+
+    Raises:
+        ValueError: ``scale`` is negative.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.diffusion import ClassifierFree
+        >>> model = presets.ldm().replace(guidance=ClassifierFree(2.0))
+        >>> model.guidance
+        ClassifierFree(scale=2.0)
     """
 
     scale: float
@@ -76,6 +93,16 @@ class Mixture(Guidance):
 
     Args:
         weights: of each branch.
+
+    Raises:
+        ValueError: there are no weights; or, in sampling, one names no branch.
+
+    Examples:
+        >>> from retrodiff.diffusion import Mixture
+        >>> text_and_database = Mixture({"query": 1.5, "neighbors": 0.5})
+        >>> away = Mixture({"cond": 2.0, "negative": -1.0})
+        >>> dict(away.weights)
+        {'cond': 2.0, 'negative': -1.0}
     """
 
     weights: Mapping[str, float]
@@ -128,6 +155,15 @@ class ByLevel(Guidance):
     Args:
         parts: (lowest sigma, guidance), from high levels to low ones; the last reaches to 0
             whatever it says.
+
+    Raises:
+        ValueError: there is no level, or they do not fall.
+
+    Examples:
+        >>> from retrodiff.diffusion import ByLevel, ClassifierFree, Mixture
+        >>> text_first = ByLevel(((1.0, Mixture({"query": 2.0})), (0.0, ClassifierFree(1.5))))
+        >>> [lowest for lowest, guidance in text_first.parts]
+        [1.0, 0.0]
     """
 
     parts: tuple[tuple[float, Guidance], ...]
@@ -157,6 +193,11 @@ class Interval(Guidance):
         guidance: what acts inside the interval; outside, the conditional branch alone.
         low: smallest sigma that is guided; a level of the schedule that equals it is guided, too.
         high: largest sigma that is guided, likewise; infinity for no limit.
+
+    Examples:
+        >>> from retrodiff.diffusion import ClassifierFree, Interval
+        >>> Interval(ClassifierFree(4.0), low=0.3, high=5.0)
+        Interval(guidance=ClassifierFree(scale=4.0), low=0.3, high=5.0)
     """
 
     guidance: Guidance

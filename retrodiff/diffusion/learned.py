@@ -25,7 +25,7 @@ class Projected(nn.Module, Wrapper):
         dim: width of an embedding, the encoder's ``dim``.
         width: of every stream afterwards.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import NeighborEmbeddings, Projected
         >>> Projected(NeighborEmbeddings("unit"), dim=512, width=128).widths(512)
         {'neighbors': 128}
@@ -50,7 +50,11 @@ class Projected(nn.Module, Wrapper):
         return f"Projected({self.conditioner!r}, dim={self.dim}, width={self.width})"
 
     def widths(self, dim: int) -> dict[str, int]:
-        """All streams of the inner conditioner, ``width`` wide."""
+        """All streams of the inner conditioner, ``width`` wide.
+
+        Raises:
+            ValueError: ``dim`` is not the one it was made for.
+        """
         if dim != self.dim:
             raise ValueError(
                 f"Projected was made for embeddings of dim={self.dim}, not {dim}: use the encoder "
@@ -88,7 +92,10 @@ class VectorTokens(nn.Module, Wrapper):
         width: of each.
         stream: its name.
 
-    Example:
+    Raises:
+        ValueError: the conditioner gives no vector, or has a stream of that name.
+
+    Examples:
         >>> from retrodiff.diffusion import QueryVector, Unconditional, VectorTokens
         >>> vector = QueryVector(Unconditional(), "unit")
         >>> VectorTokens(vector, dim=512, tokens=4, width=128).widths(512)
@@ -152,6 +159,15 @@ class LearnedNull(nn.Module, Wrapper):
     Args:
         conditioner: what gives the streams.
         dim: width of an embedding, the encoder's ``dim``.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context
+        >>> from retrodiff.diffusion import Dropped, LearnedNull, NeighborEmbeddings
+        >>> conditioner = Dropped(LearnedNull(NeighborEmbeddings("unit"), dim=8), 0.1)
+        >>> null = conditioner.null(Context.of(torch.randn(2, 4, 8)))
+        >>> null.streams["neighbors"].values.shape
+        torch.Size([2, 4, 8])
     """
 
     def __init__(self, conditioner: Conditioner, *, dim: int) -> None:

@@ -24,6 +24,12 @@ class Pooled(Wrapper):
 
     Args:
         conditioner: what gives the tokens, without a vector of its own.
+
+    Examples:
+        >>> from retrodiff.diffusion import Pooled, PromptAndNeighbors
+        >>> conditioner = Pooled(PromptAndNeighbors("unit"))
+        >>> conditioner.widths(512), conditioner.vector_width(512)
+        ({'query': 512, 'neighbors': 512}, 1024)
     """
 
     conditioner: Conditioner
@@ -61,6 +67,17 @@ class Rescaled(Wrapper):
     Args:
         conditioner: what gives the tokens.
         factor: above 0.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.diffusion import NeighborEmbeddings, Rescaled
+        >>> from retrodiff.testing import small_database
+        >>> query = Query(torch.randn(2, 8))
+        >>> conditioner = Rescaled(NeighborEmbeddings("unit"), factor=3.0)
+        >>> context = conditioner.condition(query, small_database().search(query, 4))
+        >>> context.streams["neighbors"].values.norm(dim=-1).round().unique().tolist()
+        [3.0]
     """
 
     conditioner: Conditioner

@@ -26,6 +26,20 @@ class DiffusionPrior(Prior):
         steps: of its sampler.
         draws: embeddings that are drawn for a text, the nearest of which is kept.
         norm: of the embeddings that it gives; their direction is what it draws.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.diffusion import DiffusionPrior
+        >>> from retrodiff.encoders import ClassNames
+        >>> names = ClassNames(("zero", "one"))
+        >>> embeddings = torch.randn(40, 2)
+        >>> model = presets.unclip_prior(
+        ...     encoder=names, embeddings=embeddings, width=32, depth=1
+        ... )
+        >>> prior = DiffusionPrior(model.diffusion(), steps=2)
+        >>> prior.translate(names.encode_text(["one"])).shape
+        torch.Size([1, 2])
     """
 
     generator: DiffusionGenerator

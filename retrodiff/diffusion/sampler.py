@@ -30,6 +30,18 @@ class Step:
         following: the level that the step leads to.
         look: the denoiser's estimate for another x and level: one more network call.
         generator: randomness of the run.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from retrodiff.diffusion import Step, Stepwise
+        >>> @dataclass(frozen=True)
+        ... class Plain(Stepwise):
+        ...     def step(self, now: Step, past):
+        ...         return now.x + (now.following - now.sigma) * now.slope
+        >>> sigmas = torch.tensor([2.0, 1.0, 0.0])
+        >>> Plain().sample(lambda x, sigma: 0 * x, torch.full((1, 1, 1, 1), 4.0), sigmas).item()
+        0.0
     """
 
     x: Tensor
@@ -61,14 +73,26 @@ class Step:
 
 
 class Stepwise(Sampler):
-    """A sampler that is given by its step; subclass it and write `step`."""
+    """A sampler that is given by its step; subclass it and write `step`.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> from retrodiff.diffusion import Stepwise
+        >>> from retrodiff.testing import check_sampler
+        >>> @dataclass(frozen=True)
+        ... class Plain(Stepwise):
+        ...     # Euler's method.
+        ...     def step(self, now, past):
+        ...         return now.x + (now.following - now.sigma) * now.slope
+        >>> check_sampler(Plain())
+    """
 
     memory: int = 0
     """Earlier steps that `step` wants to see."""
 
     @abstractmethod
     def step(self, now: Step, past: Sequence[Step]) -> Tensor:
-        """X at ``now.following``.
+        """X (b, c, h, w) at ``now.following``.
 
         Args:
             now: where the run is.
@@ -125,6 +149,16 @@ class DDIM(Stepwise):
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of DDPM's posterior.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import DDIM, ScaledLinear
+        >>> schedule = ScaledLinear()
+        >>> sigmas = schedule.sigmas(20)
+        >>> noise = schedule.start(torch.randn(2, 4, 8, 8), sigmas)
+        >>> x = DDIM(eta=0.0).sample(lambda x, sigma: 0 * x, noise, sigmas)
+        >>> x.shape
+        torch.Size([2, 4, 8, 8])
     """
 
     eta: float = 0.0
@@ -142,7 +176,13 @@ class DDIM(Stepwise):
 
 @dataclass(frozen=True)
 class DDPM(DDIM):
-    """Ancestral sampling (Ho et al. 2020): DDIM with eta = 1, meant for all T steps."""
+    """Ancestral sampling (Ho et al. 2020): DDIM with eta = 1, meant for all T steps.
+
+    Examples:
+        >>> from retrodiff.diffusion import DDIM, DDPM
+        >>> isinstance(DDPM(), DDIM), DDPM().eta
+        (True, 1.0)
+    """
 
     eta: float = 1.0
 
@@ -154,6 +194,17 @@ class PLMS(Stepwise):
     The coefficients are those of order 4 for even steps. The first step is an improved Euler step
     and the levels are uneven in sigma, so as a whole it converges with order 2. A run of S steps
     makes S + 1 network calls.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import PLMS, ScaledLinear
+        >>> schedule = ScaledLinear()
+        >>> sigmas = schedule.sigmas(20)
+        >>> x = PLMS().sample(
+        ...     lambda x, sigma: 0 * x, schedule.start(torch.randn(1, 1, 4, 4), sigmas), sigmas
+        ... )
+        >>> x.shape
+        torch.Size([1, 1, 4, 4])
     """
 
     memory = 3
@@ -179,7 +230,15 @@ class PLMS(Stepwise):
 
 @dataclass(frozen=True)
 class Euler(Stepwise):
-    """First order along dx/dsigma (Karras et al. 2022): one network call per step."""
+    """First order along dx/dsigma (Karras et al. 2022): one network call per step.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import Euler
+        >>> sigmas = torch.tensor([2.0, 1.0, 0.0])
+        >>> Euler().sample(lambda x, sigma: 0 * x, torch.full((1, 1, 1, 1), 4.0), sigmas).item()
+        0.0
+    """
 
     def step(self, now: Step, past: Sequence[Step]) -> Tensor:
         """Straight along the slope."""
@@ -197,6 +256,16 @@ class EulerAncestral(Stepwise):
     Args:
         eta: 0 or more: 0 is deterministic, 1 adds the noise of DDPM's posterior. Above 1 more is
             renewed, at most all of it.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import EulerAncestral
+        >>> sigmas = torch.tensor([2.0, 1.0, 0.0])
+        >>> x = EulerAncestral(eta=0.5).sample(
+        ...     lambda x, sigma: 0 * x, torch.randn(2, 1, 4, 4), sigmas
+        ... )
+        >>> x.shape
+        torch.Size([2, 1, 4, 4])
     """
 
     eta: float = 1.0
@@ -217,6 +286,14 @@ class Heun(Stepwise):
     """Second order by a corrected Euler step (Karras et al. 2022, algorithm 1).
 
     Two network calls per step, one where the step ends at zero.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import Heun, Karras
+        >>> sigmas = Karras().sigmas(10)
+        >>> noise = torch.randn(2, 1, 4, 4) * sigmas[0]
+        >>> Heun().sample(lambda x, sigma: 0 * x, noise, sigmas).abs().max().item() < 1e-6
+        True
     """
 
     def step(self, now: Step, past: Sequence[Step]) -> Tensor:
@@ -236,6 +313,12 @@ class DPMpp2M(Stepwise):
     One network call per step. Few steps suffice where they are of like length in log sigma: on the
     paper's models choose ``schedule=LogSpaced(...)`` with it. On their own even timesteps, 20 steps
     lose to DDIM.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.diffusion import DPMpp2M
+        >>> presets.ldm().sample(n=1, steps=4, sampler=DPMpp2M()).images.shape
+        torch.Size([1, 1, 8, 8])
     """
 
     memory = 1
@@ -264,7 +347,11 @@ SAMPLERS: dict[str, type[Stepwise]] = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """The sampler of a usual name, such as ``ddim`` or ``dpmpp_2m``, with its default settings."""
+    """The sampler of a usual name, such as ``ddim`` or ``dpmpp_2m``, with its default settings.
+
+    Raises:
+        ValueError: there is no sampler of that name.
+    """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]()

@@ -37,6 +37,14 @@ class ScaledLinear(Schedule):
         beta_start: beta of the first step.
         beta_end: beta of the last step.
         length: T.
+
+    Examples:
+        >>> from retrodiff.diffusion import ScaledLinear
+        >>> schedule = ScaledLinear()  # the paper's
+        >>> schedule.timesteps(4).tolist()
+        [751, 501, 251, 1]
+        >>> [round(sigma, 3) for sigma in schedule.sigmas(4).tolist()]
+        [10.981, 2.788, 0.987, 0.055, 0.039]
     """
 
     beta_start: float = 0.0015
@@ -105,6 +113,12 @@ class LogSpaced(Schedule):
 
     Args:
         schedule: whose first and last levels are kept; it also leads in and out of σ-space.
+
+    Examples:
+        >>> from retrodiff.diffusion import LogSpaced, ScaledLinear
+        >>> sigmas = LogSpaced(ScaledLinear()).sigmas(4)
+        >>> [round(ratio, 3) for ratio in (sigmas[:-1] / sigmas[1:]).tolist()]
+        [6.819, 6.819, 6.819, 6.819]
     """
 
     schedule: ScaledLinear = ScaledLinear()
@@ -132,6 +146,11 @@ class Karras(Schedule):
         sigma_min: last level before zero.
         sigma_max: first level.
         rho: 7 in the paper: more steps near the data.
+
+    Examples:
+        >>> from retrodiff.diffusion import Karras
+        >>> [round(sigma, 3) for sigma in Karras().sigmas(4).tolist()]
+        [80.0, 9.723, 0.47, 0.002, 0.0]
     """
 
     sigma_min: float = 0.002
@@ -159,6 +178,11 @@ class LinearFlow(Schedule):
     Args:
         t_max: first time; below 1, where sigma is infinite.
         shift: > 1 spends more steps at high noise (Esser et al. 2024, eq. 23); 1 leaves t as it is.
+
+    Examples:
+        >>> from retrodiff.diffusion import LinearFlow
+        >>> [round(sigma, 3) for sigma in LinearFlow(t_max=0.8).sigmas(4).tolist()]
+        [4.0, 1.5, 0.667, 0.25, 0.0]
     """
 
     t_max: float = 0.995

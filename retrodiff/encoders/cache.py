@@ -24,7 +24,9 @@ class Cached(Encoder):
         encoder: encodes what is new; with a text tower, so has this one.
         capacity: embeddings kept; the ones unused for longest are forgotten first.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from retrodiff.encoders import Cached, TimmEncoder
         >>> cached = Cached(TimmEncoder("test_resnet", image_size=32))
         >>> cached.encode_image(torch.zeros(2, 3, 32, 32)).shape  # one pass of one image
         torch.Size([2, 96])

@@ -24,7 +24,10 @@ class ClassNames(TextEncoder):
     Args:
         names: of the classes, each once.
 
-    Example:
+    Raises:
+        ValueError: there is no name, or one twice.
+
+    Examples:
         >>> from retrodiff.encoders import ClassNames
         >>> ClassNames(("cat", "dog")).encode_text(["dog"]).tolist()
         [[0.0, 1.0]]
@@ -67,7 +70,11 @@ class ClassNames(TextEncoder):
         return torch.eye(self.dim)[[self.names.index(name) for name in prompts]]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Refused: which class a picture is of is not known here."""
+        """Refused: which class a picture is of is not known here.
+
+        Raises:
+            ValueError: always: which class a picture is of is not known here.
+        """
         raise ValueError(
             f"{len(images)} images are asked with, but ClassNames knows names only: use classes="
         )

@@ -49,7 +49,7 @@ class CLIPEncoder(nn.Module, TextEncoder):  # pyright: ignore[reportIncompatible
     Raises:
         ValueError: open_clip has no such model or weights, or the two do not belong together.
 
-    Example:
+    Examples:
         >>> encoder = CLIPEncoder("ViT-B-32-quickgelu", "openai")
         >>> encoder.dim, encoder.preprocessing.name
         (512, 'openai-224')

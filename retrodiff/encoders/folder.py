@@ -45,6 +45,10 @@ def save_encoder(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: an encoder of this kind cannot be kept.
+        FileExistsError: there is something at the path, and ``overwrite`` is not given.
     """
     while isinstance(encoder, Cached):  # which changes no number
         encoder = cast("CLIPEncoder | TimmEncoder", encoder.encoder)

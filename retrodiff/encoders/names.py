@@ -43,7 +43,7 @@ def encoder_from_string(
         ValueError: the name is unknown, or the options do not fit it.
         FileNotFoundError: there is no such folder.
 
-    Example:
+    Examples:
         >>> encoder_from_string("timm:test_resnet,image_size=64", pretrained=False).dim
         96
     """

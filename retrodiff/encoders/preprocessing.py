@@ -175,13 +175,24 @@ class Preprocessing:
     Args:
         name: goes into the fingerprint, such as ``rdm-224``.
         steps: applied in order to images (b, c, h, w) in [-1, 1] of any size.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> preprocessing = TimmEncoder("test_resnet", image_size=32).preprocessing
+        >>> preprocessing.name, preprocessing.apply(torch.zeros(1, 3, 48, 64)).shape
+        ('short-32-0.95-bilinear-half', torch.Size([1, 3, 32, 32]))
     """
 
     name: str
     steps: tuple[Step, ...]
 
     def apply(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [-1, 1] -> what the network takes."""
+        """Images (b, c, h, w) in [-1, 1] -> what the network takes.
+
+        Raises:
+            ValueError: images are not (b, c, h, w), or no floats.
+        """
         if images.ndim != 4:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, expected (b, c, h, w): "
@@ -205,7 +216,11 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocessing:
-        """The preprocessing that `config` described."""
+        """The preprocessing that `config` described.
+
+        Raises:
+            ValueError: a step is not known.
+        """
         steps: list[Step] = []
         for step in config["steps"]:
             values: dict[str, Any] = {

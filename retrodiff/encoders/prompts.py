@@ -12,7 +12,14 @@ from retrodiff.text import printable
 
 
 class PromptCut(UserWarning):
-    """The end of a prompt is left out, because an encoder reads no more."""
+    """The end of a prompt is left out, because an encoder reads no more.
+
+    Examples:
+        >>> import warnings
+        >>> from retrodiff.encoders import PromptCut
+        >>> warnings.simplefilter("error", PromptCut)  # refuse prompts that are too long
+        >>> warnings.simplefilter("default", PromptCut)
+    """
 
 
 def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:

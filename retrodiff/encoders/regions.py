@@ -19,6 +19,13 @@ class Regions(Encoder):
     Args:
         encoder: of blocks; with a text tower, a prompt is that of every region.
         side: blocks along each side; an image has side * side, in reading order.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.encoders import Regions, TimmEncoder
+        >>> regions = Regions(TimmEncoder("test_resnet", image_size=32), side=2)
+        >>> regions.encode_image(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 4, 96])
     """
 
     def __init__(self, encoder: Encoder, side: int) -> None:

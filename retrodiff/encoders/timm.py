@@ -45,7 +45,7 @@ class TimmEncoder(nn.Module, Encoder):  # pyright: ignore[reportIncompatibleMeth
     Raises:
         ValueError: timm has no such network or weights, or the network takes no such size.
 
-    Example:
+    Examples:
         >>> encoder = TimmEncoder("test_vit", image_size=96)
         >>> encoder.dim, encoder.preprocessing.name
         (64, 'short-96-0.95-bicubic-half')

@@ -44,6 +44,18 @@ class Copying:
         threshold: margin above which an image counts as a near-duplicate.
         planted: margins of planted copies by the kind of change; empty: none were planted.
         images: (n,) numbers of the generated images; None: all of them, in their order.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.evaluation import copying
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> training, held_out, new = (
+        ...     torch.randn(200, 16, generator=generator) for _ in range(3)
+        ... )
+        >>> generated = torch.cat([training[:10], new])  # the first ten are copies
+        >>> found = copying(generated, held_out, {"training": training})["training"]
+        >>> sorted(found.copies[:10].tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
     source: str

@@ -36,6 +36,13 @@ class FidelityExtractor(Encoder):
         ImportError: torch-fidelity is not installed.
         ValueError: it has no such network or layer.
         OSError: the weights are not here and cannot be fetched.
+
+    Examples:
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.evaluation import FidelityExtractor, register_extractor
+        >>> register_extractor("offline", TimmEncoder("test_resnet", image_size=32))
+        >>> FidelityExtractor("offline").dim
+        96
     """
 
     def __init__(
@@ -141,9 +148,11 @@ def register_extractor(
         ImportError: torch-fidelity is not installed.
         ValueError: the name is taken.
 
-    Example:
-        >>> register_extractor("mine", TimmEncoder("test_resnet"))
-        >>> FidelityExtractor("mine").dim
+    Examples:
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.evaluation import FidelityExtractor, register_extractor
+        >>> register_extractor("own", TimmEncoder("test_resnet", image_size=32))
+        >>> FidelityExtractor("own").dim
         96
     """
     known = _registry()

@@ -24,6 +24,17 @@ class Judge:
         encoder: makes features.
         head: features (n, d) -> logits (n, classes).
         classes: a name for each; several names of one class are separated by commas.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.evaluation import Judge
+        >>> encoder = TimmEncoder("test_resnet", image_size=32)
+        >>> judge = Judge(
+        ...     "mine", encoder, torch.nn.Linear(encoder.dim, 2), ("cat", "dog, hound")
+        ... )
+        >>> judge.numbers(["hound", "cat"])
+        [1, 0]
     """
 
     name: str

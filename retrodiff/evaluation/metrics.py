@@ -38,6 +38,12 @@ class Score:
         real: the same number for one half of the reference images (at most as many as there are
             generated ones) against the other half: what a perfect generator would get at these
             numbers of images; None: not computed.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.evaluation import vendi
+        >>> print(vendi(torch.eye(10)))
+        Vendi score: 10 (10 generated, higher is better)
     """
 
     name: str
@@ -164,6 +170,9 @@ def clip_score(images: Tensor, prompts: Tensor) -> Score:
     Args:
         images: embeddings (n, d) of the images.
         prompts: embeddings (n, d) of their prompts, by the same encoder.
+
+    Raises:
+        ValueError: numbers of images and prompts differ.
     """
     a, b = checked(images, prompts, least=2)
     if len(a) != len(b):

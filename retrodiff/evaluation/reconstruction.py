@@ -33,6 +33,14 @@ class Reconstruction:
         l1: mean absolute error of all pixels.
         latent_std: of all latents, about their mean.
         images: a few reconstructions (m, c, h, w) in [-1, 1].
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.diffusion import PixelUnshuffle
+        >>> from retrodiff.evaluation import reconstruction
+        >>> result = reconstruction(PixelUnshuffle(2), torch.rand(4, 3, 32, 32) * 2 - 1)
+        >>> result.rmse, result.ssim.shape
+        (0.0, torch.Size([4]))
     """
 
     psnr: Tensor

@@ -40,6 +40,23 @@ class Report:
         curves: losses of the training.
         details: what the copying report compares, in words.
         notes: what to keep in mind.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.evaluation import evaluate
+        >>> from retrodiff.model.generated import to_picture
+        >>> for name in ("samples", "held-out"):
+        ...     Path(name).mkdir()
+        ...     for i in range(12):
+        ...         to_picture(torch.rand(3, 32, 32) * 2 - 1).save(f"{name}/{i}.png")
+        >>> features = TimmEncoder("test_resnet", image_size=32)
+        >>> report = evaluate("samples", "held-out", features, progress=False)
+        >>> report.score("MIND").name
+        'MIND'
+        >>> report.save("report").name
+        'report.html'
     """
 
     generated: ImageSet

@@ -35,7 +35,12 @@ Built = TypeVar("Built", bound=Measured)
 
 
 def automatic(rows: int, gpu: bool | None = None) -> Recipe:
-    """The recipe for a number of rows: the first of `suitable`."""
+    """The recipe for a number of rows: the first of `suitable`.
+
+    Args:
+        rows: of the database.
+        gpu: whether there is a GPU; None: look.
+    """
     return suitable(rows, gpu)[0]
 
 
@@ -73,7 +78,7 @@ def build_automatic(
     Returns:
         What was built, and in words what was chosen and why.
 
-    Example:
+    Examples:
         ``build_automatic(len(database), partial(database.build_index, save=False))`` gives the
         database, searched by the index that was chosen, and writes nothing.
     """

@@ -29,6 +29,11 @@ class CuVS:
         first_degree: edges per node before the graph is pruned.
         visit: candidates kept during a search (cuVS's ``itopk_size``), at least ``rerank``.
         rerank: candidates ranked again by exact cosine.
+
+    Examples:
+        >>> from retrodiff.indexes import CuVS
+        >>> CuVS(visit=256).name
+        'cuvs'
     """
 
     degree: int = 64

@@ -65,6 +65,14 @@ class Exact:
         products: how a first pass on the CPU multiplies: ``float32``, ``bfloat16``, or ``stored``
             (half-precision rows as they are). None: in the way that is fastest here, measured once
             per process; `ExactIndex.explain` says which that is.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.indexes import Exact, Vectors
+        >>> rows = torch.randn(500, 32)
+        >>> similarity, found = Exact().build(Vectors([rows])).search(rows[:2], k=5)
+        >>> found.shape, found[:, 0].tolist()
+        (torch.Size([2, 5]), [0, 1])
     """
 
     block: int = 32_768
@@ -74,7 +82,11 @@ class Exact:
     name = "exact"
 
     def build(self, vectors: Vectors, progress: bool = False) -> ExactIndex | ResidentIndex:
-        """The index over these vectors; nothing is copied unless storage or device is given."""
+        """The index over these vectors; nothing is copied unless storage or device is given.
+
+        Raises:
+            ValueError: the storage, the products or the device is not known.
+        """
         for what, given, known in (
             ("storage", self.storage, (*STORAGE,)),
             ("products", self.products, WAYS),

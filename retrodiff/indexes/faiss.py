@@ -36,6 +36,11 @@ class Faiss:
         factory: description for faiss's index factory.
         rerank: candidates ranked again by exact cosine.
         train_rows: rows that quantizers and clusters are fitted on, evenly spaced.
+
+    Examples:
+        >>> from retrodiff.indexes import Faiss
+        >>> Faiss("IVF4096,SQ8", rerank=200)
+        Faiss(factory='IVF4096,SQ8', rerank=200, train_rows=200000)
     """
 
     factory: str = "HNSW32"
@@ -48,7 +53,11 @@ class Faiss:
 
     @full_precision()
     def build(self, vectors: Vectors, progress: bool = False) -> FaissIndex:
-        """Fits what must be fitted and adds every row."""
+        """Fits what must be fitted and adds every row.
+
+        Raises:
+            ValueError: faiss cannot read the factory, or cannot fit it on so few rows.
+        """
         faiss = _import_faiss()
         try:
             index = faiss.index_factory(vectors.dim, self.factory, faiss.METRIC_INNER_PRODUCT)

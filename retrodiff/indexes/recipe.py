@@ -36,7 +36,14 @@ class SavableIndex(Index, Protocol):
 
 
 class Recipe(Protocol):
-    """Hyper-parameters of an index: a frozen dataclass of JSON-able values."""
+    """Hyper-parameters of an index: a frozen dataclass of JSON-able values.
+
+    Examples:
+        >>> from retrodiff.indexes import Annoy, recipe_from_string
+        >>> recipe = recipe_from_string("annoy:trees=20,rerank=200")
+        >>> recipe == Annoy(trees=20, rerank=200), recipe.name
+        (True, 'annoy')
+    """
 
     @property
     def name(self) -> str:
@@ -62,6 +69,13 @@ class Recall:
         value: in [0, 1].
         k: neighbors asked for.
         queries: rows that were asked for their neighbors (each one's own row is left out).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.indexes import Exact, Vectors, recall_of
+        >>> vectors = Vectors([torch.randn(500, 32)])
+        >>> print(recall_of(Exact().build(vectors), vectors, k=10))
+        recall@10 1.000 on 256 rows
     """
 
     value: float
@@ -75,7 +89,15 @@ class Recall:
 def recall_of(
     index: Index, vectors: Vectors, k: int = 20, queries: int = 256, seed: int = 0
 ) -> Recall:
-    """Asks an index and the exact search for the neighbors of some of the rows themselves."""
+    """Asks an index and the exact search for the neighbors of some of the rows themselves.
+
+    Args:
+        index: is asked.
+        vectors: the rows (m, d) that it was built of.
+        k: neighbors of each; fewer where there are fewer other rows.
+        queries: rows that are asked with; their own row is left out.
+        seed: which rows.
+    """
     m = len(vectors)
     k = min(k, m - 1)
     if k < 1:
@@ -93,7 +115,11 @@ def recall_of(
 
 
 def recipe_from_string(text: str) -> Recipe:
-    """The recipe that a command line names: ``annoy``, ``annoy:trees=20,rerank=200``."""
+    """The recipe that a command line names: ``annoy``, ``annoy:trees=20,rerank=200``.
+
+    Raises:
+        ValueError: there is no index or option of that name.
+    """
     name, _, options = text.partition(":")
     if name not in RECIPES:
         raise ValueError(f"unknown index {name!r}; known: {', '.join(RECIPES)}")

@@ -121,6 +121,11 @@ def _own_files(folder: Path) -> set[str]:
 def load_index(folder: Path, vectors: Vectors, rows: str) -> tuple[SavableIndex, Recipe, Recall]:
     """The index of a folder; while another process replaces it, the old one or the new one.
 
+    Args:
+        folder: written by `save_index`.
+        vectors: the rows that it was built of.
+        rows: hash of the rows in their order.
+
     Raises:
         ValueError: it was built from other rows, or a file is not as it was written.
         FileNotFoundError: a file is missing.

@@ -43,6 +43,11 @@ class ScaNN:
         train_rows: rows that partitions and codes are fitted on, at most.
         threshold: how much more an error along a row counts than one across (ScaNN's
             ``anisotropic_quantization_threshold``), in hundredths.
+
+    Examples:
+        >>> from retrodiff.indexes import ScaNN
+        >>> ScaNN(rerank=800).name
+        'scann'
     """
 
     leaves: int | None = None
@@ -77,7 +82,11 @@ class ScaNN:
         return ScaNNIndex(self, vectors, heard(plan.build))
 
     def load(self, folder: Path, vectors: Vectors) -> ScaNNIndex:
-        """Loads the index written by `ScaNNIndex.save`."""
+        """Loads the index written by `ScaNNIndex.save`.
+
+        Raises:
+            ValueError: the folder holds a pickle that was not written here.
+        """
         scann = _import_scann()
         # ScaNN unpickles such a file if there is one; we write none.
         if (folder / "scann" / "scann_docids.pkl").exists():

@@ -40,6 +40,11 @@ class USearch:
         expansion_add: candidates looked at while building.
         expansion_search: candidates looked at in a search.
         rerank: candidates ranked again by exact cosine.
+
+    Examples:
+        >>> from retrodiff.indexes import USearch
+        >>> USearch(expansion_search=256)
+        USearch(connectivity=16, expansion_add=128, expansion_search=256, rerank=64)
     """
 
     connectivity: int = 16

@@ -43,6 +43,16 @@ class Vectors:
     Args:
         parts: tensors (n, d) of any float type, memory-mapped or not, in the order of their rows.
         norms: for each part the norms (n,) of the stored values; computed where not given.
+
+    Raises:
+        ValueError: there is no part.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.indexes import Vectors
+        >>> vectors = Vectors([torch.randn(300, 32).half(), torch.randn(200, 32).half()])
+        >>> len(vectors), vectors.rows(torch.tensor([0, 499])).shape
+        (500, torch.Size([2, 32]))
     """
 
     def __init__(self, parts: Sequence[Tensor], norms: Sequence[Tensor] | None = None):

@@ -97,7 +97,13 @@ __all__ = [
 
 
 def member(component: Any, protocol: type, name: str) -> Any:
-    """An optional member of a component; the protocol's default where the component lacks it."""
+    """An optional member of a component; the protocol's default where the component lacks it.
+
+    Args:
+        component: any object in the role.
+        protocol: the role.
+        name: of the member.
+    """
     if hasattr(component, name):
         return getattr(component, name)
     default = vars(protocol)[name]

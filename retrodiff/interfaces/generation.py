@@ -26,6 +26,20 @@ class Conditioner(Protocol):
     """Turns a query and its neighbors into what a network attends to.
 
     One that has weights is a torch module, and is trained with the denoiser.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Conditioner, Context, Query, Tokens
+        >>> from retrodiff.retrieval import NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> class Nearest(Conditioner):
+        ...     def widths(self, dim):
+        ...         return {"nearest": dim}
+        ...     def condition(self, query, neighbors):
+        ...         return Context({"nearest": Tokens(neighbors.embeddings[:, :1])})
+        >>> query, database = Query(torch.randn(2, 8)), small_database()
+        >>> Nearest().condition(query, NearestNeighbors().retrieve(query, database, 4)).widths
+        {'nearest': 8}
     """
 
     @property
@@ -77,6 +91,24 @@ class Generator(Protocol):
 
     `retrodiff.diffusion.DiffusionGenerator` is the one that a model is made of unless it is given
     another.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context, Generator
+        >>> class Gray(Generator):
+        ...     # Draws one gray for each image; it takes no condition.
+        ...     shape, widths = (1, 4, 4), {}
+        ...
+        ...     def generate(
+        ...         self, context, null, noise, *, steps, generator=None, callback=None
+        ...     ):
+        ...         return noise.mean((1, 2, 3), keepdim=True).expand_as(noise)
+        ...
+        ...     def decode(self, latents):
+        ...         return latents.clamp(-1, 1)
+        >>> empty = Context({})
+        >>> Gray().generate(empty, empty, torch.randn(2, 1, 4, 4), steps=1).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     @property
@@ -134,7 +166,14 @@ class Generator(Protocol):
 
 @runtime_checkable
 class TrainableGenerator(Generator, Protocol):
-    """A generator that knows its own training objective."""
+    """A generator that knows its own training objective.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.interfaces import TrainableGenerator
+        >>> isinstance(presets.ldm().diffusion(), TrainableGenerator)
+        True
+    """
 
     @abstractmethod
     def loss(
@@ -146,7 +185,19 @@ class TrainableGenerator(Generator, Protocol):
 
 @runtime_checkable
 class GuidedGenerator(Generator, Protocol):
-    """A generator that can be asked for another guidance."""
+    """A generator that can be asked for another guidance.
+
+    Examples:
+        >>> from retrodiff.autoregressive import AutoregressiveGenerator, GrayLevels
+        >>> from retrodiff.interfaces import GuidedGenerator
+        >>> from retrodiff.networks import CausalTransformer
+        >>> network = CausalTransformer(
+        ...     codes=17, grid=(4, 4), width=32, depth=1, heads=2, context_width=16
+        ... )
+        >>> generator = AutoregressiveGenerator(network=network, autoencoder=GrayLevels(17))
+        >>> isinstance(generator, GuidedGenerator), generator.guided(2.0).guidance
+        (True, 2.0)
+    """
 
     @abstractmethod
     def guided(self, guidance: Any) -> Generator:
@@ -165,6 +216,20 @@ class Denoiser(Protocol):
     Attributes:
         untrained: fresh weights that are meant to be replaced; sampling from them warns.
         takes_float64: x and sigma may be float64, whatever the type of the weights.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context, Denoiser
+        >>> from retrodiff.diffusion import Karras
+        >>> class Gaussian(Denoiser):
+        ...     # The exact denoiser of standard normal data.
+        ...     shape, widths, schedule = (1, 2, 2), {}, Karras()
+        ...
+        ...     def denoise(self, x, sigma, context):
+        ...         return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+        >>> x, sigma = torch.ones(1, 1, 2, 2), torch.tensor([1.0])
+        >>> Gaussian().denoise(x, sigma, Context({})).flatten().tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
 
     untrained: bool = False
@@ -217,7 +282,14 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class TrainableDenoiser(Denoiser, Protocol):
-    """A denoiser that knows its own training objective."""
+    """A denoiser that knows its own training objective.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.interfaces import TrainableDenoiser
+        >>> isinstance(presets.ldm().denoiser, TrainableDenoiser)
+        True
+    """
 
     @abstractmethod
     def draw_sigmas(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -232,7 +304,25 @@ class TrainableDenoiser(Denoiser, Protocol):
 
 @runtime_checkable
 class Guidance(Protocol):
-    """Combines a condition and its null into one denoiser."""
+    """Combines a condition and its null into one denoiser.
+
+    Examples:
+        >>> from retrodiff import Guidance
+        >>> class Half(Guidance):
+        ...     # The mean of both branches.
+        ...     def guide(self, denoiser, branches):
+        ...         cond, null = (denoiser.prepare(branches[name]) for name in ("cond", "null"))
+        ...
+        ...         def denoise(x, sigma):
+        ...             both = denoiser.denoise(x, sigma, cond) + denoiser.denoise(
+        ...                 x, sigma, null
+        ...             )
+        ...             return both / 2
+        ...
+        ...         return denoise
+        >>> from retrodiff.testing import check_guidance
+        >>> check_guidance(Half())
+    """
 
     @abstractmethod
     def guide(self, denoiser: Denoiser, branches: Mapping[str, Context]) -> Denoise:
@@ -242,7 +332,21 @@ class Guidance(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Takes noise to data along decreasing noise levels."""
+    """Takes noise to data along decreasing noise levels.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Sampler
+        >>> class OneStep(Sampler):
+        ...     # The denoiser's first estimate.
+        ...     def sample(self, denoise, x, sigmas, generator=None, callback=None):
+        ...         return denoise(x, sigmas[0].expand(len(x)))
+        >>> x = OneStep().sample(
+        ...     lambda x, sigma: 0 * x, torch.randn(2, 1, 4, 4), torch.tensor([80.0, 0.0])
+        ... )
+        >>> x.abs().max().item()
+        0.0
+    """
 
     @abstractmethod
     def sample(
@@ -271,6 +375,20 @@ class Autoencoder(Protocol):
     """Maps images to the latents that are generated, and back.
 
     Both methods take tensors of any floating dtype, and return float32 (or float64) ones.
+
+    Images (b, c, h, w) in [-1, 1] <-> latents (b, c, h, w) with channels and size of their own.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Autoencoder
+        >>> class Halved(Autoencoder):
+        ...     def encode(self, images):
+        ...         return images.float() / 2
+        ...     def decode(self, latents):
+        ...         return latents.float() * 2
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(Halved().decode(Halved().encode(images)), images)
+        True
     """
 
     @property
@@ -296,7 +414,18 @@ class Autoencoder(Protocol):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Noise levels to sample at, and the way into σ-space and out of it."""
+    """Noise levels to sample at, and the way into σ-space and out of it.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Schedule
+        >>> class Linear(Schedule):
+        ...     # From 10 down to 0 in even steps.
+        ...     def sigmas(self, steps):
+        ...         return torch.linspace(10, 0, steps + 1)
+        >>> Linear().sigmas(4).tolist()
+        [10.0, 7.5, 5.0, 2.5, 0.0]
+    """
 
     @abstractmethod
     def sigmas(self, steps: int) -> Tensor:

@@ -20,6 +20,20 @@ class Encoder(Protocol):
     """Maps images to embeddings (φ in the paper).
 
     Three members must be written; the rest has defaults, and what wraps an encoder forwards it.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Encoder, Fingerprint
+        >>> class MeanColor(Encoder):
+        ...     dim = 3
+        ...     fingerprint = Fingerprint(
+        ...         encoder="mean-color", weights="", preprocessing="none", dim=3
+        ...     )
+        ...
+        ...     def encode_image(self, images):
+        ...         return images.float().mean((2, 3))
+        >>> MeanColor().encode_image(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 3])
     """
 
     @property
@@ -68,7 +82,26 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class TextEncoder(Encoder, Protocol):
-    """Maps images and text to embeddings in one space."""
+    """Maps images and text to embeddings in one space.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Fingerprint, TextEncoder
+        >>> class Lengths(TextEncoder):
+        ...     # Places a prompt by its number of letters; only to show the methods.
+        ...     dim = 2
+        ...     fingerprint = Fingerprint(
+        ...         encoder="lengths", weights="", preprocessing="none", dim=2
+        ...     )
+        ...
+        ...     def encode_image(self, images):
+        ...         return torch.ones(len(images), 2)
+        ...
+        ...     def encode_text(self, prompts):
+        ...         return torch.tensor([[float(len(text)), 1.0] for text in prompts])
+        >>> Lengths().encode_text(["a door", "a tree"]).tolist()
+        [[6.0, 1.0], [6.0, 1.0]]
+    """
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -78,7 +111,17 @@ class TextEncoder(Encoder, Protocol):
 
 @runtime_checkable
 class Database(Protocol):
-    """Rows of embeddings with a record of where each comes from (D). It does not change."""
+    """Rows of embeddings with a record of where each comes from (D). It does not change.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database(rows=32, dim=8)
+        >>> found = database.search(Query(database.embeddings(torch.tensor([5]))), k=3)
+        >>> found.indices[0, 0].item(), database.records(torch.tensor([5]))
+        (5, [{'file': '5.png', 'label': '1'}])
+    """
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -106,7 +149,22 @@ class Database(Protocol):
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Chooses k rows of a database for each query (ξ_k)."""
+    """Chooses k rows of a database for each query (ξ_k).
+
+    Examples:
+        >>> from retrodiff import Retriever
+        >>> class Reversed(Retriever):
+        ...     # The k nearest, the farthest of them first.
+        ...     def retrieve(self, query, database, k):
+        ...         found = database.search(query, k)
+        ...         return found.take(torch.arange(k - 1, -1, -1))
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.testing import small_database
+        >>> found = Reversed().retrieve(Query(torch.randn(2, 8)), small_database(), k=4)
+        >>> found.indices.shape
+        torch.Size([2, 4])
+    """
 
     @abstractmethod
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
@@ -121,7 +179,25 @@ class Retriever(Protocol):
 
 @runtime_checkable
 class ProposalDistribution(Protocol):
-    """Distribution over database rows used as queries in unconditional sampling (p_D)."""
+    """Distribution over database rows used as queries in unconditional sampling (p_D).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import ProposalDistribution, Query
+        >>> from retrodiff.randomness import uniform
+        >>> from retrodiff.testing import check_proposal, small_database
+        >>> class FirstHalf(ProposalDistribution):
+        ...     # The rows of the first half, all alike.
+        ...     def support(self, database):
+        ...         rows = torch.arange(len(database) // 2)
+        ...         return rows, torch.ones(len(rows), dtype=torch.float64)
+        ...
+        ...     def propose(self, database, n, generator):
+        ...         rows, _ = self.support(database)
+        ...         chosen = rows[(uniform(generator, (n,)) * len(rows)).long()]
+        ...         return Query(database.embeddings(chosen), ids=chosen, generator=generator)
+        >>> check_proposal(FirstHalf(), small_database())
+    """
 
     @abstractmethod
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
@@ -143,7 +219,22 @@ class ProposalDistribution(Protocol):
 
 @runtime_checkable
 class Index(Protocol):
-    """Searches vectors by cosine, in a form of its own."""
+    """Searches vectors by cosine, in a form of its own.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Index
+        >>> class Brute(Index):
+        ...     def __init__(self, rows):
+        ...         self.rows = torch.nn.functional.normalize(rows, dim=-1)
+        ...     def search(self, queries, k):
+        ...         cosines = torch.nn.functional.normalize(queries, dim=-1) @ self.rows.T
+        ...         return cosines.topk(k)
+        >>> rows = torch.randn(50, 8)
+        >>> similarity, found = Brute(rows).search(rows[:2], k=3)
+        >>> found[:, 0].tolist()
+        [0, 1]
+    """
 
     @abstractmethod
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +244,21 @@ class Index(Protocol):
 
 @runtime_checkable
 class Prior(Protocol):
-    """Turns embeddings of text into embeddings of images that it may describe (unCLIP's prior)."""
+    """Turns embeddings of text into embeddings of images that it may describe (unCLIP's prior).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Prior
+        >>> class Shifted(Prior):
+        ...     # Adds the mean difference of image and text embeddings.
+        ...     def __init__(self, shift):
+        ...         self.shift = shift
+        ...
+        ...     def translate(self, embedding, generator=None):
+        ...         return embedding + self.shift
+        >>> Shifted(torch.ones(4)).translate(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
+    """
 
     @abstractmethod
     def translate(self, embedding: Tensor, generator: torch.Generator | None = None) -> Tensor:

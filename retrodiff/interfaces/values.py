@@ -28,7 +28,16 @@ Record = Mapping[str, Any]
 
 
 class Value:
-    """Equality, hash and a short repr for a dataclass that holds tensors."""
+    """Equality, hash and a short repr for a dataclass that holds tensors.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> Query(torch.zeros(1, 4)) == Query(torch.zeros(1, 4))
+        True
+        >>> Query(torch.zeros(1, 4)) == Query(torch.ones(1, 4))
+        False
+    """
 
     def __eq__(self, other: object) -> bool:
         """Of the same type, with equal contents; tensors on other devices differ."""
@@ -61,6 +70,17 @@ class Fingerprint:
         dim: width of an embedding.
         scale: ``raw`` as the encoder gave them, ``unit`` divided by their norm.
         rows: hash of the stored rows in their order; empty for an encoder.
+
+    Examples:
+        >>> from retrodiff import Fingerprint
+        >>> one = Fingerprint(encoder="clip", weights="a1", preprocessing="openai-224", dim=512)
+        >>> other = Fingerprint(
+        ...     encoder="clip", weights="b2", preprocessing="openai-224", dim=512
+        ... )
+        >>> one.disagreement(one) is None
+        True
+        >>> print(one.disagreement(other))
+        weights='a1' against weights='b2'
     """
 
     encoder: str
@@ -121,6 +141,15 @@ class Query(Value):
             `ExcludeSelf` can leave them out; None: unknown.
         generator: randomness for retrievers that draw, best a `Randomness` of b rows; None means
             torch's global state.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> query = Query(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), source=("a door", "a tree"))
+        >>> len(query), query.unit.tolist()
+        (2, [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]])
+        >>> query.rows([1]).source
+        ('a tree',)
     """
 
     embedding: Tensor
@@ -172,6 +201,16 @@ class Neighbors(Value):
             varying number of neighbors fills shorter lists up to k with what does not take part.
         latents: (b, k, c, h, w), the neighbors' pictures in the model's first stage, zero where an
             index is -1; None unless the conditioner sees them (``latents_shape``).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.testing import small_database
+        >>> neighbors = small_database().search(Query(torch.randn(2, 8)), k=6)
+        >>> neighbors.indices.shape, neighbors.embeddings.shape
+        (torch.Size([2, 6]), torch.Size([2, 6, 8]))
+        >>> neighbors.take(torch.tensor([0, 2, 4])).k
+        3
     """
 
     indices: Tensor
@@ -273,6 +312,14 @@ class Tokens(Value):
             number of neighbors; a row of only False equals the null condition.
         null_rows: how many rows at the *end* of the batch are the all-zero null condition. Set
             where the null is made and never detected from values, so that a network may skip them.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Tokens
+        >>> tokens = Tokens(torch.randn(2, 4, 512))
+        >>> joined = Tokens.cat([tokens, tokens.zeros()])
+        >>> joined.values.shape, joined.null_rows
+        (torch.Size([4, 4, 512]), 2)
     """
 
     values: Tensor
@@ -316,6 +363,15 @@ class Context(Value):
     Args:
         streams: named token sets; a network joins them along k after its own projection of each.
         vector: (b, v), added to the timestep embedding; None: there is none.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Context, Tokens
+        >>> context = Context({"neighbors": Tokens(torch.randn(2, 4, 512))})
+        >>> context.widths
+        {'neighbors': 512}
+        >>> context.zeros().streams["neighbors"].is_null
+        True
     """
 
     streams: Mapping[str, Tokens]
@@ -383,7 +439,7 @@ class Context(Value):
 
 
 def unit(embedding: Tensor) -> Tensor:
-    """The embedding(s) divided by their norm along the last axis; zero stays zero."""
+    """Embeddings (..., d) divided by their norm along the last axis; zero stays zero."""
     return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 

@@ -55,6 +55,12 @@ class Generation(Value):
         attribution: which neighbor has which part in which region, where that was asked for.
         renewed: neighbors of each image that were found while sampling, by step, where that was
             asked for.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> out = presets.ldm().sample(n=2, steps=2)
+        >>> out.images.shape, len(out.pil())
+        (torch.Size([2, 1, 8, 8]), 2)
     """
 
     images: Tensor

@@ -76,6 +76,16 @@ class Model(Saved, Placed):
         prompt_template: turns a class name into a prompt.
         class_top: l, the nearest rows of a class prompt that k are drawn from.
         steps: of the sampler, unless asked otherwise.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> model = presets.ldm()
+        >>> out = model.sample(n=2, steps=2, seed=0)
+        >>> out.images.shape
+        torch.Size([2, 1, 8, 8])
+        >>> again = model.replace(sampler=model.sampler).sample(n=2, steps=2, seed=0)
+        >>> bool((again.images == out.images).all())
+        True
     """
 
     conditioner: Conditioner
@@ -316,6 +326,9 @@ class Model(Saved, Placed):
             drop: apply conditioning dropout.
             chosen: ``sigma`` (b,) and ``noise`` (b, c, h, w) of a diffusion model, where they are
                 not to be drawn.
+
+        Raises:
+            ValueError: what generates has no loss, so it cannot be trained.
         """
         trained: Any = self.generating()
         if missing_members("generator", trained) or not hasattr(trained, "loss"):
@@ -337,6 +350,9 @@ class Model(Saved, Placed):
 
         A new database leaves a fitted proposal behind: unconditional sampling then asks for
         ``Uniform()`` or ``NeighborCounts.fit(queries, database, k)``. Everything is checked again.
+
+        Raises:
+            ValueError: there is no part of that name, or the parts do not fit together.
         """
         if "database" in components and "proposal" not in components:
             proposal = self.proposal

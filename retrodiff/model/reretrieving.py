@@ -30,6 +30,11 @@ class ReRetrieving:
     Args:
         steps: numbers of steps, 1 to the last one; step 0 has no estimate before it. None of them:
             sampling as without.
+
+    Examples:
+        >>> from retrodiff.model import ReRetrieving
+        >>> ReRetrieving(steps=(10, 20)).steps
+        (10, 20)
     """
 
     steps: tuple[int, ...]

@@ -28,9 +28,27 @@ class Adapted(Placed):
         inputs: what else the base's ``forward`` needs, by name, each with one row, such as
             ``{"encoder_hidden_states": (1, 77, 768)}``.
 
-    Example:
-        >>> network = Adapted(adapter, (4, 64, 64), {"encoder_hidden_states": empty_prompt})
-        >>> denoiser = EpsDenoiser(network)
+    Raises:
+        ValueError: the base takes no input of that name, or one has several rows.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DConditionModel
+        >>> from retrodiff.diffusion import EpsDenoiser
+        >>> from retrodiff.networks import Adapted, RetrievalAdapter
+        >>> unet = UNet2DConditionModel(
+        ...     sample_size=8,
+        ...     block_out_channels=(32,),
+        ...     layers_per_block=1,
+        ...     down_block_types=("CrossAttnDownBlock2D",),
+        ...     up_block_types=("CrossAttnUpBlock2D",),
+        ...     cross_attention_dim=12,
+        ... )
+        >>> adapter = RetrievalAdapter(unet, dim=16)
+        >>> empty_prompt = torch.zeros(1, 5, 12)
+        >>> network = Adapted(adapter, (4, 8, 8), {"encoder_hidden_states": empty_prompt})
+        >>> EpsDenoiser(network).shape
+        (4, 8, 8)
     """
 
     def __init__(

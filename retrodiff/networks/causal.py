@@ -37,6 +37,19 @@ class CausalTransformer(Placed):
         streams: names of the context streams, all of width ``context_width``.
         extra_tokens: inputs beside the codes; the last of them starts an image. The published
             models have two, the other of which was made for masked codes and never used.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``, or a number is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import CausalTransformer
+        >>> network = CausalTransformer(
+        ...     codes=16, grid=(4, 4), width=32, depth=1, heads=2, context_width=8
+        ... )
+        >>> codes = torch.zeros(2, 5, dtype=torch.int64)  # the first five codes of two images
+        >>> network(codes, torch.randn(2, 4, 8)).shape
+        torch.Size([2, 6, 16])
     """
 
     def __init__(

@@ -65,6 +65,17 @@ class DiffusersNetwork(Placed):
 
     Raises:
         ValueError: it is no such model, or needs arguments that are not there; one line.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from retrodiff import Context
+        >>> from retrodiff.networks import DiffusersNetwork
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(16, 3, 3, block_out_channels=(32,), layers_per_block=1, **blocks)
+        >>> network = DiffusersNetwork(unet)
+        >>> network(torch.randn(2, 3, 16, 16), torch.tensor([10.0, 500.0]), Context({})).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(

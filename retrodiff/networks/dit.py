@@ -39,6 +39,8 @@ class PreparedTokens:
 class DiT(Placed):
     """A transformer over patches of the latent.
 
+    After Peebles & Xie 2023; the context enters by cross-attention.
+
     Args:
         shape: (c, h, w) of a latent.
         patch: side of a patch; divides h and w.
@@ -46,6 +48,19 @@ class DiT(Placed):
         depth: blocks.
         heads: of both attentions.
         widths: width of each context stream; streams are projected to the token width and joined.
+
+    Raises:
+        ValueError: ``patch`` does not divide height or width, or ``heads`` not the width.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import DiT
+        >>> network = DiT(
+        ...     shape=(3, 16, 16), patch=4, width=32, depth=1, heads=2, widths={"neighbors": 8}
+        ... )
+        >>> x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([10.0, 500.0])
+        >>> network(x, timesteps, torch.randn(2, 4, 8)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(

@@ -23,6 +23,8 @@ class KLAutoencoder(Placed, Autoencoder):
     Images and latents may have any floating dtype. Computed in the weights' dtype (under autocast
     in its own); what is returned is float32, or float64 where the weights are.
 
+    The first stage of latent diffusion with a Gaussian latent (Rombach et al. 2022).
+
     Args:
         channels: channels of the first level.
         multipliers: channels of each level as a multiple of ``channels``; each level but the last
@@ -35,6 +37,16 @@ class KLAutoencoder(Placed, Autoencoder):
         groups: of every norm; divides ``channels``.
         scale_factor: latents are the encoder's mean times this number, about one over its standard
             deviation: what `encode` returns and `decode` takes is in the diffusion model's space.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import KLAutoencoder
+        >>> first_stage = KLAutoencoder(
+        ...     channels=32, multipliers=(1, 2), blocks_per_level=1, latent_channels=4
+        ... )
+        >>> latents = first_stage.encode(torch.zeros(1, 3, 16, 16))
+        >>> latents.shape, first_stage.decode(latents).shape
+        (torch.Size([1, 4, 8, 8]), torch.Size([1, 3, 16, 16]))
     """
 
     def __init__(

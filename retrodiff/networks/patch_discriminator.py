@@ -20,10 +20,21 @@ SLOPE = 0.2
 class PatchDiscriminator(Placed):
     """Images (b, c, h, w) -> one number for each patch (b, 1, h', w'), above zero for real ones.
 
+    PatchGAN (Isola et al. 2017), as first stages are trained with it (Esser et al. 2021).
+
     Args:
         image_channels: c.
         channels: of the first level, a multiple of 32; doubled at each further one, up to 8 times.
         levels: how often the resolution is halved; 3 see patches of 70 pixels, 2 of 34, 1 of 16.
+
+    Raises:
+        ValueError: ``levels`` is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import PatchDiscriminator
+        >>> PatchDiscriminator(channels=32, levels=2)(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 1, 14, 14])
     """
 
     def __init__(self, *, image_channels: int = 3, channels: int = 64, levels: int = 3) -> None:

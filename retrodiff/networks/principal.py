@@ -29,6 +29,20 @@ class PrincipalPatches(Placed, Autoencoder):
         channels: c of the images.
         patch: side of a patch; divides height and width.
         components: kept of each patch's c * patch² numbers.
+
+    Raises:
+        ValueError: more ``components`` than numbers in a patch.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import PrincipalPatches
+        >>> images = torch.rand(20, 3, 16, 16) * 2 - 1
+        >>> first_stage = PrincipalPatches.fit(images, patch=4, components=8)
+        >>> (
+        ...     first_stage.encode(images).shape,
+        ...     first_stage.decode(first_stage.encode(images)).shape,
+        ... )
+        (torch.Size([20, 8, 4, 4]), torch.Size([20, 3, 16, 16]))
     """
 
     mean: Tensor

@@ -63,10 +63,24 @@ class RetrievalAdapter(nn.Module):
     Raises:
         ValueError: the network has no such layers.
 
-    Example:
-        >>> adapter = RetrievalAdapter(pipe.unet, dim=512)
-        >>> with adapter.attending(neighbors, guidance=True):
-        ...     image = pipe("a red door").images[0]
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DConditionModel
+        >>> from retrodiff.networks import RetrievalAdapter
+        >>> unet = UNet2DConditionModel(
+        ...     sample_size=8,
+        ...     block_out_channels=(32,),
+        ...     layers_per_block=1,
+        ...     down_block_types=("CrossAttnDownBlock2D",),
+        ...     up_block_types=("CrossAttnUpBlock2D",),
+        ...     cross_attention_dim=12,
+        ... )
+        >>> adapter = RetrievalAdapter(unet, dim=16)
+        >>> x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 5, 12)
+        >>> with torch.no_grad(), adapter.attending(torch.randn(2, 4, 16)):
+        ...     out = unet(x, t, text).sample
+        >>> out.shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(

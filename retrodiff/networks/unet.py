@@ -52,6 +52,9 @@ class PreparedContext:
 class UNet(Placed):
     """Noise prediction ``(x, timesteps, context) -> eps``.
 
+    The network of latent diffusion (Rombach et al. 2022), with cross-attention to neighbors
+    (Blattmann et al. 2022).
+
     Args:
         in_channels: channels of a latent.
         out_channels: channels of the prediction.
@@ -72,6 +75,23 @@ class UNet(Placed):
         depth: transformer blocks at each place that attends.
         dropout: probability inside the residual blocks.
         gradient_checkpointing: recompute the blocks in the backward pass instead of keeping them.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import UNet
+        >>> network = UNet(
+        ...     in_channels=4,
+        ...     out_channels=4,
+        ...     size=8,
+        ...     channels=32,
+        ...     multipliers=(1, 2),
+        ...     blocks_per_level=1,
+        ...     attention_factors=(1, 2),
+        ...     context_width=16,
+        ... )
+        >>> x, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
+        >>> network(x, timesteps, torch.randn(2, 4, 16)).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(

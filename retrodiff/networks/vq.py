@@ -30,6 +30,8 @@ class VQAutoencoder(Placed, Autoencoder):
     in its own); what is returned is float32, or float64 where the weights are. The nearest codes
     are always found in float32 or better: rounded distances pick other codes.
 
+    The first stage of latent diffusion with a codebook (Esser et al. 2021; Rombach et al. 2022).
+
     Args:
         channels: channels of the first level.
         multipliers: channels of each level as a multiple of ``channels``; each level but the last
@@ -42,6 +44,16 @@ class VQAutoencoder(Placed, Autoencoder):
         image_channels: channels of an image.
         groups: of every norm; divides ``channels``.
         scale_factor: latents are the encoder's times this number.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import VQAutoencoder
+        >>> first_stage = VQAutoencoder(
+        ...     channels=32, multipliers=(1, 2), blocks_per_level=1, latent_channels=4, codes=64
+        ... )
+        >>> images = torch.zeros(1, 3, 16, 16)
+        >>> first_stage.encode(images).shape, first_stage.codes(images).shape
+        (torch.Size([1, 4, 8, 8]), torch.Size([1, 8, 8]))
     """
 
     def __init__(

@@ -41,7 +41,14 @@ LEEWAY = 0.25
 
 
 class PixelRange(UserWarning):
-    """Warning of pixels that are taken as [-1, 1], though they look like [0, 1]."""
+    """Warning of pixels that are taken as [-1, 1], though they look like [0, 1].
+
+    Examples:
+        >>> import warnings
+        >>> from retrodiff.pictures import PixelRange
+        >>> warnings.simplefilter("error", PixelRange)  # refuse pixels that look like [0, 1]
+        >>> warnings.simplefilter("default", PixelRange)
+    """
 
 
 def to_image(picture: Any, *, name: str = "image") -> Tensor:
@@ -125,14 +132,14 @@ def to_batch(pictures: Any, *, name: str = "images") -> Tensor:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """Pixels of uint8 in [0, 255], or of floats in [-1, 1] -> float32 in [-1, 1]."""
+    """Pixels (..., h, w) of uint8 in [0, 255], or floats in [-1, 1] -> float32 in [-1, 1]."""
     if image.dtype == torch.uint8:
         return image.float().div_(127.5).sub_(1)  # in place: large batches are bound by memory
     return image.float()
 
 
 def to_bytes(image: Tensor) -> Tensor:
-    """Pixels of floats in [-1, 1], or of uint8 in [0, 255] -> uint8 in [0, 255]."""
+    """Pixels (..., h, w) of floats in [-1, 1], or uint8 in [0, 255] -> uint8 in [0, 255]."""
     if image.dtype == torch.uint8:
         return image
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -34,7 +34,19 @@ FULL_SCALE = frozenset({"PNG", "PPM", "JPEG2000"})
 
 
 class UnreadableImage(ValueError):
-    """A file that is no picture, or only a part of one, or too large to be decoded."""
+    """A file that is no picture, or only a part of one, or too large to be decoded.
+
+    Examples:
+        >>> from retrodiff.databases import UnreadableImage
+        >>> from retrodiff.pictures import to_image
+        >>> try:
+        ...     to_image(b"no picture")
+        ... except ValueError as error:
+        ...     print(error)
+        image: not an image
+        >>> issubclass(UnreadableImage, ValueError)
+        True
+    """
 
 
 def read_image(file: str | Path | bytes | BinaryIO) -> Tensor:

@@ -30,6 +30,15 @@ class Line:
         samples: images (c, h, w) that were made; may be empty.
         note: a few words below the query.
         captions: of the neighbors, a short text each; may be empty.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.pictures import Line, Section, draw_sheet
+        >>> found = torch.zeros(3, 3, 32, 32)
+        >>> line = Line(
+        ...     "a red door", found, samples=torch.ones(2, 3, 32, 32), captions=["0.31"] * 3
+        ... )
+        >>> draw_sheet([Section("doors", [line])]).save("doors.png")
     """
 
     query: Tensor | str | None
@@ -41,7 +50,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """Lines under a title; an empty title takes no room."""
+    """Lines under a title; an empty title takes no room.
+
+    Args:
+        title: above the lines.
+        lines: of the section, from above.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.pictures import Line, Section, draw_sheet
+        >>> rows = [Line(None, torch.zeros(3, 3, 32, 32)), Line(None, torch.ones(3, 3, 32, 32))]
+        >>> draw_sheet([Section("black and white", rows)]).save("sheet.png")
+    """
 
     title: str
     lines: Sequence[Line]

@@ -32,6 +32,16 @@ class ReciprocalRankFusion(Retriever):
         retriever: what ranks the rows for each of the q queries of an image.
         top: how many rows of each list take part; k, if that is more.
         constant: 60 in the paper; the smaller, the more the first ranks count.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NearestNeighbors, ReciprocalRankFusion
+        >>> from retrodiff.testing import small_database
+        >>> two_each = Query(torch.randn(3, 2, 8))  # three images, two queries for each
+        >>> retriever = ReciprocalRankFusion(NearestNeighbors(), top=10)
+        >>> retriever.retrieve(two_each, small_database(), k=4).indices.shape
+        torch.Size([3, 4])
     """
 
     retriever: Retriever
@@ -61,6 +71,16 @@ class MaxSimilarity(Retriever):
     Args:
         retriever: what ranks the rows for each of the q queries of an image.
         top: how many rows of each list take part; k, if that is more.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import MaxSimilarity, NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> two_each = Query(torch.randn(3, 2, 8))  # three images, two queries for each
+        >>> retriever = MaxSimilarity(NearestNeighbors(), top=10)
+        >>> retriever.retrieve(two_each, small_database(), k=4).indices.shape
+        torch.Size([3, 4])
     """
 
     retriever: Retriever
@@ -90,6 +110,21 @@ class MultiQuery(Retriever):
         encoder: the model's own; must place text.
         phrasings: templates such as ``"a painting of {}"``, or a function from a prompt to other
             texts, as many for each prompt.
+
+    Raises:
+        ValueError: phrasings are no list of templates with ``{}``; or, when asked, their numbers
+            differ from prompt to prompt.
+
+    Examples:
+        >>> from retrodiff import Query
+        >>> from retrodiff.encoders import ClassNames
+        >>> from retrodiff.retrieval import MultiQuery, NearestNeighbors, ReciprocalRankFusion
+        >>> encoder = ClassNames(("a door", "a red door"))
+        >>> merging = ReciprocalRankFusion(NearestNeighbors(), top=10)
+        >>> retriever = MultiQuery(merging, encoder, lambda prompt: ["a red door"])
+        >>> query = Query(encoder.encode_text(["a door"]), source=("a door",))
+        >>> retriever.expand(query).embedding.tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
     """
 
     def __init__(

@@ -95,6 +95,9 @@ def open_neighbor_table(path: str | Path, database: Database, k: int | None = No
         path: the file.
         database: the one that the rows are of; any other is refused.
         k: neighbors per query, the first of those in the file; None: all.
+
+    Raises:
+        ValueError: the table is of another database, or keeps fewer neighbors.
     """
     table, about = map_table(given(path))
     for name, value in _of_database(database).items():

@@ -55,7 +55,16 @@ class _Drawing(ProposalDistribution, Protocol):
 
 @dataclass(frozen=True)
 class Uniform(_Drawing):
-    """Every row with the same probability; needs no fitting."""
+    """Every row with the same probability; needs no fitting.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.retrieval import Uniform
+        >>> from retrodiff.testing import small_database
+        >>> query = Uniform().propose(small_database(), 5, torch.Generator().manual_seed(0))
+        >>> query.embedding.shape
+        torch.Size([5, 8])
+    """
 
     def support(self, database: Database) -> tuple[Tensor, Tensor]:
         """All rows, weight 1."""
@@ -74,6 +83,19 @@ class NeighborCounts(_Drawing):
         rows: (n,) int64, the rows that were ever a neighbor, ascending.
         counts: (n,) int64, how often.
         fingerprint: of the database.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NeighborCounts
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> training = Query(torch.randn(100, 8))
+        >>> proposal = NeighborCounts.fit(training, database, k=4)
+        >>> int(proposal.counts.sum())
+        400
+        >>> proposal.propose(database, 5, torch.Generator().manual_seed(0)).embedding.shape
+        torch.Size([5, 8])
     """
 
     rows: Tensor
@@ -96,7 +118,11 @@ class NeighborCounts(_Drawing):
 
     @classmethod
     def from_table(cls, table: Tensor, database: Database) -> NeighborCounts:
-        """Counts the rows in a neighbor table (n, k) that training already has, mapped or not."""
+        """Counts the rows in a neighbor table (n, k) that training already has, mapped or not.
+
+        Raises:
+            ValueError: the table is empty, or names rows that the database does not have.
+        """
         if not table.numel():
             raise ValueError(
                 f"the table is empty, {tuple(table.shape)}: where neighbors are found at each "
@@ -164,6 +190,16 @@ class Instances(_Drawing):
     Args:
         rows: (n,) int64, ascending.
         fingerprint: of the database.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.retrieval import Instances
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> instances = Instances.fit(database, count=5)
+        >>> query = instances.propose(database, 3, torch.Generator().manual_seed(0))
+        >>> len(instances.rows), len(query)
+        (5, 3)
     """
 
     rows: Tensor
@@ -178,6 +214,9 @@ class Instances(_Drawing):
             count: clusters.
             seed: of the first centers.
             rounds: of assigning rows and moving centers.
+
+        Raises:
+            ValueError: more instances than rows.
         """
         count, total = whole("count", count), len(database)
         if count > total:
@@ -216,6 +255,20 @@ class TopM(_Drawing):
         fraction: m as a fraction of the proposal's support (0.01 in the paper).
         rows: m as an absolute number.
         weighted: keep the proposal's weights among the m instead of drawing uniformly.
+
+    Raises:
+        ValueError: not exactly one of ``fraction`` and ``rows`` is given, or it is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NeighborCounts, TopM
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> counts = NeighborCounts.fit(Query(torch.randn(100, 8)), database, k=4)
+        >>> rows, weights = TopM(counts, rows=10).support(database)
+        >>> len(rows)
+        10
     """
 
     proposal: ProposalDistribution

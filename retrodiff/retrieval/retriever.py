@@ -19,7 +19,18 @@ from retrodiff.randomness import uniform
 
 @dataclass(frozen=True)
 class NearestNeighbors(Retriever):
-    """The k rows of highest cosine (ξ_k of Blattmann et al. 2022)."""
+    """The k rows of highest cosine (ξ_k of Blattmann et al. 2022).
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> query = Query(database.embeddings(torch.tensor([5])))
+        >>> NearestNeighbors().retrieve(query, database, k=4).indices[0, 0].item()
+        5
+    """
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
         """Nearest first."""
@@ -30,11 +41,21 @@ class NearestNeighbors(Retriever):
 class RandomOfTop(Retriever):
     """k rows drawn without order from the nearest ``top`` ones: variety for one prompt.
 
-    The paper's class-conditional mode draws like this. Randomness comes from ``query.generator``.
+    The class-conditional mode of Blattmann et al. 2022 draws like this. Randomness comes from
+    ``query.generator``.
 
     Args:
         retriever: what ranks the rows.
         top: l, how many rows to draw from; at least k.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NearestNeighbors, RandomOfTop
+        >>> from retrodiff.testing import small_database
+        >>> retriever = RandomOfTop(NearestNeighbors(), top=20)
+        >>> retriever.retrieve(Query(torch.randn(2, 8)), small_database(), k=4).indices.shape
+        torch.Size([2, 4])
     """
 
     retriever: Retriever
@@ -44,7 +65,11 @@ class RandomOfTop(Retriever):
         whole("top", self.top)
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k of the top rows, nearest first among the drawn."""
+        """Some k of the top rows, nearest first among the drawn.
+
+        Raises:
+            ValueError: ``top`` is less than k.
+        """
         if self.top < k:
             raise ValueError(f"top={self.top} rows are fewer than k={k}: raise top to k or more")
         pool = self.retriever.retrieve(query, database, self.top)
@@ -63,6 +88,15 @@ class Diverse(Retriever):
         retriever: what ranks the rows.
         diversity: 0 keeps the ranking, 1 ignores the query after the first row.
         top: how many of the nearest rows are looked at.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import Diverse, NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> retriever = Diverse(NearestNeighbors(), diversity=0.5, top=16)
+        >>> retriever.retrieve(Query(torch.randn(2, 8)), small_database(), k=4).indices.shape
+        torch.Size([2, 4])
     """
 
     retriever: Retriever
@@ -74,7 +108,11 @@ class Diverse(Retriever):
         whole("top", self.top)
 
     def retrieve(self, query: Query, database: Database, k: int) -> Neighbors:
-        """Some k of the top rows, in the order in which they were taken."""
+        """Some k of the top rows, in the order in which they were taken.
+
+        Raises:
+            ValueError: ``top`` is less than k.
+        """
         if self.top < k:
             raise ValueError(f"top={self.top} rows are fewer than k={k}: raise top to k or more")
         pool = self.retriever.retrieve(query, database, self.top)
@@ -97,6 +135,16 @@ class ExcludeSelf(Retriever):
 
     Args:
         retriever: what ranks the rows.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import ExcludeSelf, NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> query = Query(database.embeddings(torch.tensor([5])), ids=torch.tensor([5]))
+        >>> 5 in ExcludeSelf(NearestNeighbors()).retrieve(query, database, k=4).indices
+        False
     """
 
     retriever: Retriever
@@ -123,6 +171,19 @@ class ExcludeGroup(Retriever):
     Args:
         retriever: what ranks the rows.
         column: metadata column that names the group.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import ExcludeGroup, NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> query = Query(database.embeddings(torch.tensor([5])), ids=torch.tensor([5]))
+        >>> found = ExcludeGroup(NearestNeighbors(), "label").retrieve(query, database, k=4)
+        >>> database.records(torch.tensor([5]))[0]["label"] in [
+        ...     record["label"] for record in database.records(found.indices[0])
+        ... ]
+        False
     """
 
     retriever: Retriever
@@ -163,6 +224,19 @@ class ExcludeDuplicates(Retriever):
     Args:
         retriever: what ranks the rows.
         threshold: rows of a cosine above this are taken for copies.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import ExcludeDuplicates, NearestNeighbors
+        >>> from retrodiff.testing import small_database
+        >>> database = small_database()
+        >>> query = Query(database.embeddings(torch.tensor([5])))  # a copy of row 5
+        >>> found = ExcludeDuplicates(NearestNeighbors(), threshold=0.99).retrieve(
+        ...     query, database, k=4
+        ... )
+        >>> 5 in found.indices
+        False
     """
 
     retriever: Retriever

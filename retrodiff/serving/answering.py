@@ -35,11 +35,23 @@ FILTERS = 8
 
 
 class Refused(ValueError):
-    """A request that cannot be answered as it stands; the message is for the client."""
+    """A request that cannot be answered as it stands; the message is for the client.
+
+    Examples:
+        >>> from retrodiff.serving import Refused
+        >>> issubclass(Refused, ValueError)
+        True
+    """
 
 
 class NotFound(Refused):
-    """A row, or the picture of one, that is not there."""
+    """A row, or the picture of one, that is not there.
+
+    Examples:
+        >>> from retrodiff.serving import NotFound, Refused
+        >>> issubclass(NotFound, Refused)
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,13 @@ class SearchService:
     Raises:
         ValueError: encoder or model do not fit the database.
 
-    Example:
-        >>> service = SearchService(database, encoder)
-        >>> [hit.row for hit in service.text("a red square", k=3)[1]]
+    Examples:
+        >>> from retrodiff.serving import SearchService
+        >>> from retrodiff.testing import small_database
+        >>> service = SearchService(small_database())
+        >>> searched, hits = service.row(5, k=3)
+        >>> searched, len(hits)
+        (32, 3)
     """
 
     def __init__(

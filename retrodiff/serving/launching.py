@@ -34,10 +34,12 @@ def running(service: SearchService, *, host: str = LOOPBACK, port: int = 0) -> I
         ImportError: FastAPI or uvicorn is missing.
         OSError: the port is taken.
 
-    Example:
-        >>> with running(SearchService(database, encoder)) as address:
-        ...     print(address)
-        http://127.0.0.1:43210
+    Examples:
+        >>> from retrodiff.serving import SearchService, running
+        >>> from retrodiff.testing import small_database
+        >>> with running(SearchService(small_database())) as address:
+        ...     print(address)  # doctest: +ELLIPSIS
+        http://127.0.0.1:...
     """
     listening = _listen(host, port)
     server = _server(service, host)

@@ -24,6 +24,11 @@ class ServerLimits:
         seconds: until a request must have arrived.
         samples: images of one request, where a model is served.
         steps: of the sampler.
+
+    Examples:
+        >>> from retrodiff.serving import ServerLimits
+        >>> ServerLimits(k=50, upload=8 * 1024**2).k
+        50
     """
 
     k: int = 100

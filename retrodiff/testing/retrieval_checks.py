@@ -24,7 +24,13 @@ from retrodiff.testing.promises import close, has_members, require
 
 
 def small_database(rows: int = 32, dim: int = 8, seed: int = 0) -> Database:
-    """Random embeddings in memory, with a record each."""
+    """Random embeddings in memory, with a record each.
+
+    Args:
+        rows: m.
+        dim: width d of an embedding.
+        seed: of the embeddings.
+    """
     from retrodiff.databases import ArrayDatabase
 
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +185,12 @@ def check_retriever(retriever: Retriever, database: Database | None = None, k: i
 
 
 def check_proposal(proposal: ProposalDistribution, database: Database) -> None:
-    """Draws existing rows of positive weight, reproducibly, in proportion to the weights."""
+    """Draws existing rows of positive weight, reproducibly, in proportion to the weights.
+
+    Args:
+        proposal: to be checked.
+        database: the one that it draws from.
+    """
     require(isinstance(proposal, ProposalDistribution), "a proposal has support and propose")
     rows, weights = proposal.support(database)
     require(rows.shape == weights.shape and rows.ndim == 1, "support is two vectors (n,)")

@@ -22,7 +22,19 @@ from retrodiff.randomness import uniform
 
 @runtime_checkable
 class Augmentation(Protocol):
-    """Changes training images, each by randomness of its own."""
+    """Changes training images, each by randomness of its own.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.randomness import uniform
+        >>> from retrodiff.training import Augmentation
+        >>> class Darker(Augmentation):
+        ...     def __call__(self, images, generator):
+        ...         by = uniform(generator, (len(images), 1, 1, 1)).to(images)
+        ...         return (images - 0.2 * by).clamp(-1, 1)
+        >>> Darker()(torch.zeros(2, 3, 8, 8), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3, 8, 8])
+    """
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images (b, c, h, w) in [-1, 1] -> changed ones of the same shape.
@@ -41,6 +53,13 @@ class Mirrored:
 
     Args:
         probability: of each image being mirrored.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import Mirrored
+        >>> images = torch.tensor([[[[0.0, 1.0]]]])
+        >>> Mirrored(probability=1.0)(images, torch.Generator()).tolist()
+        [[[[1.0, 0.0]]]]
     """
 
     probability: float = 0.5
@@ -65,6 +84,13 @@ class Moved:
         shift: most pixels in each direction.
         smallest: least size in relation to the original, above 0 and up to 1.
         background: value of the color around the picture, -1 to 1; 1 is white.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import Moved
+        >>> moved = Moved(shift=2, smallest=0.85)
+        >>> moved(torch.ones(4, 3, 32, 32), torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 3, 32, 32])
     """
 
     shift: int
@@ -136,6 +162,13 @@ class ShiftScaleColor:
         color: largest change of brightness, contrast and each channel's gain, as a share.
         flip: mirror half of the pictures; wrong where left and right mean something, as in letters,
             arrows and clocks.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import ShiftScaleColor
+        >>> view = ShiftScaleColor(shift=0.1, flip=True)
+        >>> view(torch.zeros(4, 3, 32, 32), torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 3, 32, 32])
     """
 
     shift: float = 0.06

@@ -192,6 +192,9 @@ def fit_views(
 
     Returns:
         The loss of every step (steps,).
+
+    Raises:
+        ValueError: there are fewer than two images.
     """
     batch_size, temperature = (
         whole("batch_size", batch_size, 2),

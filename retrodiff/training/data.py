@@ -56,6 +56,21 @@ class TrainingSet:
 
     Raises:
         ValueError: the parts do not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.encoders import TimmEncoder
+        >>> from retrodiff.databases import ArrayDatabase
+        >>> from retrodiff.retrieval import NearestNeighbors
+        >>> from retrodiff.training import TrainingSet
+        >>> encoder = TimmEncoder("test_resnet", image_size=32)
+        >>> pictures = torch.rand(24, 3, 32, 32) * 2 - 1
+        >>> database = ArrayDatabase(encoder.encode_image(pictures[8:]), encoder.fingerprint)
+        >>> data = TrainingSet.of(
+        ...     pictures[:8], encoder, database, NearestNeighbors(), k=4, progress=False
+        ... )
+        >>> len(data), data.table.shape
+        (8, torch.Size([8, 4]))
     """
 
     images: Images

@@ -38,6 +38,13 @@ class Teachers:
 
     Raises:
         ValueError: features that are not finite, or not one row for each text.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import Teachers
+        >>> teachers = Teachers(images=torch.randn(100, 384), image_weight=0.5)
+        >>> teachers.image_weight
+        0.5
     """
 
     images: Tensor | None = None

@@ -23,6 +23,15 @@ class NamedEMA:
         module: whose parameters are averaged, after it was moved and wrapped.
         decay: per update, 0 to 1; the first updates use (1 + n) / (10 + n) where that is smaller.
         name: what it is called in checkpoints; each average of a training has its own.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import NamedEMA
+        >>> module = torch.nn.Linear(2, 2)
+        >>> average = NamedEMA(module, decay=0.999)
+        >>> average.update()
+        >>> type(average.copy_to(module)).__name__
+        'Linear'
     """
 
     def __init__(self, module: nn.Module, decay: float, name: str = "ema") -> None:

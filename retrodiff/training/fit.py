@@ -49,6 +49,15 @@ class FitResult:
         losses: of every step (steps,).
         snapshots: the model with the averaged weights of earlier steps, by step.
         averages: the model with each of the averages, by decay.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import TrainingSet, fit
+        >>> data = TrainingSet.alone(torch.rand(16, 1, 8, 8) * 2 - 1)
+        >>> result = fit(presets.ldm(), data, steps=2, batch_size=8, lr=1e-3, progress=False)
+        >>> result.losses.shape, result.model.sample(n=1, steps=2).images.shape
+        (torch.Size([2]), torch.Size([1, 1, 8, 8]))
     """
 
     model: Model

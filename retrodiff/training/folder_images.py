@@ -31,6 +31,19 @@ class FolderImages:
         path: the folder.
         size: side of the images.
         progress: show a bar.
+
+    Raises:
+        ValueError: no picture can be read.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from pathlib import Path
+        >>> from retrodiff.training import FolderImages
+        >>> Path("photos").mkdir()
+        >>> Image.new("RGB", (48, 32)).save("photos/black.png")
+        >>> images = FolderImages("photos", size=16, progress=False)
+        >>> len(images), images.name(0)
+        (1, 'black.png')
     """
 
     def __init__(self, path: str | Path, size: int, progress: bool = True) -> None:

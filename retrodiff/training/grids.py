@@ -43,6 +43,20 @@ class Grids:
         steps: of the sampler; None: the model's.
         seed: of the noise.
         side: of an image in the picture, in pixels.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.encoders import ClassNames
+        >>> from retrodiff.training import Grids, TrainingSet, fit
+        >>> names = ClassNames(("black", "white"))
+        >>> images = torch.tensor([-1.0, 1.0]).repeat(8).view(16, 1, 1, 1).expand(-1, 1, 8, 8)
+        >>> data = TrainingSet.alone(images, names.encode_text(["black", "white"] * 8))
+        >>> grids = Grids("run", data, every=2, steps=2)
+        >>> options = {"steps": 2, "batch_size": 8, "lr": 1e-3, "progress": False}
+        >>> result = fit(presets.ldm(encoder=names), data, watch=[grids], **options)
+        >>> grids.file(2).name
+        'samples-000002.png'
     """
 
     def __init__(

@@ -34,6 +34,11 @@ class Held:
         loss: of held-out images, averaged over images and noise levels.
         by_level: at each noise level, least noise first; empty for models without noise levels.
         trained: of as many training images, measured in the same way; None: not measured.
+
+    Examples:
+        >>> from retrodiff.training import Held
+        >>> Held(done=400, loss=0.42, by_level=(0.61, 0.23), trained=0.40).loss
+        0.42
     """
 
     done: int
@@ -60,10 +65,14 @@ class HeldOut:
         batch_size: images per pass.
         seed: of the noise; the same in every training, so that two trainings compare.
 
-    Example:
-        >>> held = HeldOut(validation, every=500)  # doctest: +SKIP
-        >>> fit(model, data, watch=[held], ...)  # doctest: +SKIP
-        >>> held.best.done, held.best.loss  # doctest: +SKIP
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import HeldOut, TrainingSet
+        >>> unseen = TrainingSet.alone(torch.rand(8, 1, 8, 8) * 2 - 1)
+        >>> held_out = HeldOut(unseen, every=500)  # give it to ``fit(..., watch=[held_out])``
+        >>> len(held_out.measure(presets.ldm()).by_level)
+        4
     """
 
     def __init__(

@@ -62,6 +62,18 @@ class Log:
 
     Raises:
         ModuleNotFoundError: TensorBoard was asked for and is not installed.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import Log, TrainingSet, fit
+        >>> data = TrainingSet.alone(torch.rand(16, 1, 8, 8) * 2 - 1)
+        >>> options = {"steps": 2, "batch_size": 8, "lr": 1e-3, "progress": False}
+        >>> log = Log("run", tensorboard=False, lines=False)
+        >>> result = fit(presets.ldm(), data, watch=[log], **options)
+        >>> from pathlib import Path
+        >>> Path("run/metrics.csv").read_text().splitlines()[0].split(",")[:3]
+        ['step', 'images', 'seconds']
     """
 
     def __init__(

@@ -20,6 +20,16 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: nothing in it can be trained.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import Objective, TrainingSet
+        >>> objective = Objective(presets.ldm())
+        >>> data = TrainingSet.alone(torch.rand(8, 1, 8, 8) * 2 - 1)
+        >>> images, query, neighbors = data.batch(torch.arange(4))
+        >>> objective(images, query, neighbors).shape  # one loss for each image
+        torch.Size([4])
     """
 
     def __init__(self, model: Model) -> None:

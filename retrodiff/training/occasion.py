@@ -24,6 +24,14 @@ class Occasion:
     Args:
         seed: of the training.
         positions: (b,) numbers of the images in the sequence of all that the training sees.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.randomness import uniform
+        >>> from retrodiff.training import Occasion
+        >>> occasion = Occasion(seed=0, positions=torch.tensor([3, 7]))
+        >>> uniform(occasion.randomness("augment"), (2, 1)).shape
+        torch.Size([2, 1])
     """
 
     seed: int

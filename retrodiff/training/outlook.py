@@ -77,7 +77,7 @@ def outlook(
         speed: images per second; None: unknown, and no times are said.
         table: measured trainings; None: those of `measured_budgets`.
 
-    Example:
+    Examples:
         >>> row = Budget("faces", 64, "pixels", "UNet", 500_000, True, "faces", "a run")
         >>> print(outlook(1_000_000, 500, 64, table=[row]))
         this budget will see about 1,000,000 images (2,000 passes over your 500); at 64x64 \
@@ -117,6 +117,19 @@ class Outlook:
         of: training images.
         size: their side in pixels.
         tell: takes the line; by default it is printed to standard error.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import Moment, Outlook
+        >>> told = []
+        >>> watcher = Outlook(of=500, size=32, tell=told.append)
+        >>> watcher.begin(0)
+        >>> for done in range(1, 41):
+        ...     watcher.look(
+        ...         Moment(done, 1000, 0.4, 1e-3, 32 * done, 0.5 * done, averaged=presets.ldm)
+        ...     )
+        >>> told[0].split(":")[0][:40]
+        'this budget will see about 32,000 images'
     """
 
     def __init__(self, of: int, size: int, tell: Callable[[str], None] = say) -> None:

@@ -29,6 +29,12 @@ class Pace:
     Args:
         step: of training.
         look: a held-out measurement and a sample grid; 0 where there are none.
+
+    Examples:
+        >>> from retrodiff.training import Pace
+        >>> steps, looks = Pace(step=0.2, look=3.0).steps(minutes=10)
+        >>> steps, looks
+        (2850, 10)
     """
 
     step: float

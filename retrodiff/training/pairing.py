@@ -21,7 +21,13 @@ class Pairing:
         condition: (p,) numbers of training images.
         target: (p,) numbers of training images.
 
-    Example:
+    Raises:
+        ValueError: numbers of conditions and targets differ, there are none, or they are no whole
+            numbers.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import Pairing
         >>> table = torch.tensor([[1, 2], [0, 2], [0, 1]])
         >>> Pairing.from_table(table).target.tolist()
         [1, 2, 0, 2, 0, 1]
@@ -56,6 +62,9 @@ class Pairing:
         Args:
             table: (n, k) numbers of training images, as `neighbor_table` finds them where the
                 database holds the training images in their order.
+
+        Raises:
+            ValueError: the table is not (n, k).
         """
         if table.ndim != 2:
             raise ValueError(f"the table has shape {tuple(table.shape)}, expected (n, k)")
@@ -63,7 +72,11 @@ class Pairing:
         return cls(torch.arange(n).repeat_interleave(k), table.reshape(-1))
 
     def check(self, n: int) -> None:
-        """Refuses pairs of images that a set of n images does not have."""
+        """Refuses pairs of images that a set of n images does not have.
+
+        Raises:
+            ValueError: an image is named that does not exist.
+        """
         for name in ("condition", "target"):
             rows: Tensor = getattr(self, name)
             low, high = int(rows.min()), int(rows.max())

@@ -65,6 +65,15 @@ class SourceImages:
     Raises:
         ValueError: no picture can be read, one gives several rows, or the folder keeps squares of
             other pictures.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Images
+        >>> from retrodiff.training import SourceImages
+        >>> pictures = Images(torch.zeros(3, 3, 32, 48), records=[{"caption": "black"}] * 3)
+        >>> images = SourceImages(pictures, size=16, progress=False)
+        >>> len(images), images.column("caption")
+        (3, ['black', 'black', 'black'])
     """
 
     def __init__(

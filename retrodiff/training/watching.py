@@ -30,6 +30,13 @@ class Moment:
         images: images seen so far, over all sittings: steps done times images per step.
         seconds: of training in this sitting.
         averaged: makes a copy of the model with the averaged weights, in evaluation mode.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import Moment
+        >>> moment = Moment(400, 400, 0.42, 1e-4, 12_800, 60.0, averaged=presets.ldm)
+        >>> moment.last
+        True
     """
 
     done: int
@@ -50,6 +57,25 @@ class Watcher(Protocol):
     """Told of a training's start and of every step; `retrodiff.training.fit` takes some of them.
 
     Its state goes into checkpoints, so that curves go on after an interruption.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff import presets
+        >>> from retrodiff.training import TrainingSet, Watcher, fit
+        >>> class Losses(Watcher):
+        ...     def begin(self, done):
+        ...         self.seen = []
+        ...     def look(self, moment):
+        ...         self.seen.append(moment.loss)
+        ...     def state(self):
+        ...         return {}
+        ...     def load(self, state):
+        ...         pass
+        >>> watcher, data = Losses(), TrainingSet.alone(torch.rand(16, 1, 8, 8) * 2 - 1)
+        >>> options = {"steps": 3, "batch_size": 8, "lr": 1e-3, "progress": False}
+        >>> result = fit(presets.ldm(), data, watch=[watcher], **options)
+        >>> len(watcher.seen)
+        3
     """
 
     def begin(self, done: int) -> None:

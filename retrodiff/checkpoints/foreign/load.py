@@ -32,6 +32,11 @@ def load_published(
         weights: averaged, or those of the last step; diffusers folders hold one set only.
         first_stage: a file of its own for the first stage of a checkpoint file without one.
         variant: of a diffusers folder's weight files, such as ``fp16``; see `load_diffusers`.
+
+    Raises:
+        FileNotFoundError: there is neither a file, a folder nor such a name on the Hub.
+        ValueError: it is a saved model of this library or one part of a pipeline, or its tensors or
+            settings do not fit.
     """
     path = Path(checkpoint).expanduser()
     if path.is_file() and path.name.startswith(NAME):

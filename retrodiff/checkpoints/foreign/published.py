@@ -34,6 +34,12 @@ class Architecture:
         scale: of the embeddings that the network was trained with; None: the file doesn't say.
         name: which published model this is; None: another one.
         scaled_by_std: ``scale_factor`` was measured in training and is in the checkpoint itself.
+
+    Examples:
+        >>> from retrodiff.checkpoints import PUBLISHED
+        >>> architecture = PUBLISHED["rdm_imagenet"]
+        >>> architecture.kind, architecture.scale, architecture.unet["channels"]
+        ('vq', 'raw', 192)
     """
 
     unet: Mapping[str, Any]
@@ -109,6 +115,37 @@ class PublishedModel(Scaled):
         source: the file or folder it was read from.
         classes: (classes, d) the tokens of a class-conditional model; None: it has none, or a
             conditioner that is not read.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.checkpoints import PublishedModel, load_compvis
+        >>> from retrodiff.diffusion import ScaledLinear
+        >>> from retrodiff.networks import UNet, VQAutoencoder
+        >>> published = load_compvis("model.ckpt", preset="rdm_imagenet")  # doctest: +SKIP
+        >>> unet = UNet(
+        ...     in_channels=3,
+        ...     out_channels=3,
+        ...     size=8,
+        ...     channels=32,
+        ...     multipliers=(1,),
+        ...     blocks_per_level=1,
+        ...     attention_factors=(1,),
+        ...     context_width=16,
+        ... )
+        >>> first_stage = VQAutoencoder(
+        ...     channels=32, multipliers=(1,), blocks_per_level=1, latent_channels=3, codes=8
+        ... )
+        >>> published = PublishedModel(  # the same by hand, small and untrained
+        ...     unet=unet,
+        ...     autoencoder=first_stage,
+        ...     schedule=ScaledLinear(),
+        ...     scale="raw",
+        ...     name=None,
+        ...     weights="unknown",
+        ...     source="here",
+        ... )
+        >>> presets.from_published(published).build().k
+        4
     """
 
     unet: UNet

@@ -25,6 +25,12 @@ class TokenArchitecture:
         autoencoder: arguments of `VQAutoencoder`.
         scale: of the embeddings that it was trained with; None: the file doesn't say.
         name: which published model this is; None: another one, or a file that doesn't say.
+
+    Examples:
+        >>> from retrodiff.checkpoints import PUBLISHED_TOKENS
+        >>> architecture = PUBLISHED_TOKENS["rarm_dogs"]
+        >>> architecture.transformer["depth"], architecture.transformer["codes"]
+        (18, 16384)
     """
 
     transformer: Mapping[str, Any]
@@ -54,6 +60,28 @@ class PublishedTransformer(Scaled):
         name: which published model it was loaded as; None: the file doesn't say.
         weights: these files hold one set, those of the last step.
         source: the file it was read from.
+
+    Examples:
+        >>> from retrodiff import presets
+        >>> from retrodiff.checkpoints import PublishedTransformer, load_compvis
+        >>> from retrodiff.networks import CausalTransformer, VQAutoencoder
+        >>> published = load_compvis("model.ckpt", preset="rarm_dogs")  # doctest: +SKIP
+        >>> network = CausalTransformer(
+        ...     codes=8, grid=(4, 4), width=32, depth=1, heads=2, context_width=16
+        ... )
+        >>> first_stage = VQAutoencoder(
+        ...     channels=32, multipliers=(1,), blocks_per_level=1, latent_channels=3, codes=8
+        ... )
+        >>> published = PublishedTransformer(  # the same by hand, small and untrained
+        ...     transformer=network,
+        ...     autoencoder=first_stage,
+        ...     scale="raw",
+        ...     name=None,
+        ...     weights="raw",
+        ...     source="here",
+        ... )
+        >>> presets.from_published(published).build().k
+        4
     """
 
     transformer: CausalTransformer

@@ -59,6 +59,10 @@ def append_to_database(
         engine: ``local`` or ``ray``, as in `build_database`.
         resume: continue an append that was killed.
         progress: show a bar.
+
+    Raises:
+        ValueError: the encoder is not that of the database.
+        FileExistsError: an earlier append is unfinished, and ``resume`` is not given.
     """
     path = _own_folder(path)
     database = EmbeddingDatabase.at(path)
@@ -127,7 +131,10 @@ def delete_rows(path: str | Path, rows: Tensor | Sequence[int]) -> EmbeddingData
 
     Args:
         path: the database.
-        rows: row numbers, as they are now; for a condition, ``database.where(...).rows``.
+        rows: row numbers (n,), as they are now; for a condition, ``database.where(...).rows``.
+
+    Raises:
+        ValueError: no row would be left, or a number is no row.
     """
     path = _own_folder(path)
     with write_lock(path):

@@ -54,6 +54,17 @@ class Part(NamedTuple):
         records: n mappings, a pyarrow table of n rows, or ``(first, end) -> table``; None: the
             records are the numbers of the rows.
         name: what errors call it.
+
+    Examples:
+        >>> import numpy as np
+        >>> from retrodiff import Fingerprint
+        >>> from retrodiff.databases import Part, import_embeddings
+        >>> rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+        >>> part = Part(rows, [{"file": f"{i}.png"} for i in range(5)])
+        >>> made_by = Fingerprint(encoder="mine", weights="", preprocessing="none", dim=8)
+        >>> database = import_embeddings("imported.rdb", [part], made_by, progress=False)
+        >>> len(database)
+        5
     """
 
     embeddings: np.ndarray | Rows

@@ -62,6 +62,12 @@ def build_database(
         resume: continue a build that was killed; a finished one is opened.
         overwrite: replace what is there, once the new one is done.
         progress: show a bar.
+
+    Raises:
+        ValueError: no picture can be read, two have one ``id``, or a number is out of range; with
+            ``resume``, pictures, encoder or settings are not those it was begun with.
+        FileExistsError: there is something at the path, or an unfinished build, and neither
+            ``resume`` nor ``overwrite`` is given.
     """
     settings = {
         "batch_size": whole("batch_size", batch_size),

@@ -29,7 +29,15 @@ ROW_BYTES = 2**16
 def npy_parts(
     files: Sequence[str | Path], metadata: Sequence[str | Path] | None = None
 ) -> list[Part]:
-    """Embeddings (n, d) of npy files, memory-mapped, with a parquet file for each if there is."""
+    """Embeddings (n, d) of npy files, memory-mapped, with a parquet file for each if there is.
+
+    Args:
+        files: npy files, in the order that their rows shall have.
+        metadata: a parquet file with the records of each; None: the records are row numbers.
+
+    Raises:
+        ValueError: numbers of files and of metadata differ.
+    """
     if metadata is not None and len(metadata) != len(files):
         raise ValueError(f"{len(files)} npy files, but {len(metadata)} of metadata: give one each")
     tables = [None] * len(files) if metadata is None else [ParquetRows(given(m)) for m in metadata]
@@ -43,6 +51,10 @@ def clip_retrieval_parts(folder: str | Path) -> list[Part]:
 
     Give `import_embeddings` a fingerprint with ``scale="unit"``. The column ``image_path`` becomes
     ``file``.
+
+    Raises:
+        ValueError: an embedding file lacks its parquet file, or the reverse.
+        FileNotFoundError: there is no such folder.
     """
     folder = given(folder)
     arrays = series(folder / "img_emb", ".npy")
@@ -66,7 +78,12 @@ def clip_retrieval_parts(folder: str | Path) -> list[Part]:
 
 
 def rdm_parts(folder: str | Path) -> list[Part]:
-    """The parts of a database released with Blattmann et al. 2022: ids and boxes become columns."""
+    """The parts of a database released with Blattmann et al. 2022: ids and boxes become columns.
+
+    Raises:
+        ValueError: a part is missing, or its ids or boxes do not fit its embeddings.
+        FileNotFoundError: there is no such folder.
+    """
     parts = []
     for file in series(given(folder), ".npz").values():
         columns = {
@@ -101,6 +118,9 @@ def nn_memory_counts(path: str | Path, database: Database) -> tuple[Tensor, Tens
 
     Returns:
         The rows (n,) that are ever a neighbor, ascending, and their counts (n,), both int64.
+
+    Raises:
+        ValueError: the pickle is no ``nn_memory``, or is of another database.
     """
     with given(path).open("rb") as file:
         content = read_plain_pickle(file, str(path))

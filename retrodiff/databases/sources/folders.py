@@ -24,7 +24,15 @@ from retrodiff.text import escaped
 
 
 class Item(NamedTuple):
-    """A row to be encoded: an image (c, h, w), uint8 or float in [-1, 1], and its record."""
+    """A row to be encoded: an image (c, h, w), uint8 or float in [-1, 1], and its record.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Item
+        >>> item = Item(torch.zeros(3, 8, 8, dtype=torch.uint8), {"file": "black.png"})
+        >>> item.image.shape, item.record["file"]
+        (torch.Size([3, 8, 8]), 'black.png')
+    """
 
     image: Tensor
     record: dict[str, Any]
@@ -32,7 +40,32 @@ class Item(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Pictures by number; one picture may give several rows."""
+    """Pictures by number; one picture may give several rows.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Item, Source
+        >>> class Grays(Source):
+        ...     # Pictures of one gray each.
+        ...     def __len__(self):
+        ...         return 3
+        ...
+        ...     def name(self, i):
+        ...         return f"gray {i}"
+        ...
+        ...     def read(self, i):
+        ...         return [
+        ...             Item(
+        ...                 torch.full((3, 8, 8), 100 * i, dtype=torch.uint8),
+        ...                 {"key": self.name(i)},
+        ...             )
+        ...         ]
+        ...
+        ...     def describe(self):
+        ...         return {"kind": "grays", "count": len(self)}
+        >>> Grays().read(2)[0].record
+        {'key': 'gray 2'}
+    """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -71,6 +104,20 @@ class ImageFolder(Source):
     Args:
         path: the folder.
         columns: the same for every row, such as ``{"license": "CC0", "credit": "NASA"}``.
+
+    Raises:
+        FileNotFoundError: there is no folder at the path.
+        ValueError: the folder is a database, or holds no files.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from retrodiff.databases import ImageFolder
+        >>> Path("photos/doors").mkdir(parents=True)
+        >>> Image.new("RGB", (8, 8)).save("photos/doors/red.png")
+        >>> source = ImageFolder("photos", columns={"license": "CC0"})
+        >>> source.read(0)[0].record
+        {'file': 'doors/red.png', 'label': 'doors', 'license': 'CC0'}
     """
 
     def __init__(self, path: str | Path, columns: Mapping[str, Any] | None = None):
@@ -94,7 +141,11 @@ class ImageFolder(Source):
         return escaped(self.files[i])
 
     def read(self, i: int) -> list[Item]:
-        """The picture of file ``i``."""
+        """The picture of file ``i``.
+
+        Raises:
+            UnreadableImage: the file is no picture, or cannot be opened.
+        """
         file = self.files[i]
         if (problem := self.problems.get(file)) is not None:
             raise UnreadableImage(problem)
@@ -137,6 +188,13 @@ class Images(Source):
 
     Raises:
         ValueError: pixels of a type or range whose meaning is open.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Images
+        >>> source = Images(torch.zeros(2, 3, 8, 8), records=[{"name": "a"}, {"name": "b"}])
+        >>> source.read(1)[0].record
+        {'name': 'b'}
     """
 
     def __init__(

@@ -68,6 +68,10 @@ def open_source(
         path: folder, file, or pattern.
         image_column: of a table.
         columns: the same for every row, such as ``{"license": "CC0"}``.
+
+    Raises:
+        ValueError: the path holds embeddings, or nothing that is known.
+        FileNotFoundError: there is nothing at the path.
     """
     path = Path(path).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -102,6 +106,9 @@ def open_parts(path: str | Path) -> tuple[list[Part], Scale | None]:
     Known are a folder of clip-retrieval (``img_emb``), a folder of numbered npz files as released
     with Blattmann et al. 2022, and npy files: one, a pattern, or a folder. A parquet file of the
     same name beside an npy file holds its records.
+
+    Raises:
+        ValueError: there are no embeddings at the path, or one of several parquet files is missing.
     """
     path = Path(path).expanduser()
     if (path / "img_emb").is_dir():

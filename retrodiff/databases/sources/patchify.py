@@ -41,6 +41,17 @@ class Patchify:
         n: random patches per picture; None: a grid of all that fit.
         stride: distance of the grid's patches; None: ``size``, so that they touch.
         seed: of the random patches; those of a picture depend on its number only.
+
+    Raises:
+        ValueError: both ``n`` and ``stride`` are given, or ``short_side`` is less than ``size``.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.databases import Images, Patchify
+        >>> pictures = Images(torch.zeros(1, 3, 64, 96))
+        >>> patches = Patchify(size=32).over(pictures).read(0)
+        >>> len(patches), patches[0].image.shape
+        (6, torch.Size([3, 32, 32]))
     """
 
     size: int = 256

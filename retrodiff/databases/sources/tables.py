@@ -122,6 +122,22 @@ class ParquetImages(_Tables):
         column: of bytes, of structs with ``bytes`` or ``path`` as Hugging Face writes them, or of
             paths.
         columns: the same for every row.
+
+    Raises:
+        ValueError: no files are given, or one lacks the column.
+
+    Examples:
+        >>> import io
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet as pq
+        >>> from PIL import Image
+        >>> from retrodiff.databases import ParquetImages
+        >>> encoded = io.BytesIO()
+        >>> Image.new("RGB", (8, 8)).save(encoded, "PNG")
+        >>> table = pa.table({"image": [encoded.getvalue()], "caption": ["black"]})
+        >>> pq.write_table(table, "pictures.parquet")
+        >>> ParquetImages("pictures.parquet").read(0)[0].record
+        {'caption': 'black'}
     """
 
     def __init__(
@@ -193,6 +209,29 @@ class SavedDataset(_Tables):
         folder: with ``state.json`` and the arrow files.
         column: of the pictures.
         columns: the same for every row.
+
+    Raises:
+        FileNotFoundError: a file that ``state.json`` names is missing.
+        ValueError: the folder is no dataset, holds several, or is empty.
+
+    Examples:
+        >>> import io, json
+        >>> from pathlib import Path
+        >>> import pyarrow as pa
+        >>> from PIL import Image
+        >>> from retrodiff.databases import SavedDataset
+        >>> encoded = io.BytesIO()
+        >>> Image.new("RGB", (8, 8)).save(encoded, "PNG")
+        >>> table = pa.table({"image": [encoded.getvalue()], "caption": ["black"]})
+        >>> Path("pictures").mkdir()
+        >>> with pa.ipc.new_stream("pictures/data.arrow", table.schema) as stream:
+        ...     stream.write_table(table)
+        >>> state = {
+        ...     "_data_files": [{"filename": "data.arrow"}]
+        ... }  # as ``save_to_disk`` writes it
+        >>> _ = Path("pictures/state.json").write_text(json.dumps(state))
+        >>> SavedDataset("pictures").read(0)[0].record
+        {'caption': 'black'}
     """
 
     def __init__(
@@ -270,6 +309,17 @@ class DatasetImages(Source):
         column: of whatever `retrodiff.pictures.to_image` takes (PIL images, arrays, encoded bytes,
             paths), or dicts with ``bytes`` or ``path``. Gray pictures become (3, h, w).
         keep: columns that become the records; None: all that are text, numbers, dates or None.
+
+    Raises:
+        ValueError: the dataset has no length or no such column.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from retrodiff.databases import DatasetImages
+        >>> rows = [{"image": Image.new("RGB", (8, 8)), "caption": "black"}]
+        >>> source = DatasetImages(rows)
+        >>> source.read(0)[0].record
+        {'number': 0, 'caption': 'black'}
     """
 
     def __init__(self, dataset: Any, column: str = "image", keep: Sequence[str] | None = None):
@@ -302,7 +352,11 @@ class DatasetImages(Source):
         return f"row {i}"
 
     def read(self, i: int) -> list[Item]:
-        """The picture of row ``i``."""
+        """The picture of row ``i``.
+
+        Raises:
+            UnreadableImage: the row has no picture, or one that cannot be decoded.
+        """
         try:
             row = self.dataset[i]
             image = row[self.column]

@@ -39,6 +39,20 @@ class Tars(Archives):
 
     Raises:
         ValueError: a file is no whole tar, or there is no picture in any.
+
+    Examples:
+        >>> import io, tarfile
+        >>> from PIL import Image
+        >>> from retrodiff.databases import Tars
+        >>> picture = io.BytesIO()
+        >>> Image.new("RGB", (8, 8)).save(picture, "PNG")
+        >>> with tarfile.open("shard.tar", "w") as tar:
+        ...     for name, data in (("0.png", picture.getvalue()), ("0.txt", b"a black square")):
+        ...         info = tarfile.TarInfo(name)
+        ...         info.size = len(data)
+        ...         tar.addfile(info, io.BytesIO(data))
+        >>> Tars("shard.tar").read(0)[0].record
+        {'key': 'shard.tar:0', 'caption': 'a black square'}
     """
 
     noun = "tars"

@@ -51,6 +51,17 @@ class Zips(Archives):
     Raises:
         ValueError: a file is no whole zip archive, a member has an absolute path or ``..`` in it,
             a picture is there twice, or there is none in any.
+
+    Examples:
+        >>> import io, zipfile
+        >>> from PIL import Image
+        >>> from retrodiff.databases import Zips
+        >>> picture = io.BytesIO()
+        >>> Image.new("RGB", (8, 8)).save(picture, "PNG")
+        >>> with zipfile.ZipFile("doors.zip", "w") as archive:
+        ...     archive.writestr("red/1.png", picture.getvalue())
+        >>> Zips("doors.zip").read(0)[0].record
+        {'key': 'doors.zip:red/1.png', 'label': 'red'}
     """
 
     noun = "zips"

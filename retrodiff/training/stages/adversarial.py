@@ -26,6 +26,15 @@ class Adversarial:
         discriminator: images (b, c, h, w) -> numbers, above zero for real ones.
         start: step from which it is trained and counts; before, images are only blurred ones.
         weight: of the adaptive weight; Rombach et al. 2022 took 0.5 for KL, 0.75 to 1 for VQ.
+
+    Examples:
+        >>> from retrodiff.networks import PatchDiscriminator
+        >>> from retrodiff.training import Adversarial
+        >>> against = Adversarial(
+        ...     PatchDiscriminator(channels=32, levels=1), start=2000, weight=0.5
+        ... )
+        >>> against.start
+        2000
     """
 
     discriminator: nn.Module

@@ -38,6 +38,15 @@ class CachedLatents:
         autoencoder: fingerprint of what made them, see `stage_fingerprint`.
         made_from: hash of the images.
         pictures: the images themselves, which encoders embed; None: they are not at hand.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import PrincipalPatches
+        >>> from retrodiff.training import encode_latents
+        >>> images = torch.rand(20, 3, 16, 16) * 2 - 1
+        >>> first_stage = PrincipalPatches.fit(images, patch=4, components=8)
+        >>> encode_latents(first_stage, images, "latents.safetensors", progress=False).shape
+        (8, 4, 4)
     """
 
     def __init__(
@@ -60,7 +69,11 @@ class CachedLatents:
         return c, h, w
 
     def embed(self, encoder: Encoder, rows: Tensor) -> Tensor:
-        """Row numbers (b,) -> embeddings (b, d) of the pictures."""
+        """Row numbers (b,) -> embeddings (b, d) of the pictures.
+
+        Raises:
+            ValueError: the images are not at hand.
+        """
         if self.pictures is None:
             raise ValueError(
                 "latents alone cannot be embedded: open them with their images, "

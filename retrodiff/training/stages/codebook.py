@@ -18,6 +18,12 @@ class CodeUse:
         used: share of the codes that occur at all.
         codes: of the codebook.
         positions: that were coded; with fewer positions than codes some cannot occur.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import CodeUse
+        >>> CodeUse.of(torch.tensor([5, 5, 0, 0]))
+        CodeUse(perplexity=2.0, used=0.5, codes=4, positions=10)
     """
 
     perplexity: float

@@ -46,6 +46,20 @@ class StageResult:
             ``perplexity``, ``perceptual``, ``fooling`` (autoencoder against discriminator),
             ``telling`` (the reverse), ``adversarial_weight``.
         code_use: of a codebook, on the images that the scale was measured on; None: there is none.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.networks import KLAutoencoder
+        >>> from retrodiff.training import fit_autoencoder
+        >>> first_stage = KLAutoencoder(
+        ...     channels=32, multipliers=(1, 2), blocks_per_level=1, latent_channels=4
+        ... )
+        >>> images = torch.rand(8, 3, 16, 16) * 2 - 1
+        >>> result = fit_autoencoder(
+        ...     first_stage, images, steps=2, batch_size=4, lr=1e-4, progress=False
+        ... )
+        >>> result.losses.shape
+        torch.Size([2])
     """
 
     autoencoder: FirstStage

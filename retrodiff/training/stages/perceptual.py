@@ -33,6 +33,13 @@ class FeatureDistance:
         maps: images (b, c, h, w) in [-1, 1] -> feature maps (b, c', h', w'), one or several;
             differentiable. A module is copied and frozen.
         name: what a resumed training compares; of a module, its weights are compared as well.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.training import FeatureDistance
+        >>> distance = FeatureDistance(torch.nn.Conv2d(3, 8, 3))
+        >>> distance(torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)).shape
+        torch.Size([2])
     """
 
     def __init__(
