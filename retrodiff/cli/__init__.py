@@ -30,6 +30,7 @@ def parser() -> Parser:
         train,
         train_autoencoder,
         train_encoder,
+        ui,
     )
 
     top = Parser(
@@ -44,6 +45,7 @@ def parser() -> Parser:
         train_autoencoder,
         train,
         sample,
+        ui,
         serve,
         evaluate,
         credit,

@@ -93,7 +93,7 @@ def sample(
             def stepped(step: int, denoised: Tensor, rows: list[int] = part.rows) -> None:
                 bar.update(len(denoised))
                 if on_step is not None:
-                    on_step(Estimate(rows, step + 1, steps, denoised.detach(), generator))
+                    on_step(Estimate(rows, step + 1, steps, denoised.detach().clone(), generator))
 
             with watched:
                 made = generate(
