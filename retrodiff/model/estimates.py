@@ -31,7 +31,7 @@ class Estimate:
     generator: Generator
 
     def images(self) -> Tensor:
-        """The estimate decoded, (b, c, h, w) in [-1, 1] on the CPU; costs as much as any decoding."""
+        """The estimate decoded: (b, c, h, w) in [-1, 1] on the CPU; it costs a decoding."""
         return self.generator.decode(self.latents).float().cpu()
 
 

@@ -93,7 +93,8 @@ def sample(
             def stepped(step: int, denoised: Tensor, rows: list[int] = part.rows) -> None:
                 bar.update(len(denoised))
                 if on_step is not None:
-                    on_step(Estimate(rows, step + 1, steps, denoised.detach().clone(), generator))
+                    held = denoised.detach().to(torch.float32, copy=True)
+                    on_step(Estimate(rows, step + 1, steps, held, generator))
 
             with watched:
                 made = generate(

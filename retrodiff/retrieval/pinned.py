@@ -1,4 +1,4 @@
-"""A retriever that is told some rows: those that must be among the neighbors, and those that must not."""
+"""A retriever with neighbors chosen by hand: some rows always, some rows never."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false

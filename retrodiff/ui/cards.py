@@ -109,9 +109,7 @@ def neighbors_html(
     )
 
 
-def _card(
-    row: int, similarity: float, record: Record, uri: str, mark: str, marks: bool
-) -> str:
+def _card(row: int, similarity: float, record: Record, uri: str, mark: str, marks: bool) -> str:
     name, file = named(record, row)
     license = license_of(record) or "no license given"
     credit = record.get("credit")
@@ -301,7 +299,5 @@ def _text(text: object) -> str:
     return html.escape(printable(text))
 
 
-BLANK = (
-    "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
-)
+BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 """A transparent point."""

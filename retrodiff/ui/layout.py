@@ -57,7 +57,7 @@ class Marks:
     of: tuple[Any, ...] = ()
 
     def marked(self, act: str, row: int) -> Marks:
-        """With a row pinned or no longer pinned (``pin``), left out (``drop``), or all taken back."""
+        """After a button: a row is pinned or let go (``pin``), left out (``drop``), or all back."""
         if act == "back":
             return replace(self, dropped=())
         pinned = tuple(other for other in self.pinned if other != row)
@@ -91,7 +91,7 @@ class Page:
             mode=mode,
             k=None if k is None else int(k),
             guidance=guidance,
-            sampler=sampler,
+            sampler=sampler or None,
             steps=None if steps is None else int(steps),
             seed=int(seed),
             n=int(n),
@@ -259,9 +259,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                 n = gr.Slider(1, limits.samples, 4, step=1, label="Samples")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="rd-seed")
             with gr.Row():
-                guidance = gr.Slider(
-                    0, 10, _scale(model), step=0.1, label="Guidance scale"
-                )
+                guidance = gr.Slider(0, 10, _scale(model), step=0.1, label="Guidance scale")
                 steps = gr.Slider(1, min(limits.steps, 100), model.steps, step=1, label="Steps")
                 sampler = gr.Dropdown(
                     [("the model's", ""), *[(name, name) for name in SAMPLERS]],
@@ -320,9 +318,9 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         settings: list[Any] = [names, shares, where, mode, k, seed, other, other_where]
         for part in settings:
             part.change(**search, trigger_mode="always_last")
-        compare.change(
-            on_compare, compare, [beside, near_other, made_other], **direct
-        ).then(**search)
+        compare.change(on_compare, compare, [beside, near_other, made_other], **direct).then(
+            **search
+        )
         near.select(on_mark, marks, marks, **direct).then(**search)
         drop.upload(on_picture, None, [picture, drop, message], **direct).success(**search)
         runs = [
@@ -383,9 +381,7 @@ def _database(question: Question) -> tuple[Any, ...]:
 def _beside(question: Question, names: Sequence[str], where: str) -> Question:
     """The same question to other databases; rows that were marked are not theirs."""
     chosen = tuple(names or ())
-    return replace(
-        question, names=chosen, shares=None, where=where or "", pinned=(), dropped=()
-    )
+    return replace(question, names=chosen, shares=None, where=where or "", pinned=(), dropped=())
 
 
 def _title(what: str, question: Question, compare: bool) -> str:
@@ -413,5 +409,3 @@ def _kept() -> Any:
     import gradio as gr
 
     return gr.skip()
-
-

@@ -19,7 +19,17 @@ from retrodiff.ui.studio import Studio
 PICTOGRAMS = "pictograms"
 UNSEEN = "Concepts never trained on"
 
-EXAMPLES = ("cat face", "red heart", "bell", "sunglasses", "crescent moon", "soccer ball")
+EXAMPLES = (
+    "smiling face",
+    "cat face",
+    "clock",
+    "purple heart",
+    "sunglasses",
+    "tree",
+    "dog face",
+    "umbrella",
+    "crescent moon",
+)
 """Prompts that the pictograms answer well."""
 
 ABOUT = "One small network; the databases say what it draws, and in which style."
@@ -55,7 +65,9 @@ def opened(
     if given:
         shelves = Shelves([Shelf(name, database) for name, database in _numbered(given)])
     elif not isinstance(loaded.database, Searchable):
-        raise ValueError(f"the model {name} was saved without a database: name one, retrodiff ui DATABASE")
+        raise ValueError(
+            f"the model {name} was saved without a database: name one, retrodiff ui DATABASE"
+        )
     elif ours and model == PICTOGRAMS:
         shelves = _styles(loaded.database)
     else:
@@ -66,9 +78,7 @@ def opened(
 
 def _styles(database: Searchable) -> Shelves:
     """The pictograms' database as one for each style."""
-    shelves = [
-        Shelf(name, database.where(f"style == '{style}'")) for style, name in STYLES.items()
-    ]
+    shelves = [Shelf(name, database.where(f"style == '{style}'")) for style, name in STYLES.items()]
     unseen = held_out()
     if unseen is not None:
         shelves.append(Shelf(UNSEEN, unseen, chosen=False))
