@@ -130,7 +130,7 @@ def _card(row: int, similarity: float, record: Record, uri: str, mark: str, mark
     return (
         f'<li class="rd-card {mark}" data-lit="{row}">{_img(uri, name)}{badge}'
         f'<span class="rd-name" title="{_text(name)}">{_text(name)}</span>'
-        f'<span class="rd-file" title="{_text(about)}">{_text(file)}</span>'
+        f'<span class="rd-file" title="{_text(about)}">{_text(file if file != name else "")}</span>'
         f'<span class="rd-similar" title="similarity (cosine)"><i style="width:{width}%"></i>'
         f"<b>{similarity:.2f}</b></span>"
         f'<span class="rd-license" title="{_text(credit or license)}">{_text(license)}</span>'
@@ -250,12 +250,13 @@ def _links(file: CreditedFile, i: int) -> str:
 # --- lines ---------------------------------------------------------------------------------------
 
 
-def message_html(text: str = "", *, error: bool = False) -> str:
-    """One line for the visitor; empty: nothing."""
+def message_html(text: str = "", *, error: bool = False, busy: bool = False) -> str:
+    """One line for the visitor; empty: nothing. While busy, the page offers to stop."""
     if not text:
         return '<div class="rd-message" role="status"></div>'
     kind = 'rd-error" role="alert' if error else '" role="status'
-    return f'<div class="rd-message {kind}">{_text(text)}</div>'
+    busily = " rd-busy" if busy else ""
+    return f'<div class="rd-message{busily} {kind}">{_text(text)}</div>'
 
 
 def named(record: Mapping[str, Any], row: int) -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """The page in Gradio: what stands where, and which part asks the studio what."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import logging
@@ -56,7 +54,7 @@ class Marks:
     dropped: tuple[int, ...] = ()
     of: tuple[Any, ...] = ()
 
-    def marked(self, act: str, row: int) -> Marks:
+    def marked(self, act: str, row: int) -> "Marks":
         """After a button: a row is pinned or let go (``pin``), left out (``drop``), or all back."""
         if act == "back":
             return replace(self, dropped=())
@@ -122,11 +120,11 @@ class Page:
             question = self.question(values, marks)
             asked = [question, _beside(question, other, where)] if compare else [question]
             shown: list[Any] = ["", ""]
-            yield *shown, message_html("Sampling …")
+            yield *shown, message_html("Sampling …", busy=True)
             for side, one in enumerate(asked):
                 title = _title("Samples", one, compare)
                 for shown[side] in self._samples(one, title):
-                    yield *shown, message_html("Sampling …")
+                    yield *shown, message_html("Sampling …", busy=True)
             yield *shown, message_html(self._done(question))
         except Exception as error:
             yield _kept(), _kept(), message_html(_line(error), error=True)
@@ -221,9 +219,11 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                 interactive=studio.reads_text,
                 elem_id="rd-prompt",
             )
-            sample = gr.Button("Sample", variant="primary", size="lg", scale=1, min_width=110)
-            again = gr.Button("Next seed", size="lg", scale=1, min_width=110)
-            stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
+            sample = gr.Button(
+                "Sample", variant="primary", size="lg", scale=2, min_width=140, elem_id="rd-sample"
+            )
+            again = gr.Button("Next seed", size="lg", scale=1, min_width=90, elem_id="rd-again")
+            stop = gr.Button("Stop", size="lg", scale=1, min_width=90, elem_id="rd-stop")
         with gr.Row(elem_classes="rd-ways"):
             chips = gr.HTML(chips_html(examples), js_on_load=_js("chips"), scale=5, min_width=220)
             drop = gr.HTML(
