@@ -92,7 +92,7 @@ class Visit:
         return self.page.locator("#rd-near .rd-name").all_inner_texts()
 
     def settings(self) -> None:
-        self.page.get_by_role("button", name="Databases and settings").click()
+        self.page.get_by_role("button", name="Settings").click()
         expect(self.page.locator("#rd-where")).to_be_visible()
 
     def sampled(self, count: int = 4) -> None:
@@ -168,7 +168,7 @@ def test_databases_are_swapped_and_compared(visit):
     visit.page.locator("#rd-names").get_by_label("photos").check()
     visit.page.locator("#rd-names").get_by_label("art").uncheck()
     expect(visit.page.locator("#rd-near .rd-file").nth(1)).to_have_text(re.compile("^2/"))
-    visit.page.get_by_label("Compare with other databases").check()
+    visit.page.get_by_label("Compare with others").check()
     expect(visit.page.locator("#rd-near-other .rd-card")).to_have_count(12)
     visit.sampled()
     expect(visit.page.locator("#rd-made-other .rd-links")).to_have_count(4)

@@ -229,6 +229,24 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             drop = gr.HTML(
                 drop_html(), js_on_load=_js("drop"), limit=limits.upload, scale=2, min_width=220
             )
+        with gr.Row(elem_classes="rd-shelves"):
+            names = gr.CheckboxGroup(
+                choices, value=first, label="Databases", elem_id="rd-names", scale=5, min_width=260
+            )
+            compare = gr.Checkbox(
+                label="Compare with others, same seed",
+                container=False,
+                elem_id="rd-compare",
+                scale=2,
+                min_width=200,
+            )
+        with gr.Row(visible=False) as beside:
+            other = gr.CheckboxGroup(
+                choices, value=others, label="Compared with", elem_id="rd-other", scale=3
+            )
+            other_where = gr.Textbox(
+                label="Filter of these", max_lines=1, elem_id="rd-other-where", scale=2
+            )
         message = gr.HTML(message_html(), elem_id="rd-message")
         with gr.Row(elem_classes="rd-sides"):
             near = gr.HTML(js_on_load=_js("cards"), elem_id="rd-near", min_width=280)
@@ -236,8 +254,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         with gr.Row(elem_classes="rd-sides"):
             made = gr.HTML(empty_html(), elem_id="rd-made", min_width=280)
             made_other = gr.HTML(elem_id="rd-made-other", min_width=280, visible=False)
-        with gr.Accordion("Databases and settings", open=False, elem_id="rd-settings"):
-            names = gr.CheckboxGroup(choices, value=first, label="Databases", elem_id="rd-names")
+        with gr.Accordion("Settings", open=False, elem_id="rd-settings"):
             with gr.Row():
                 where = gr.Textbox(
                     label="Filter",
@@ -255,7 +272,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             mode = gr.Radio(modes, value=studio.modes[0], label="What conditions a picture")
             with gr.Row():
                 most = min(limits.k, LARGEST_K)
-                k = gr.Slider(0, most, model.k, step=1, label="k: prompt and neighbors, together")
+                k = gr.Slider(0, most, model.k, step=1, label="k, prompt and neighbors")
                 n = gr.Slider(1, limits.samples, 4, step=1, label="Samples")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="rd-seed")
             with gr.Row():
@@ -266,15 +283,6 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                     value="",
                     label="Sampler",
                 )
-            compare = gr.Checkbox(label="Compare with other databases, same seed")
-            with gr.Row(visible=False) as beside:
-                other = gr.CheckboxGroup(
-                    choices, value=others, label="Other databases", elem_id="rd-other"
-                )
-                other_where = gr.Textbox(
-                    label="Filter of the others", max_lines=1, elem_id="rd-other-where"
-                )
-
         picture, marks = gr.State(None), gr.State(Marks())
         values = [
             prompt, picture, names, shares, where, mode, k, guidance, steps, sampler, seed, n,
