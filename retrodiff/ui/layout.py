@@ -314,8 +314,10 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         def on_chip(event: gr.EventData) -> tuple[str, None, str]:
             return str(event._data.get("prompt", ""))[: limits.text], None, drop_html()
 
-        def on_compare(shown: bool) -> list[Any]:
-            return [gr.update(visible=shown) for _ in range(3)]
+        def on_compare(compared: bool, chosen: list[str]) -> list[Any]:
+            rest = [name for name in shelves.shelves if name not in (chosen or [])]
+            visible = [gr.update(visible=compared) for _ in range(3)]
+            return [*visible, rest[:1] or chosen]
 
         def next_seed(seed: Any, n: Any) -> int:
             return int(seed or 0) + int(n or 1)
