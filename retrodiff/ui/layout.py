@@ -328,9 +328,9 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         settings: list[Any] = [names, shares, where, mode, k, seed, other, other_where]
         for part in settings:
             part.change(**search, trigger_mode="always_last")
-        compare.change(on_compare, compare, [beside, near_other, made_other], **direct).then(
-            **search
-        )
+        compare.change(
+            on_compare, [compare, names], [beside, near_other, made_other, other], **direct
+        ).then(**search)
         near.select(on_mark, marks, marks, **direct).then(**search)
         drop.upload(on_picture, None, [picture, drop, message], **direct).success(**search)
         runs = [
