@@ -11,6 +11,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from test_ui import pictured, png
 
 from retrodiff.bridges.credited import read_credit
 from retrodiff.retrieval import Uniform
-from retrodiff.ui import Shelf, Shelves, Studio, shown
+from retrodiff.ui import LIMITS, Shelf, Shelves, Studio, shown
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -47,7 +48,7 @@ def studio():
     art, photos = pictured(30, 1), pictured(20, 2)
     model = small_recipe(encoder, art).proposal(Uniform()).build()
     shelves = Shelves([Shelf("art", art), Shelf("photos", photos, chosen=False)])
-    return Studio(model, shelves, "small")
+    return Studio(model, shelves, "small", replace(LIMITS, upload=10**6))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_neighbors_follow_the_prompt_and_samples_form(visit):
     expect(visit.page.get_by_label("Prompt")).to_have_value("a bell")
     before = visit.names()
     visit.page.get_by_label("Prompt").fill("something else")
-    expect(visit.page.locator("#rd-near .rd-name").first).not_to_have_text(before[0])
+    expect(visit.page.locator("#rd-near .rd-name")).not_to_have_text(before)
     expect(visit.page.locator("#rd-near .used")).to_have_count(3)
     visit.sampled()
     assert visit.samples.count() == 4
@@ -179,13 +180,13 @@ def test_databases_are_swapped_and_compared(visit):
 
 def test_what_does_not_fit_is_said_in_a_line(visit):
     visit.settings()
-    visit.page.get_by_label("Filter", exact=True).fill("colour == 'red'")
-    visit.page.get_by_label("Filter", exact=True).blur()
+    visit.page.locator("#rd-where :is(textarea, input)").fill("colour == 'red'")
+    visit.page.locator("#rd-where :is(textarea, input)").blur()
     alert = visit.page.get_by_role("alert")
     expect(alert).to_contain_text("unknown column 'colour'; columns: file, license, number")
     assert "Traceback" not in visit.page.content()
     assert "\n" not in alert.inner_text().strip()
-    visit.page.get_by_label("Filter", exact=True).fill("license == 'MIT'")
+    visit.page.locator("#rd-where :is(textarea, input)").fill("license == 'MIT'")
     expect(alert).to_have_count(0)
     expect(visit.page.locator("#rd-near .rd-license").first).to_have_text("MIT")
     expect(visit.page.get_by_text("CC0", exact=True)).to_have_count(0)
@@ -201,9 +202,9 @@ def test_a_picture_is_asked_with(visit):
     expect(visit.page.locator("#rd-near .rd-name").first).to_have_text(before[0])
     place.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(visit.page.get_by_role("alert")).to_contain_text("The picture cannot be read")
-    large = {"name": "b.png", "mimeType": "image/png", "buffer": b"0" * 17_000_000}
+    large = {"name": "b.png", "mimeType": "image/png", "buffer": b"0" * 1_500_000}
     place.set_input_files(large)
-    expect(visit.page.get_by_role("alert")).to_contain_text("17.0 MB, more than 16.0 MB")
+    expect(visit.page.get_by_role("alert")).to_contain_text("1.5 MB, more than 1.0 MB")
 
 
 def test_the_keyboard_is_enough(visit):

@@ -37,6 +37,10 @@ LIMITS = ServerLimits(k=32, upload=16 * 10**6, body=24 * 10**6, requests=64, sam
 SHOWN = 12
 """Neighbors that are seen, at least: those that condition an image, and further ones to pin."""
 
+DOUBTED = 20_000
+"""Rows up to which it is looked up whether the database knows a prompt's words; more take too long
+for neighbors that come with every letter."""
+
 FRAMES = 6
 """Estimates that are decoded while images form; decoding costs time, too."""
 
@@ -161,7 +165,7 @@ class Studio:
             records = database.records(further.indices[0])
             further = dataclasses.replace(further, records=(tuple(records),))
             note = None
-            if question.picture is None:
+            if question.picture is None and len(database) <= DOUBTED:
                 shown = used if used.k else further
                 prompts = [question.prompt]
                 note = warning_of_strange(model.encoder, prompts, database, shown)
