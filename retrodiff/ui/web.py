@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +97,7 @@ def shown(
     """
     application = page_application(studio, examples, about)
     server = web_server(application, studio.limits, host)
+    logging.getLogger("uvicorn.error").addFilter(_worth_telling)
     with running_in_thread(server, listening_at(host, port)) as address:
         yield address
 
@@ -125,6 +128,7 @@ def serve_page(
     application = page_application(studio, examples, about)
     with listening_at(host, port) as listening:
         server = web_server(application, studio.limits, host)
+        logging.getLogger("uvicorn.error").addFilter(_worth_telling)
         ready(address_of(listening))
         server.run(sockets=[listening])
 
@@ -184,6 +188,12 @@ def page_application(studio: Studio, examples: Sequence[str] = (), about: str = 
             head=f"<script>{SCRIPT.read_text('utf-8')}</script>",
         )
     )
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not that a page was still open when the server ended."""
+    ended = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
+    return not ended and not str(record.msg).startswith("Cancel ")
 
 
 def check_gradio() -> None:
