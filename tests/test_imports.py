@@ -21,6 +21,7 @@ LAYERS = [
     {"relatives"},
     {"training", "presets", "evaluation", "bridges"},
     {"demo", "serving"},
+    {"ui"},
     {"cli"},
     {"__init__", "__main__", "testing"},
 ]
@@ -37,6 +38,8 @@ HEAVY = (
     "torch_ema",
     "ray",
     "diffusers",
+    "gradio",
+    "fastapi",
 )
 # A block is a class of diffusers; retrodiff.bridges imports its file when it is asked for.
 BLOCK = ("retrieve_references.py", "diffusers")

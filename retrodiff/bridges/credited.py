@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,25 +113,45 @@ def save_credited(
     Raises:
         ValueError: the path does not end with ``.png``.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     path = Path(path).expanduser()
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: a picture that carries its references is a PNG file: name.png")
+    data, credit = credited_png(image, chosen.prompt, chosen.credit(), made_by)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)
+    write_json(path.with_name(path.name + SIDECAR), credit)
+    return path
+
+
+def credited_png(
+    image: Image,
+    prompt: str | None,
+    references: Sequence[Mapping[str, Any]],
+    made_by: Mapping[str, Any] | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """A picture as the bytes of a PNG file that carries its references, and these as JSON.
+
+    Args:
+        image: of any pipeline.
+        prompt: what was asked.
+        references: ``row``, ``similarity`` and ``record`` of each.
+        made_by: what made it: a name, settings.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
     credit = {
         "format": FORMAT,
-        "prompt": chosen.prompt,
+        "prompt": prompt,
         "made_by": made_by or {},
         "pixels": pixels_hash(image),
-        "references": chosen.credit(),
+        "references": list(references),
     }
     credit = _short(plain_json(credit))
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(credit, ensure_ascii=False), zip=True)
-    with atomic_write(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
-    write_json(path.with_name(path.name + SIDECAR), credit)
-    return path
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    return data.getvalue(), credit
 
 
 def read_credit(path: str | Path) -> dict[str, Any]:

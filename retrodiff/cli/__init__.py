@@ -31,6 +31,7 @@ def parser() -> Parser:
         train_autoencoder,
         train_encoder,
         tune,
+        ui,
     )
 
     top = Parser(
@@ -45,6 +46,7 @@ def parser() -> Parser:
         train_autoencoder,
         train,
         sample,
+        ui,
         serve,
         evaluate,
         credit,

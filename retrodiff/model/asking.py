@@ -125,7 +125,7 @@ class Asker:
         modes = list(dict.fromkeys(request.modes))
         for mode in modes:
             self._check(mode, request.k)
-        query = self._queries(request)
+        query = self.queries(request)
         found: dict[Mode, tuple[list[int], Neighbors]] = {}
         more: dict[Mode, dict[str, Neighbors]] = {}
         for mode in modes:
@@ -246,7 +246,7 @@ class Asker:
                     f"{len(database)} rows: lower k, or use a larger database"
                 )
 
-    def _queries(self, request: Request) -> Query:
+    def queries(self, request: Request) -> Query:
         """The queries of all images, on the CPU, each with its own randomness."""
         total, kind = len(request), request.kind
         if kind == "query":

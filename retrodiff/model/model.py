@@ -42,6 +42,7 @@ from retrodiff.interfaces import (
 )
 from retrodiff.model.asking import Asker, conditioned
 from retrodiff.model.checks import check_components, check_context, check_role, missing_members
+from retrodiff.model.estimates import OnStep
 from retrodiff.model.generated import Generation
 from retrodiff.model.neighbor_latents import seen
 from retrodiff.model.placing import Placed
@@ -139,6 +140,7 @@ class Model(Saved, Placed):
         batch_size: int = 64,
         progress: bool = False,
         attribution: bool | Measure = False,
+        on_step: OnStep | None = None,
         **unknown: Any,
     ) -> Generation:
         """Generates images. Give one of prompts, classes, images, query, or n alone.
@@ -179,6 +181,8 @@ class Model(Saved, Placed):
             progress: show a bar.
             attribution: fill in ``Generation.attribution``, which neighbor has which part where;
                 True, or a measure of `retrodiff.attention.Recorder`. Images stay the same.
+            on_step: told an `retrodiff.model.Estimate` after each step, to watch images form; what
+                it raises ends the sampling.
             unknown: refused, with the name that the argument has here.
 
         Raises:
@@ -207,6 +211,7 @@ class Model(Saved, Placed):
             attribution=attribution,
             others=databases,
             reretrieve=read_reretrieving(reretrieve),
+            on_step=on_step,
         )
 
     def sample_latents(

@@ -29,6 +29,7 @@ from retrodiff.interfaces import (
 )
 from retrodiff.model.asking import Asker
 from retrodiff.model.attribution import Attributing, read_measure
+from retrodiff.model.estimates import Estimate, OnStep
 from retrodiff.model.generated import Generation
 from retrodiff.model.request import Request
 from retrodiff.model.reretrieving import Renewing, ReRetrieving
@@ -48,6 +49,7 @@ def sample(
     attribution: bool | Measure = False,
     others: Mapping[str, Database] | None = None,
     reretrieve: ReRetrieving | None = None,
+    on_step: OnStep | None = None,
 ) -> Generation:
     """The images of a request, with what conditioned each and the settings that make them again.
 
@@ -59,6 +61,7 @@ def sample(
         attribution: record which neighbor has which part in which region; True, or a measure.
         others: further databases for the guidance, by name.
         reretrieve: at which steps neighbors are looked for again; None: at none.
+        on_step: told the estimate after each step; None: nobody is.
 
     Raises:
         ValueError: the request does not fit the components.
@@ -86,6 +89,13 @@ def sample(
             watched = nullcontext()
             if attributing is not None:
                 watched = attributing.part(part.rows, part.context, neighbors)
+
+            def stepped(step: int, denoised: Tensor, rows: list[int] = part.rows) -> None:
+                bar.update(len(denoised))
+                if on_step is not None:
+                    held = denoised.detach().to(torch.float32, copy=True)
+                    on_step(Estimate(rows, step + 1, steps, held, generator))
+
             with watched:
                 made = generate(
                     generator if renewing is None else renewing.part(part.query, part.neighbors),
@@ -94,7 +104,7 @@ def sample(
                     noise,
                     steps=request.steps,
                     randomness=Randomness.of(request.seed, part.rows, "sampler"),
-                    callback=lambda _, denoised: bar.update(len(denoised)),
+                    callback=stepped,
                     start=None if started is None else started.rows(part.rows),
                     others=part.others,
                 )

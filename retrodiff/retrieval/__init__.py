@@ -6,6 +6,7 @@
 from retrodiff.retrieval.fusion import MaxSimilarity, MultiQuery, ReciprocalRankFusion
 from retrodiff.retrieval.interpolation import interpolated
 from retrodiff.retrieval.neighbors import neighbor_table, open_neighbor_table
+from retrodiff.retrieval.pinned import Pinned
 from retrodiff.retrieval.proposal import Instances, NeighborCounts, TopM, Uniform
 from retrodiff.retrieval.retriever import (
     Diverse,
@@ -26,6 +27,7 @@ __all__ = [
     "MultiQuery",
     "NearestNeighbors",
     "NeighborCounts",
+    "Pinned",
     "RandomOfTop",
     "ReciprocalRankFusion",
     "TopM",

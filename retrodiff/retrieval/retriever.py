@@ -161,7 +161,7 @@ class ExcludeSelf(Retriever):
             own = _ids(self, query).to(found.indices.device)
             return found.indices != own.reshape(-1, *[1] * (found.indices.ndim - 1))
 
-        return _first_allowed(self.retriever, query, database, k, 1, allowed)
+        return first_allowed(self.retriever, query, database, k, 1, allowed)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class ExcludeGroup(Retriever):
             other = [self._group(r) != own[i // each] for i, r in enumerate(records)]
             return torch.tensor(other, device=found.indices.device).view(found.indices.shape)
 
-        return _first_allowed(self.retriever, query, database, k, k, allowed)
+        return first_allowed(self.retriever, query, database, k, k, allowed)
 
     def _group(self, record: Record) -> object:
         if self.column not in record:
@@ -252,7 +252,7 @@ class ExcludeDuplicates(Retriever):
             del query
             return found.similarity <= self.threshold
 
-        return _first_allowed(self.retriever, query, database, k, k, allowed)
+        return first_allowed(self.retriever, query, database, k, k, allowed)
 
 
 _NO_GROUP = object()
@@ -268,7 +268,7 @@ def _ids(retriever: Retriever, query: Query) -> Tensor:
     return query.ids
 
 
-def _first_allowed(
+def first_allowed(
     retriever: Retriever,
     query: Query,
     database: Database,
@@ -276,10 +276,21 @@ def _first_allowed(
     extra: int,
     allowed: Callable[[Query, Neighbors], Tensor],
 ) -> Neighbors:
-    """The first k allowed rows of every query.
+    """The first k allowed rows of every query, of those that a retriever ranks.
+
+    Args:
+        retriever: what ranks the rows.
+        query: of b images.
+        database: where it looks.
+        k: rows to give.
+        extra: rows to look at beyond k, at first.
+        allowed: which of the found rows may be given, of the shape of their indices.
 
     Queries that have too few are asked again for more, and only they: how far one has to look does
     not change what another gets.
+
+    Raises:
+        ValueError: too few rows are allowed.
     """
     total = len(database)
     reach = min(k + extra, total)
@@ -297,7 +308,7 @@ def _first_allowed(
             f"database's {total} rows are left for some query: lower k or add rows"
         )
     missing = (~enough).nonzero().flatten()
-    more = _first_allowed(retriever, query.rows(missing), database, k, extra * 4, allowed)
+    more = first_allowed(retriever, query.rows(missing), database, k, extra * 4, allowed)
     at = missing.to(first.indices.device)
     return dataclasses.replace(
         first,

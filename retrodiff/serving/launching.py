@@ -14,6 +14,7 @@ from retrodiff.text import printable
 
 if TYPE_CHECKING:
     from retrodiff.serving.answering import SearchService
+    from retrodiff.serving.server_limits import ServerLimits
 
 LOOPBACK = "127.0.0.1"
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -41,20 +42,14 @@ def running(service: SearchService, *, host: str = LOOPBACK, port: int = 0) -> I
         ...     print(address)  # doctest: +ELLIPSIS
         http://127.0.0.1:...
     """
-    listening = _listen(host, port)
-    server = _server(service, host)
-    thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    listening = listening_at(host, port)
     try:
-        thread.start()
-        while not server.started and thread.is_alive():
-            thread.join(0.01)
-        if not server.started:
-            raise RuntimeError("the server could not start; its log says why")
-        yield _address(listening)
-    finally:
-        server.should_exit = True
-        thread.join()
+        server = _server(service, host)
+    except ImportError:
         listening.close()
+        raise
+    with running_in_thread(server, listening) as address:
+        yield address
 
 
 def serve(
@@ -76,9 +71,9 @@ def serve(
         ImportError: FastAPI or uvicorn is missing.
         OSError: the port is taken.
     """
-    with _listen(host, port) as listening:
+    with listening_at(host, port) as listening:
         server = _server(service, host)
-        ready(_address(listening))
+        ready(address_of(listening))
         server.run(sockets=[listening])
 
 
@@ -90,20 +85,24 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _server(service: SearchService, host: str) -> Any:
-    try:
-        import uvicorn
+def web_server(application: Any, limits: ServerLimits, host: str) -> Any:
+    """A uvicorn server of an ASGI application behind a `Gate`; run it with its sockets.
 
-        from retrodiff.serving.routes import application
-    except ImportError as error:
-        raise ImportError(
-            f"a search server needs {error.name}: pip install 'retrodiff[serve]'"
-        ) from None
+    Args:
+        application: what answers.
+        limits: of requests.
+        host: the address it listens at; at a loopback address it answers to its own names only.
+
+    Raises:
+        ImportError: uvicorn is missing.
+    """
+    import uvicorn
+
     shown = f"[{host}]" if ":" in host else host.lower()
     hosts = {*OWN_NAMES, shown} if is_loopback(host) else None
     return uvicorn.Server(
         uvicorn.Config(
-            Gate(application(service), service.limits, hosts),
+            Gate(application, limits, hosts),
             http="h11",
             ws="none",
             access_log=False,
@@ -115,7 +114,12 @@ def _server(service: SearchService, host: str) -> Any:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listening_at(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0: any that is free.
+
+    Raises:
+        OSError: the port is taken, or the address is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -127,6 +131,35 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _address(listening: socket.socket) -> str:
+def address_of(listening: socket.socket) -> str:
+    """What a browser is told: ``http://127.0.0.1:8000``."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def running_in_thread(server: Any, listening: socket.socket) -> Iterator[str]:
+    """Runs a `web_server` in a thread until the end of the block; gives its address."""
+    thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    try:
+        thread.start()
+        while not server.started and thread.is_alive():
+            thread.join(0.01)
+        if not server.started:
+            raise RuntimeError("the server could not start; its log says why")
+        yield address_of(listening)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def _server(service: SearchService, host: str) -> Any:
+    try:
+        from retrodiff.serving.routes import application
+
+        return web_server(application(service), service.limits, host)
+    except ImportError as error:
+        raise ImportError(
+            f"a search server needs {error.name}: pip install 'retrodiff[serve]'"
+        ) from None
