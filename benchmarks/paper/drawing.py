@@ -93,9 +93,7 @@ def _lines(study: Study, panel: Panel, rows: Rows) -> list[Line]:
     """Lines of a panel that have a number."""
     wanted = [line for line in study.lines if not panel.lines or line.label in panel.lines]
     return [
-        line
-        for line in wanted
-        if any(r["line"] == line.label and panel.y[0] in r for r in rows)
+        line for line in wanted if any(r["line"] == line.label and panel.y[0] in r for r in rows)
     ]
 
 
@@ -134,11 +132,12 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
             places, means, errors = ([v[j] for j in order] for v in (places, means, errors))
             axis.errorbar(places, means, errors, marker="o", markersize=4, capsize=3,
                           color=color, label=label)  # fmt: skip
-    for row in rows:
-        if row["line"] == "anchor" and panel.y[0] in row:
-            axis.axhline(row[panel.y[0]], color="gray", linestyle=":", linewidth=1)
-            axis.annotate(str(row["at"]), (0.99, row[panel.y[0]]), fontsize=6, color="gray",
-                          xycoords=("axes fraction", "data"), ha="right", va="bottom")  # fmt: skip
+    anchors = [r for r in rows if r["line"] == "anchor" and panel.y[0] in r]
+    for side, row in zip((0.01, 0.99), anchors, strict=False):  # the two names lie apart
+        axis.axhline(row[panel.y[0]], color="gray", linestyle=":", linewidth=1)
+        axis.annotate(str(row["at"]), (side, row[panel.y[0]]), fontsize=6, color="gray",
+                      xycoords=("axes fraction", "data"), ha="left" if side < 0.5 else "right",
+                      va="bottom")  # fmt: skip
     if panel.bars:
         axis.set_xticks(list(ticks.values()), [name.replace(" ", "\n", 1) for name in ticks])
     if panel.logarithmic:

@@ -323,9 +323,10 @@ class Points:
             part = training.database if training.database != "vehicles" else "database"
             pictures = enlarged(self.embeddings.pictures(part))
             at = rows[:32, :4]
-            name = "vehicles" if training.database == "vehicles" else point.database
-            if name != "trained with":
-                at = self._rows(name)[at]
+            if point.database != "trained with":
+                at = self._rows(point.database)[at]
+            elif training.database == "vehicles":
+                at = self._rows("vehicles")[at]
             gap = torch.full((len(at), 3, 32, 6), 255, dtype=torch.uint8)
             near = pictures[at].movedim(1, -2).flatten(-2)
             shown = torch.cat([near, gap, images[:32], gap, gap], -1)

@@ -78,7 +78,7 @@ class Studies:
             from retrodiff.demo import digits
 
             short = digits.Settings(
-                clip_steps=2, steps=2, sampling_steps=2, per_mode=20, unseen_per_mode=10
+                clip_steps=2, steps=2, sampling_steps=2, per_mode=36, unseen_per_mode=4
             )
             train_digits(self.folder / "digits", short, (0,))
         else:

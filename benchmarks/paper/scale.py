@@ -48,4 +48,4 @@ SCALES = {
         Scale("toy", 96, 64, 240, 4, 8, 64, 4, 64, 2, "pixels", "pixels", 2),
     )
 }
-"""``small`` takes hours on two cores, ``full`` hours on a GPU, ``toy`` seconds and means nothing."""
+"""``small`` takes hours on two cores, ``full`` hours on a GPU; ``toy`` takes seconds, for tests."""

@@ -1,4 +1,4 @@
-"""Study (f), on scanned digits: they have text. The demo's digits are trained with several seeds."""
+"""Study (f), on scanned digits, which have text: the demo's, trained with several seeds."""
 
 from __future__ import annotations
 

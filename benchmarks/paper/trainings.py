@@ -198,7 +198,7 @@ class Trainer:
             ema=0.995,
             seed=training.seed,
             checkpoint=folder / "training.safetensors",
-            checkpoint_every=100,
+            checkpoint_every=max(1, min(100, scale.steps // 4)),
             resume=True,
             snapshots=moments(scale)[:-1],
             watch=[clock],
