@@ -17,7 +17,7 @@ def paper():
     import importlib
 
     names = ("scale", "photographs", "embeddings", "trainings", "points", "studies", "tables",
-             "text_modes", "drawing", "run")  # fmt: skip
+             "text_modes", "drawing", "report", "run")  # fmt: skip
     sys.path.insert(0, str(PAPER))
     pytest.importorskip("matplotlib")
     try:
@@ -271,9 +271,33 @@ def test_bars_of_the_text_modes_are_drawn_from_their_rows(paper, tmp_path):
 def test_errors_join_sampling_and_trainings(paper):
     rows = [{"fid": 1.0, "fid_error": 0.3, "n": 10}, {"fid": 2.0, "fid_error": 0.5, "n": 10}]
     expected = ((0.09 + 0.25) / 2 + 0.5) ** 0.5
-    assert paper["drawing"]._error("fid", rows, [1.0, 2.0]) == pytest.approx(expected)
+    assert paper["drawing"].error_of("fid", rows) == pytest.approx(expected)
     share = [{"near_trained": 0.2, "n": 100.0}]
-    assert paper["drawing"]._error("near_trained", share, [0.2]) == pytest.approx(0.04)
+    assert paper["drawing"].error_of("near_trained", share) == pytest.approx(0.04)
+
+
+def test_a_page_shows_what_is_measured_and_says_what_is_not(paper, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A\n\n<!-- study:a -->\n<!-- /study -->\n\nmine\n\n<!-- study:f -->\nx\n<!-- /study -->\n"
+    )
+    (a, f) = (s for s in paper["studies"].STUDIES if s.letter in "af")
+    rows = [
+        {"line": "LDM", "at": "", "seed": seed, "steps": 10, "fid": 1.0 + seed, "fid_error": 0,
+         "precision": 0.5, "precision_error": 0.1, "recall": 0.25, "recall_error": 0, "n": 7,
+         "reference_n": 9}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    paper["tables"].write_csv(tmp_path / f"{a.name}.csv", rows)
+    write = paper["report"].write_tables
+    write(page, (a, f), tmp_path)
+    once = page.read_text()
+    assert "| LDM, 10 steps | 2 | 1.5 ± 0.71 | 0.5 ± 0.1 | 0.25 |" in once
+    assert "7 samples against 9" in once
+    assert once.count("Not measured yet.") == 1
+    assert "\nmine\n" in once
+    write(page, (a, f), tmp_path)
+    assert page.read_text() == once
 
 
 def test_wrong_names_are_refused(paper, capsys):

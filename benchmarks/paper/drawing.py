@@ -54,22 +54,26 @@ def draw_text(title: str, rows: Rows, file: Path) -> bool:
     sets = list(dict.fromkeys(str(row["line"]) for row in rows))
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for i, mode in enumerate(modes):
-        values = [[r["share"] for r in rows if r["line"] == s and r["at"] == mode] for s in sets]
+        own_rows = [[r for r in rows if r["line"] == s and r["at"] == mode] for s in sets]
+        values = [[r["share"] for r in own] for own in own_rows]
         means = [statistics.fmean(v) for v in values]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        spread = [error_of("share", own) for own in own_rows]
         places = [at + 0.26 * (i - 1) for at in range(len(sets))]
         axis.bar(places, means, 0.24, yerr=spread, capsize=3, color=COLORS[i], label=mode)
         for place, own in zip(places, values, strict=True):
             axis.plot([place] * len(own), own, ".", color="black", markersize=4)
-    axis.set_xticks(range(len(sets)), sets)
+    many = [sorted({int(r["n"]) for r in rows if r["line"] == s}) for s in sets]
+    axis.set_xticks(
+        range(len(sets)), [f"{s}\nn = {own[0]}" for s, own in zip(sets, many, strict=True)]
+    )
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("samples judged the asked digit (share)")
     axis.legend(fontsize=8, frameon=False)
     seeds = len({row["seed"] for row in rows})
     n = sorted({int(row["n"]) for row in rows})
     figure.suptitle(
-        f"{title}\n{' or '.join(map(str, n))} samples per bar and seed; bars: mean of {seeds} "
-        "seed(s), lines: their standard deviation, dots: each",
+        f"{title}\n{' or '.join(map(str, n))} samples per bar and training; {seeds} training(s), "
+        "each a dot\nlines: one standard error of sampling and the deviation between trainings",
         fontsize=10,
     )
     with atomic_write(file) as partial:
@@ -122,7 +126,7 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
                 place = float(name)
             places.append(place)
             means.append(statistics.fmean(values))
-            errors.append(_error(panel.y[0], own, values))
+            errors.append(error_of(panel.y[0], own))
             if len(values) > 1:
                 axis.plot([place] * len(values), values, ".", color="black", markersize=4, zorder=3)
         if panel.bars:
@@ -165,8 +169,9 @@ def _place(panel: Panel, row: Mapping[str, Any]) -> Any:
     return row.get("at", "")
 
 
-def _error(column: str, rows: Rows, values: Sequence[float]) -> float:
-    """Standard error of sampling, together with the deviation between trainings."""
+def error_of(column: str, rows: Rows) -> float:
+    """Standard error of sampling, together with the deviation between trainings (one row each)."""
+    values = [float(row[column]) for row in rows]
     own = [float(row.get(f"{column}_error", _binomial(column, row))) for row in rows]
     between = statistics.variance(values) if len(values) > 1 else 0.0
     return (statistics.fmean(e**2 for e in own) + between) ** 0.5

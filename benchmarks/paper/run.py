@@ -11,7 +11,8 @@ or step by step, each of which continues where it was stopped:
 
 The file has columns ``image`` (encoded pictures of 32x32 pixels) and ``label`` (CIFAR-10's class
 names). It is read once; decoded pictures, embeddings, trainings, samples and numbers are kept in
-``runs/paper``. ``plot`` needs the csv files alone. What came out is in docs/findings.md.
+``runs/paper``. ``plot`` draws the csv files and writes the tables of docs/findings.md; it needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from drawing import draw, draw_text
 from embeddings import Embeddings
 from photographs import open_photographs
 from points import Points
+from report import write_tables
 from scale import SCALES
 from studies import STUDIES, Study
 from tables import read_csv, rows_of, write_csv
@@ -113,6 +115,13 @@ def plot(studies: list[Study], tables: Path, pictures: Path) -> None:
             say(f"{file}")
 
 
+def show(studies: list[Study], options: argparse.Namespace) -> None:
+    """Draws, and writes the page's tables where the figures are the page's."""
+    plot(studies, options.tables, options.pictures)
+    if options.page is not None:
+        write_tables(options.page, studies, options.tables)
+
+
 def say(text: str) -> None:
     """A line with the time."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
@@ -144,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.tables = options.tables or (
         ROOT / "benchmarks" / "results" / "paper" if small else options.runs / options.scale
     )
+    options.page = ROOT / "docs" / "findings.md" if small else None
     options.pictures = options.pictures or (
         ROOT / "docs" / "images" / "paper" if small else options.runs / options.scale
     )
@@ -154,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     chosen = [s for s in STUDIES if not options.only or s.letter in options.only]
     if options.what == "plot":
-        plot(chosen, options.tables, options.pictures)
+        show(chosen, options)
         return
     cached = options.runs / options.scale / "cache" / "photographs.safetensors"
     if options.photographs is None and options.scale != "toy" and not cached.exists():
@@ -163,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def look() -> None:
         studies.evaluate()
-        plot(chosen, options.tables, options.pictures)
+        show(chosen, options)
 
     if options.what == "train":
         studies.train(options.trainings)

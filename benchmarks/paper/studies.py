@@ -15,6 +15,15 @@ FID = ("fid", "Fréchet distance (lower is better)")
 PRECISION = ("precision", "precision (higher is better)")
 RECALL = ("recall", "recall (higher is better)")
 
+QUALITY = (("fid", "FID"), ("precision", "precision"), ("recall", "recall"))
+COPYING = (
+    ("similarity_neighbors", "excess cosine to own neighbors"),
+    ("near_neighbors", "near-duplicates of own neighbors"),
+    ("near_database", "of D"),
+    ("near_trained", "of X"),
+    ("near_trained_null", "of X, held-out pictures"),
+)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -66,6 +75,7 @@ class Study:
         lines: what is measured.
         panels: what is drawn.
         anchors: points of real pictures, drawn as dotted lines.
+        columns: of the page's table: of the csv, and what they are called.
         digits: measured with the demo's digits in place of photographs.
     """
 
@@ -76,6 +86,7 @@ class Study:
     lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
     anchors: tuple[Point, ...] = ()
+    columns: tuple[tuple[str, str], ...] = QUALITY
     digits: bool = False
 
     def points(self) -> list[Point]:
@@ -227,6 +238,7 @@ STUDIES = (
             Panel(FID, "X of animals, D in training", "", ("fit: in-domain D",), bars=True),
             Panel(RECALL, "X of animals, D in training", "", ("fit: in-domain D",), bars=True),
         ),
+        columns=(*QUALITY, ("share_judged", "judged a vehicle")),
     ),
     Study(
         "i",
@@ -259,6 +271,7 @@ STUDIES = (
             Panel(("near_trained", "near-duplicates of X (share)"), "D and X", "",
                   ("D and X",), bars=True),
         ),
+        columns=COPYING,
     ),
     Study(
         "b",
