@@ -214,12 +214,12 @@ KILLED = """
 import os, sys
 sys.path.insert(0, {paper!r})
 import trainings
-class Killing(trainings.Clock):
-    def look(self, moment):
-        super().look(moment)
-        if moment.done == 3:
-            os._exit(9)
-trainings.Clock = Killing
+look = trainings.Clock.look
+def looks_and_dies(self, moment):
+    look(self, moment)
+    if moment.done == 3:
+        os._exit(9)
+trainings.Clock.look = looks_and_dies
 from run import main
 main(["train", "--scale", "toy", "--runs", {folder!r}, "--trainings", "rdm", "--threads", "1"])
 """

@@ -27,6 +27,7 @@ from retrodiff.evaluation import (
     neighbor_echo,
     precision_recall,
 )
+from retrodiff.interfaces import Query
 from retrodiff.precision import best_precision
 from retrodiff.retrieval import NearestNeighbors, NeighborCounts, TopM, Uniform, neighbor_table
 
@@ -186,7 +187,8 @@ class Points:
         key = (*key, point.database, training.k)
         if key not in self._kept:
             query = self.trainer.query(training)
-            table = neighbor_table(query, database, training.k, NearestNeighbors())
+            retriever = self.trainer.retriever(training)
+            table = neighbor_table(query, database, training.k, retriever)
             self._kept[key] = table
         counts = NeighborCounts.from_table(self._kept[key], database)
         if point.proposal == "p_D":
@@ -279,8 +281,6 @@ class Points:
             phi = self.trainer.phi(training)
             query = self.embeddings.conditions(phi, "held_out")[half:][: len(null)]
             database = self.database(training, point.database)
-            from retrodiff.interfaces import Query
-
             near = neighbor_table(Query(query), database, rows.shape[1], NearestNeighbors())
             if point.database != "trained with":
                 own = self._rows(point.database)

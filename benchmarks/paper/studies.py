@@ -258,7 +258,7 @@ STUDIES = (
                 "same": Point("rdm own", copies=True),
                 "same, own row\nexcluded": Point("rdm own excluded", copies=True),
                 "no D (LDM)": replace(LDM, copies=True),
-                "real": Point(ROUND_TRIP, copies=True),
+                "X itself,\nround trip": Point(ROUND_TRIP, copies=True),
             }),
         ),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from retrodiff.diffusion import (
     Rescaled,
     Unconditional,
 )
-from retrodiff.interfaces import Query
+from retrodiff.interfaces import Query, Retriever
 from retrodiff.model import Model
 from retrodiff.networks.principal import PrincipalPatches
 from retrodiff.networks.unet import UNet
@@ -154,7 +155,7 @@ class Clock:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Goes on from there."""
-        self.seconds = state["seconds"].clone()
+        self.seconds = state.get("seconds", self.seconds).clone()
 
 
 @dataclass
@@ -260,8 +261,7 @@ class Trainer:
         if not training.retrieval:
             return TrainingSet.alone(x.images[rows])
         query, database = self.query(training), self.database(training)
-        retriever = ExcludeSelf(NearestNeighbors()) if training.exclude else NearestNeighbors()
-        table = neighbor_table(query, database, MOST, retriever)
+        table = neighbor_table(query, database, MOST, self.retriever(training))
         return TrainingSet(x.images[rows], query.embedding, table, database)
 
     def query(self, training: Training) -> Query:
@@ -269,6 +269,10 @@ class Trainer:
         rows = self.embeddings.photographs.trained.rows(training.classes)
         values = self.embeddings.conditions(self.phi(training), "trained")[rows]
         return Query(values, ids=rows if training.database == "trained" else None)
+
+    def retriever(self, training: Training) -> Retriever:
+        """Which rows are a training picture's neighbors."""
+        return ExcludeSelf(NearestNeighbors()) if training.exclude else NearestNeighbors()
 
     def database(self, training: Training) -> Any:
         """D as it was trained with."""
@@ -287,7 +291,7 @@ class Trainer:
         if self._first_stage is None:
             images = self.embeddings.photographs.trained.images[:2000] / 127.5 - 1
             self._first_stage = PrincipalPatches.fit(images, patch=4, components=16)
-        return self._first_stage
+        return copy.deepcopy(self._first_stage)  # a model that is moved takes it along
 
     def _width(self, training: Training) -> int:
         return self.embeddings.conditions(self.phi(training), "database").shape[1]
