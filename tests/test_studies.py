@@ -290,13 +290,16 @@ def test_a_page_shows_what_is_measured_and_says_what_is_not(paper, tmp_path):
     ]  # fmt: skip
     paper["tables"].write_csv(tmp_path / f"{a.name}.csv", rows)
     write = paper["report"].write_tables
-    write(page, (a, f), tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"{a.name}.png").touch()
+    write(page, (a, f), tmp_path, tmp_path / "images")
     once = page.read_text()
     assert "| LDM, 10 steps | 2 | 1.5 ± 0.71 | 0.5 ± 0.1 | 0.25 |" in once
     assert "7 samples against 9" in once
+    assert f"![{a.title}](images/{a.name}.png)" in once
     assert once.count("Not measured yet.") == 1
     assert "\nmine\n" in once
-    write(page, (a, f), tmp_path)
+    write(page, (a, f), tmp_path, tmp_path / "images")
     assert page.read_text() == once
 
 

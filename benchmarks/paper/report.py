@@ -18,12 +18,22 @@ Rows = Sequence[Mapping[str, Any]]
 NOTHING = "Not measured yet."
 
 
-def write_tables(page: Path, studies: Sequence[Study], tables: Path) -> None:
-    """Replaces what stands between ``<!-- study:a -->`` and ``<!-- /study -->``, and so on."""
+def write_tables(page: Path, studies: Sequence[Study], tables: Path, pictures: Path) -> None:
+    """Replaces what stands between ``<!-- study:a -->`` and ``<!-- /study -->``, and so on.
+
+    Args:
+        page: Markdown.
+        studies: whose tables are written.
+        tables: where the csv files are.
+        pictures: where the plots are, in a folder beside the page; those that are there are shown.
+    """
     text = page.read_text("utf-8")
     for study in studies:
         rows = read_csv(tables / f"{study.name}.csv")
         made = _digits(rows) if study.digits else _table(study, rows)
+        picture = pictures / f"{study.name}.png"
+        if rows and picture.exists():
+            made = f"![{study.title}]({picture.relative_to(page.parent).as_posix()})\n\n{made}"
         marks = re.compile(rf"(<!-- study:{study.letter} -->\n).*?(<!-- /study -->)", re.DOTALL)
         text = marks.sub(lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", text)
     with atomic_write(page) as partial:

@@ -119,7 +119,7 @@ def show(studies: list[Study], options: argparse.Namespace) -> None:
     """Draws, and writes the page's tables where the figures are the page's."""
     plot(studies, options.tables, options.pictures)
     if options.page is not None:
-        write_tables(options.page, studies, options.tables)
+        write_tables(options.page, studies, options.tables, options.pictures)
 
 
 def say(text: str) -> None:
@@ -150,10 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path)
     options = parser.parse_args(arguments)
     small = options.scale == "small"
+    own = small and options.tables is None and options.pictures is None
+    options.page = ROOT / "docs" / "findings.md" if own else None
     options.tables = options.tables or (
         ROOT / "benchmarks" / "results" / "paper" if small else options.runs / options.scale
     )
-    options.page = ROOT / "docs" / "findings.md" if small else None
     options.pictures = options.pictures or (
         ROOT / "docs" / "images" / "paper" if small else options.runs / options.scale
     )
