@@ -185,4 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as stopped:  # also SIGTERM, while a network is trained
+        raise SystemExit(f"stopped; the same command continues. {stopped}") from None
