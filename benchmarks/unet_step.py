@@ -126,6 +126,11 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
         "diffusers, channels last": last(nhwc),
         "retrodiff": lambda: unet(x, t, prepared),
     }
+    if arguments.bfloat16:
+        narrow = copy.deepcopy(unet).bfloat16()
+        with torch.no_grad():
+            half = narrow.prepare(both)
+        steps["retrodiff, bfloat16"] = lambda: narrow(x, t, half)
     if arguments.compile:
         compiled = torch.compile(unet)
         steps["diffusers, compiled"] = opponent(torch.compile(twin))
@@ -154,11 +159,18 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
     return steps
 
 
+def features() -> str:
+    """What the processor multiplies fast."""
+    bf16 = ", bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{bf16}"
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the width, half the size")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
+    parser.add_argument("--bfloat16", action="store_true", help="ours in bfloat16, too")
     parser.add_argument("--no-parts", dest="parts", action="store_false", help="totals only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
@@ -197,10 +209,22 @@ def main() -> None:
         ratio = own / medians[name]
         rows.append({"against": name, "ratio": ratio, "bound": bound, "holds": ratio <= bound})
         print(f"against {name}: {ratio:.3f} (bound {bound})")
+    if arguments.bfloat16:
+        ratio = medians["retrodiff, bfloat16"] / ours
+        rows.append(
+            {
+                "against": "retrodiff, in bfloat16",
+                "ratio": ratio,
+                "bound": 0.7,
+                "holds": ratio <= 0.7,
+            }
+        )
+        print(f"bfloat16 over float32 of ours: {ratio:.3f} (bound 0.7)")
     if arguments.out:
         about = {
-            "device": machine, "torch": torch.__version__, "dtype": "float32",
-            "date": datetime.date.today().isoformat(), "batch": arguments.batch, "k": arguments.k,
+            "device": machine, "features": features(), "torch": torch.__version__,
+            "dtype": "float32", "date": datetime.date.today().isoformat(),
+            "batch": arguments.batch, "k": arguments.k,
         }  # fmt: skip
         write_json(arguments.out, {**about, "seconds": medians, "errors": errors, "rows": rows})
     if arguments.json:

@@ -161,7 +161,7 @@ def _activated(h: Tensor) -> Tensor:
 
 
 def _sum(h: Tensor, more: Tensor) -> Tensor:
-    """h + more, in the memory of h, which nothing else needs, where no gradient is wanted."""
+    """The sum, in the memory of h, which nothing else needs, where no gradient is wanted."""
     if torch.is_grad_enabled() or h.dtype != more.dtype:
         return h + more
     return h.add_(more)
