@@ -338,11 +338,14 @@ def pictures_of(
         prefetch_factor=each,
         collate_fn=_packed,
     )
-    places = iter(numbers)
-    for packs, pictures in loader:
-        chunks.tell(sum(pack.nbytes for pack in packs) // len(pictures))
-        for read in pictures:
-            yield next(places), read if isinstance(read, str) else _unpacked(read, packs)
+
+    def arriving() -> Iterator[list[Row] | str]:
+        for packs, pictures in loader:
+            chunks.tell(sum(pack.nbytes for pack in packs) // len(pictures))
+            for read in pictures:
+                yield read if isinstance(read, str) else _unpacked(read, packs)
+
+    yield from zip(numbers, arriving(), strict=True)
 
 
 class _Pictures(torch.utils.data.Dataset[Any]):
@@ -369,8 +372,9 @@ class _Chunks(torch.utils.data.Sampler[Any]):
     def __iter__(self) -> Iterator[list[int]]:
         at = 0
         while at < self.n:
-            yield list(range(at, min(at + self._size, self.n)))
-            at += self._size
+            end = min(at + self._size, self.n)  # the size may change before the next run
+            yield list(range(at, end))
+            at = end
 
     def tell(self, size: int) -> None:
         """Says how many bytes a picture took."""
