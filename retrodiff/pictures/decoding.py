@@ -191,12 +191,8 @@ def _decoded(image: Any) -> Tensor:
     scale = _scale(image)
     rows = max(STRIP // w, 1)
     for y in range(0, h, rows):
-        strip = image if rows >= h else image.crop((0, y, w, min(y + rows, h)))
-        if image.mode == "RGB" and "transparency" not in image.info:
-            for channel, values in zip(place, strip.split(), strict=True):
-                channel[y : y + rows] = np.asarray(values)
-        else:
-            place[:, y : y + rows] = np.moveaxis(_rgb(strip, scale), -1, 0)
+        strip = image.crop((0, y, w, min(y + rows, h)))
+        place[:, y : y + rows] = np.moveaxis(_rgb(strip, scale), -1, 0)
     return torch.from_numpy(upright)
 
 
