@@ -136,6 +136,11 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
             steps["diffusers, compiled"] = opponent(torch.compile(twin))
             steps["diffusers, channels last, compiled"] = last(torch.compile(nhwc))
     steps["retrodiff"] = lambda: unet(x, t, prepared)
+    if arguments.bfloat16:
+        narrow = copy.deepcopy(unet).bfloat16()
+        with torch.no_grad():
+            half = narrow.prepare(both)
+        steps["retrodiff, bfloat16"] = lambda: narrow(x, t, half)
     if arguments.compile:
         compiled = torch.compile(unet)
         steps["retrodiff, compiled"] = lambda: compiled(x, t, prepared)
@@ -162,12 +167,19 @@ def variants(arguments: argparse.Namespace) -> dict[str, Step]:
     return steps
 
 
+def features() -> str:
+    """What the processor multiplies fast."""
+    bf16 = ", bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{bf16}"
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the width, half the size")
     parser.add_argument("--tiny", action="store_true", help="does it run: says nothing")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
+    parser.add_argument("--bfloat16", action="store_true", help="ours in bfloat16, too")
     parser.add_argument("--no-parts", dest="parts", action="store_false", help="totals only")
     parser.add_argument("--alone", action="store_true", help="without diffusers: no ratios")
     parser.add_argument("--device", default="cpu")
@@ -220,9 +232,20 @@ def main() -> None:
         holds = None if bound is None else ratio <= bound
         rows.append({"against": name, "ratio": ratio, "bound": bound, "holds": holds})
         print(f"against {name}: {ratio:.3f} (bound {bound})")
+    if arguments.bfloat16:
+        ratio = medians["retrodiff, bfloat16"] / ours
+        rows.append(
+            {
+                "against": "retrodiff, in bfloat16",
+                "ratio": ratio,
+                "bound": 0.7,
+                "holds": ratio <= 0.7,
+            }
+        )
+        print(f"bfloat16 over float32 of ours: {ratio:.3f} (bound 0.7)")
     if arguments.out:
         about = {
-            "device": machine, "torch": torch.__version__, "dtype": arguments.dtype,
+            "device": machine, "features": features(), "torch": torch.__version__, "dtype": arguments.dtype,
             "date": datetime.date.today().isoformat(), "batch": arguments.batch, "k": arguments.k,
         }  # fmt: skip
         write_json(arguments.out, {**about, "seconds": medians, "errors": errors, "rows": rows})

@@ -109,11 +109,17 @@ def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
         return
     else:
         yield value
-        held = [v for k, v in getattr(value, "__dict__", {}).items() if k not in _WEIGHTS]
+        attributes = getattr(value, "__dict__", {}).items()
+        held = [v for k, v in attributes if k not in _WEIGHTS and not _empty(v)]
         if dataclasses.is_dataclass(value):
             held += [getattr(value, f.name) for f in dataclasses.fields(value)]
     for one in held:
         yield from _inside(one, seen, depth + 1)
+
+
+def _empty(value: Any) -> bool:
+    """Whether a value holds nothing: most attributes of a torch module are empty hooks."""
+    return value is None or (isinstance(value, (dict, list, tuple, set)) and not value)
 
 
 _WEIGHTS = ("_parameters", "_buffers", "__objclass__")

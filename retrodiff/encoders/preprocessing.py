@@ -32,6 +32,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NARROWEST = 100
 """How many times longer than the other one side may be where the short side sets the size."""
 
+LARGE = 2**20
+"""Bytes of images from which their channels are resized one after the other."""
+
 Size = int | tuple[int, int]
 """A side, or height and width."""
 
@@ -159,7 +162,7 @@ class Normalize:
         images = to_float(images)
         mean = images.new_tensor(self.mean).view(-1, 1, 1)
         std = images.new_tensor(self.std).view(-1, 1, 1)
-        return (images * 0.5 + 0.5 - mean) / std
+        return (images * 0.5).add_(0.5).sub_(mean).div_(std)
 
 
 _STEPS: dict[str, type[Any]] = {
@@ -328,7 +331,8 @@ def _resize(
                 part = part.clamp(-1, 1) if clamp else part
         return part
 
-    if images.dtype == torch.uint8 and images.shape[-2:] != torch.Size(steps[-1]):
+    changes = images.shape[-2:] != torch.Size(steps[-1])
+    if images.dtype == torch.uint8 and images.numel() > LARGE and changes:
         # Channel by channel: floats take four times the memory.
         return torch.cat([resized(channel) for channel in images.split(1, 1)], 1)
     return resized(images)

@@ -55,11 +55,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Maps x (b, c, h, w) and the activated time embedding (b, t) to (b, out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(_activated(self.norm1(x)))
         if self.time is not None and time is not None:
-            h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.skip is None else self.skip(x))
+            h = _sum(h, self.time(time)[:, :, None, None])
+        h = self.conv2(self.dropout(_activated(self.norm2(h))))
+        return _sum(h, x if self.skip is None else self.skip(x))
 
 
 class Downsample(nn.Module):
@@ -91,12 +91,25 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, c, 2h, 2w)."""
-        if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= FOLD_FROM:
-            kernel = folded(self.conv.weight)
-            return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def prepare(self, positions: int) -> Tensor | None:
+        """The kernel that `forward` folds for an x of so many positions; None: it folds none."""
+        if self.conv.weight.device.type != "cpu" or positions < FOLD_FROM:
+            return None
+        return folded(self.conv.weight)
+
+    def forward(self, x: Tensor, kernel: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) -> (b, c, 2h, 2w).
+
+        Args:
+            x: (b, c, h, w).
+            kernel: what `prepare` returned, of the weights as they are now; None: made here.
+        """
+        positions = x.shape[2] * x.shape[3]
+        if positions < FOLD_FROM or x.device.type != "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        kernel = self.prepare(positions) if kernel is None else kernel
+        assert kernel is not None
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 def folded(kernel: Tensor) -> Tensor:
@@ -140,6 +153,18 @@ def check_channels(channels: int, groups: int = GROUPS) -> None:
             f"channels={channels} is not a multiple of {groups}, the groups of every norm: choose "
             "one that is"
         )
+
+
+def _activated(h: Tensor) -> Tensor:
+    """SiLU of a tensor that nothing else needs, in its own memory where no gradient is wanted."""
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+def _sum(h: Tensor, more: Tensor) -> Tensor:
+    """The sum, in the memory of h, which nothing else needs, where no gradient is wanted."""
+    if torch.is_grad_enabled() or h.dtype != more.dtype:
+        return h + more
+    return h.add_(more)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

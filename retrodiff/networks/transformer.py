@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.attention import NeighborAttention
 from retrodiff.networks.blocks import GROUPS, zeroed
+from retrodiff.networks.linear import Linear
 from retrodiff.networks.normalization import GroupNorm
 
 
@@ -32,20 +32,20 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.to_out = nn.Linear(width, width)
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(width, width, bias=False)
+        self.to_v = Linear(width, width, bias=False)
+        self.to_out = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)."""
         y = self.norm(x)
         q, k, v = (
-            rearrange(project(y), "b n (heads e) -> b heads n e", heads=self.heads)
+            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.to_out(rearrange(h, "b heads n e -> b n (heads e)"))
+        h = F.scaled_dot_product_attention(q, k, v)  # (b, heads, n, e)
+        return x + self.to_out(h.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -58,13 +58,15 @@ class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 8 * width)
-        self.reduce = nn.Linear(4 * width, width)
+        self.expand = Linear(width, 8 * width)
+        self.reduce = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)."""
         h, gate = self.expand(self.norm(x)).chunk(2, dim=-1)
-        return x + self.reduce(h * F.gelu(gate))
+        gate = F.gelu(gate)
+        # Where no gradient is wanted, the memory that is at hand is taken again.
+        return x + self.reduce(h * gate if torch.is_grad_enabled() else gate.mul_(h))
 
 
 class TransformerBlock(nn.Module):
@@ -129,19 +131,19 @@ class SpatialTransformer(nn.Module):
             )
         heads = channels // channels_per_head if heads is None else heads
         self.norm = GroupNorm(GROUPS, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.blocks = nn.ModuleList(
             [TransformerBlock(channels, context_width, heads) for _ in range(depth)]
         )
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.proj_out = zeroed(Linear(channels, channels))
 
     def forward(self, x: Tensor, prepared: Sequence[Any], rows: int) -> Tensor:
         """(b, c, h, w), one prepared context per block, rows of the context -> (rows, c, h, w)."""
         height, width = x.shape[-2:]
-        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (b, h w, c)
         for block, mine in zip(self.blocks, prepared, strict=True):
             h = block(h, mine, rows, (height, width))
-        h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+        h = self.proj_out(h).transpose(1, 2).unflatten(2, (height, width))
         return repeated(x, len(h)) + h
 
     def cross_attentions(self) -> list[NeighborAttention]:

@@ -42,11 +42,13 @@ class PreparedContext:
         layers: one entry for each cross-attention, in the order of the forward pass.
         rows: b of the context.
         vector: (b, v), joins the timestep embedding.
+        kernels: of the steps up in resolution, where a context for many evaluations has them.
     """
 
     layers: tuple[Any, ...]
     rows: int
     vector: Tensor | None = None
+    kernels: tuple[Tensor | None, ...] = ()
 
 
 class UNet(Placed):
@@ -229,7 +231,8 @@ class UNet(Placed):
         else:
             tokens = join_streams(Context({}) if context is None else context, self.widths)
         if tokens is None:
-            return PreparedContext((), 0 if vector is None else len(vector), vector)
+            rows = 0 if vector is None else len(vector)
+            return PreparedContext((), rows, vector, self._kernels(steps))
         values = tokens.values
         if autocast_dtype(values.device) is None:
             tokens = replace(tokens, values=values.to(self.dtype))
@@ -238,7 +241,7 @@ class UNet(Placed):
             for transformer, factor in self._transformers()
             for block in transformer.cross_attentions()
         )
-        return PreparedContext(layers, len(values), vector)
+        return PreparedContext(layers, len(values), vector, self._kernels(steps))
 
     def forward(
         self,
@@ -296,12 +299,25 @@ class UNet(Placed):
                 skips.append(h)
         for stage in _all(self.middle, Stage):
             h = run(stage, h)
+        kernels = iter(prepared.kernels)
         for level in _all(self.up, Level):
             for stage in _all(level.stages, Stage):
                 h = run(stage, torch.cat([h, repeated(skips.pop(), len(h))], 1))
             if level.resize is not None:
-                h = level.resize(h)
+                h = level.resize(h, next(kernels, None))
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype).contiguous()
+
+    def _kernels(self, steps: int | None) -> tuple[Tensor | None, ...]:
+        """What the steps up in resolution prepare, unless it would be used once or be trained."""
+        if steps == 1 or torch.is_grad_enabled():
+            return ()
+        last = len(self.multipliers) - 1
+        resizers = (level.resize for level in _all(self.up, Level))
+        return tuple(
+            resize.prepare((self.size >> (last - i)) ** 2)
+            for i, resize in enumerate(resizers)
+            if isinstance(resize, Upsample)
+        )
 
     def _transformers(self) -> Iterator[tuple[SpatialTransformer, int]]:
         """Every transformer and its downsampling factor, in the order of the forward pass."""
