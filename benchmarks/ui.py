@@ -30,7 +30,7 @@ from torch import Tensor
 
 from retrodiff.databases import ArrayDatabase, Searchable
 from retrodiff.ui import Question, Shelf, Shelves, Studio, shown
-from retrodiff.ui.opening import opened
+from retrodiff.ui.starting import opened
 
 WORDS = (
     "smiling face", "cat face", "clock", "purple heart", "sunglasses", "tree", "dog face",

@@ -245,8 +245,9 @@ def main() -> None:
         print(f"bfloat16 over float32 of ours: {ratio:.3f} (bound 0.7)")
     if arguments.out:
         about = {
-            "device": machine, "features": features(), "torch": torch.__version__, "dtype": arguments.dtype,
-            "date": datetime.date.today().isoformat(), "batch": arguments.batch, "k": arguments.k,
+            "device": machine, "features": features(), "torch": torch.__version__,
+            "dtype": arguments.dtype, "date": datetime.date.today().isoformat(),
+            "batch": arguments.batch, "k": arguments.k,
         }  # fmt: skip
         write_json(arguments.out, {**about, "seconds": medians, "errors": errors, "rows": rows})
     if arguments.json:

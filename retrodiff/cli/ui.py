@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Opens, loads, serves."""
     from retrodiff.serving.launching import is_loopback
-    from retrodiff.ui.opening import opened
+    from retrodiff.ui.starting import opened
     from retrodiff.ui.web import check_gradio, serve_page
 
     check_gradio()

@@ -38,7 +38,7 @@ class NeighborPatches(Wrapper):
         size: h = w of the latents.
         grid: cells along each side; it divides ``size``.
 
-    Example:
+    Examples:
         >>> from retrodiff.diffusion import NeighborPatches, PromptAndNeighbors
         >>> NeighborPatches(PromptAndNeighbors("unit"), channels=16, size=8, grid=4).widths(192)
         {'query': 272, 'neighbors': 272, 'patches': 272}

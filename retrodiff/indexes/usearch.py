@@ -79,7 +79,8 @@ class USearch:
             from usearch.index import Index as Graph
         except ImportError as error:
             raise ValueError(
-                "usearch is not installed: pip install 'retrodiff[indexes]', or use the index Exact()"
+                "usearch is not installed: pip install 'retrodiff[indexes]', or use "
+                "the index Exact()"
             ) from error
         return Graph(
             ndim=dim,
