@@ -59,7 +59,7 @@ def small_pictures(data: Path, encoder: Any) -> Any:
         ParquetImages(data / "database.parquet"),
         encoder,
         thumbnails=64,
-        thumbnail_quality=80,
+        thumbnail_quality=65,
         overwrite=True,
         progress=False,
     )
@@ -79,7 +79,7 @@ def unseen(data: Path, out: Path, encoder: Any) -> None:
         file = Path(folder) / "held_out.parquet"
         pq.write_table(table, file)
         build_database(
-            out, ParquetImages(file), encoder, thumbnails=64, thumbnail_quality=80, progress=False
+            out, ParquetImages(file), encoder, thumbnails=64, thumbnail_quality=65, progress=False
         )
 
 

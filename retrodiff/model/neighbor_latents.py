@@ -1,6 +1,7 @@
 """The neighbors' pictures in the first stage of a model, for conditioners that see them."""
 
-# pyright: strict
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         ).then(**search)
         near.select(on_mark, marks, marks, **direct).then(**search)
         drop.upload(on_picture, None, [picture, drop, message], **direct).success(**search)
-        runs = [
+        runs: list[Any] = [
             sample.click(page.sample, **sampling),
             prompt.submit(page.sample, **sampling),
             again.click(next_seed, [seed, n], seed, **direct).then(page.sample, **sampling),

@@ -266,10 +266,10 @@ class Studio:
                 yield Forming(value.images, steps, steps, value)
                 return
             part = value.images()
-            if images is None:
-                images = part.new_ones(question.n, *part.shape[1:])
-            images[value.rows] = part
-            yield Forming(images.clone(), value.step, value.steps)
+            shown = part.new_ones(question.n, *part.shape[1:]) if images is None else images.clone()
+            shown[value.rows] = part
+            images = shown
+            yield Forming(shown, value.step, value.steps)
 
     # --- helpers ---------------------------------------------------------------------------------
 

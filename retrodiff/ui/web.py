@@ -146,11 +146,12 @@ def page_application(studio: Studio, examples: Sequence[str] = (), about: str = 
     check_gradio()
     import gradio as gr
     from fastapi import FastAPI
+    from gradio import themes
 
     from retrodiff.ui.layout import SCRIPT, STYLE, build
 
     blocks = build(studio, examples, about)
-    theme = gr.themes.Default(
+    theme = themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
