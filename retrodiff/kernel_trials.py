@@ -29,7 +29,14 @@ _on = os.environ.get(VARIABLE, "1") != "0"
 
 
 class KernelWarning(UserWarning):
-    """A kernel was found wrong, or could not be checked, and plain PyTorch takes its place."""
+    """A kernel was found wrong, or could not be checked, and plain PyTorch takes its place.
+
+    Examples:
+        >>> import warnings
+        >>> from retrodiff.attention import KernelWarning
+        >>> warnings.simplefilter("error", KernelWarning)  # stop instead
+        >>> warnings.simplefilter("default", KernelWarning)
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

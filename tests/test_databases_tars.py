@@ -25,7 +25,10 @@ IMAGES = pictures(9)
 
 def encoded(i: int, kind: str = "PNG") -> bytes:
     out = io.BytesIO()
-    Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()).save(out, kind)
+    image = Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy())
+    if kind == "ICO":  # Pillow below 13 leaves smaller ones out of the file
+        image = image.resize((16, 16))
+    image.save(out, kind)
     return out.getvalue()
 
 

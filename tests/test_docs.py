@@ -31,7 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_COMMANDS = {"docs/getting_started.md", "docs/tutorials/train_on_a_folder.md"}
 # Python blocks that are run, and those below a "not executed" mark, over all pages. Every block
 # that needs no download, account or cluster is run.
-RUN, NOT_RUN = 85, 24
+RUN, NOT_RUN = 85, 25
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*).*\n(?P<body>[\s\S]*?)^(?P=indent)```", re.M
 )

@@ -16,7 +16,7 @@ def paper():
     """The modules of the studies by name."""
     import importlib
 
-    names = ("scale", "photographs", "embeddings", "trainings", "points", "studies", "tables",
+    names = ("scale", "photographs", "embeddings", "training_table", "points", "studies", "tables",
              "text_modes", "drawing", "report", "run")  # fmt: skip
     sys.path.insert(0, str(PAPER))
     pytest.importorskip("matplotlib")
@@ -36,11 +36,11 @@ def test_there_are_nine_studies_and_each_training_serves_one(paper):
     assert sorted(study.letter for study in studies) == list("abcdefghi")
     assert len({study.name for study in studies}) == 9
     used = {name for study in studies for name in study.trainings()}
-    assert used == set(paper["trainings"].TRAININGS)
+    assert used == set(paper["training_table"].TRAININGS)
 
 
 def test_the_claim_on_parameters_has_two_seeds(paper):
-    trainings = paper["trainings"].TRAININGS
+    trainings = paper["training_table"].TRAININGS
     (study,) = [s for s in paper["studies"].STUDIES if s.letter == "a"]
     seeds = {trainings[name].seed for name in study.trainings()}
     assert seeds == {0, 1}
@@ -67,7 +67,7 @@ def test_points_that_are_asked_differently_have_names_of_their_own(paper):
 def test_trainings_that_differ_only_in_retrieval_have_the_same_network_otherwise(paper, toy):
     trainer = toy.trainer
     parameters = {
-        name: sum(p.numel() for p in trainer.fresh(paper["trainings"].TRAININGS[name])
+        name: sum(p.numel() for p in trainer.fresh(paper["training_table"].TRAININGS[name])
                   .denoiser.parameters())
         for name in ("rdm", "ldm", "rdm half", "rdm quarter")
     }  # fmt: skip
@@ -139,14 +139,14 @@ def test_crops_are_squares_of_their_pictures(paper):
 def test_no_picture_is_its_own_neighbor_where_own_rows_are_excluded(paper, toy):
     own = torch.arange(toy.scale.trained)
     for name, excluded in (("rdm own", False), ("rdm own excluded", True)):
-        data = toy.trainer.data(paper["trainings"].TRAININGS[name])
+        data = toy.trainer.data(paper["training_table"].TRAININGS[name])
         itself = (data.table == own[:, None]).any(1)
         assert bool(itself.any()) is not excluded
         assert excluded or bool(itself.all())
 
 
 def test_a_smaller_and_a_swapped_database_hold_the_rows_they_are_named_after(paper, toy):
-    training = paper["trainings"].TRAININGS["rdm"]
+    training = paper["training_table"].TRAININGS["rdm"]
     labels = toy.trainer.embeddings.photographs.database.labels
     vehicles = toy.points.database(training, "vehicles")
     numbers = torch.tensor([r["number"] for r in vehicles.records(torch.arange(len(vehicles)))])
@@ -213,7 +213,7 @@ def test_a_toy_run_trains_measures_writes_and_draws(paper, tmp_path, monkeypatch
 KILLED = """
 import os, sys
 sys.path.insert(0, {paper!r})
-import trainings
+import training_table as trainings
 look = trainings.Clock.look
 def looks_and_dies(self, moment):
     look(self, moment)

@@ -13,7 +13,7 @@ from embeddings import Embeddings
 from photographs import CLASSES, enlarged, numbers
 from scale import Scale
 from torch import Tensor
-from trainings import TRAININGS, Trainer, Training, moments
+from training_table import TRAININGS, Trainer, Training, moments
 
 from retrodiff.disk.files import atomic_write, write_json
 from retrodiff.disk.tensors import map_file, write_hashed_tensors

@@ -34,7 +34,7 @@ from studies import STUDIES, Study
 from tables import read_csv, rows_of, write_csv
 from text_modes import rows as digit_rows
 from text_modes import train as train_digits
-from trainings import TRAININGS, Trainer, needed
+from training_table import TRAININGS, Trainer, needed
 
 ROOT = Path(__file__).parents[2]
 

@@ -231,7 +231,9 @@ class Measured:
         images, encoder = self.sets.images[rows], self.model.encoder
         assert encoder is not None
         records = [self.sets.rows[i] for i in rows.tolist()]
-        return ArrayDatabase(encoder.encode_image(images), encoder.fingerprint, records=records)
+        return ArrayDatabase(
+            encoder.encode_image(images), encoder.fingerprint, records=records, images=images
+        )
 
     def concepts(self) -> dict[str, Any]:
         """Shares whose asked concept is among the five nearest, and of real pictures."""

@@ -38,6 +38,9 @@ class NeighborPatches(Wrapper):
         size: h = w of the latents.
         grid: cells along each side; it divides ``size``.
 
+    Raises:
+        ValueError: ``size`` cannot be cut into ``grid`` cells.
+
     Examples:
         >>> from retrodiff.diffusion import NeighborPatches, PromptAndNeighbors
         >>> NeighborPatches(PromptAndNeighbors("unit"), channels=16, size=8, grid=4).widths(192)

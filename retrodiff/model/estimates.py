@@ -22,6 +22,13 @@ class Estimate:
         steps: to be made in all.
         latents: (b, c, h, w), the clean estimate of these images.
         generator: makes images of latents.
+
+    Examples:
+        >>> def tell(estimate):
+        ...     print(f"{estimate.step} of {estimate.steps}: {len(estimate.rows)} images")
+        >>> model.sample(prompts=["a bell"], on_step=tell)  # doctest: +SKIP
+        1 of 16: 1 images
+        ...
     """
 
     rows: list[int]

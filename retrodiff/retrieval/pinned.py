@@ -30,9 +30,14 @@ class Pinned(Retriever):
     Raises:
         ValueError: a row is named twice, or is no row number.
 
-    Example:
-        >>> retriever = Pinned(NearestNeighbors(), rows=(12,), without=(7, 8))
-        >>> model.replace(retriever=retriever).sample(prompts=["a bell"])
+    Examples:
+        >>> import torch
+        >>> from retrodiff import Query
+        >>> from retrodiff.retrieval import NearestNeighbors, Pinned
+        >>> from retrodiff.testing import small_database
+        >>> retriever = Pinned(NearestNeighbors(), rows=(5,), without=(2, 3))
+        >>> retriever.retrieve(Query(torch.randn(1, 8)), small_database(), 3).indices[0, 0].item()
+        5
     """
 
     retriever: Retriever

@@ -29,6 +29,12 @@ class Question:
         n: images.
         pinned: rows of the chosen databases that are always taken.
         dropped: rows that never are.
+
+    Examples:
+        >>> from retrodiff.ui import Question
+        >>> asked = Question(prompt="a bell", names=("noto",), where="license == 'CC0'", n=2)
+        >>> asked.mode
+        'text+neighbors'
     """
 
     prompt: str = ""

@@ -23,6 +23,13 @@ class Shelf:
         name: unlike all others.
         database: its rows.
         chosen: whether it is among those that are asked at first.
+
+    Examples:
+        >>> from retrodiff.testing import small_database
+        >>> from retrodiff.ui import Shelf
+        >>> database = small_database()
+        >>> Shelf("art", database).label == f"art ({len(database)})"
+        True
     """
 
     name: str
@@ -44,6 +51,13 @@ class Shelves:
 
     Raises:
         ValueError: there is none, two have one name, or their encoders differ.
+
+    Examples:
+        >>> from retrodiff.testing import small_database
+        >>> from retrodiff.ui import Shelf, Shelves
+        >>> art, photos = Shelf("art", small_database()), Shelf("photos", small_database(), False)
+        >>> Shelves([art, photos]).first
+        ('art',)
     """
 
     def __init__(self, shelves: Sequence[Shelf], whole: Searchable | None = None):

@@ -59,6 +59,12 @@ class Neighborhood:
             draws rows of its own.
         further: the next nearest rows.
         note: one line that the visitor should know; empty: none.
+
+    Examples:
+        >>> from retrodiff.testing import small_database
+        >>> from retrodiff.ui import Neighborhood
+        >>> Neighborhood(small_database(), None, None, note="the filter leaves no row").note
+        'the filter leaves no row'
     """
 
     database: Searchable
@@ -76,6 +82,13 @@ class Forming:
         step: steps made.
         steps: to be made in all.
         done: the finished ones; None: they are not.
+
+    Examples:
+        >>> import torch
+        >>> from retrodiff.ui import Forming
+        >>> forming = Forming(torch.zeros(4, 3, 64, 64), step=3, steps=16)
+        >>> forming.done is None
+        True
     """
 
     images: Tensor
@@ -99,9 +112,11 @@ class Studio:
     Raises:
         ValueError: the databases were not made with the model's encoder.
 
-    Example:
-        >>> studio = Studio(model, Shelves([Shelf("art", art)]), "my model")
-        >>> for forming in studio.samples(Question(prompt="a bell", names=("art",))):
+    Examples:
+        >>> from retrodiff.ui import Question, Shelf, Shelves, Studio
+        >>> studio = Studio(model, Shelves([Shelf("art", art)]), "my model")  # doctest: +SKIP
+        >>> asked = Question(prompt="a bell", names=("art",))
+        >>> for forming in studio.samples(asked):  # doctest: +SKIP
         ...     print(forming.step)
     """
 

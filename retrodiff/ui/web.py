@@ -90,10 +90,9 @@ def shown(
         ImportError: Gradio is missing.
         OSError: the port is taken.
 
-    Example:
-        >>> with shown(studio) as address:
+    Examples:
+        >>> with shown(studio) as address:  # doctest: +SKIP
         ...     print(address)
-        http://127.0.0.1:43210
     """
     application = page_application(studio, examples, about)
     server = web_server(application, studio.limits, host)
