@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import re
@@ -49,6 +50,14 @@ def studio():
     model = small_recipe(encoder, art).proposal(Uniform()).build()
     shelves = Shelves([Shelf("art", art), Shelf("photos", photos, chosen=False)])
     return Studio(model, shelves, "small", replace(LIMITS, upload=10**6))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """What Gradio and Playwright leave open is collected here, not in another file's tests."""
+    yield
+    for _ in range(3):
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
