@@ -134,10 +134,10 @@ def test_importing_everything_loads_no_heavy_package():
 
 
 def test_import_costs_little_more_than_torch():
-    """The bound is 0.3 s; the least of five, since a busy machine is slow at everything."""
+    """The bound is 0.3 s; the median of three, since a busy machine is slow at everything."""
     code = (
         "import time; import torch; start = time.process_time()\n"
         "import retrodiff, retrodiff.presets\n"
         "print(time.process_time() - start)"
     )
-    assert min(float(run(code)) for _ in range(5)) <= 0.3
+    assert sorted(float(run(code)) for _ in range(3))[1] <= 0.3

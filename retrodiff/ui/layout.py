@@ -311,6 +311,11 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         def on_picture(event: gr.EventData) -> tuple[Any, Any, str]:
             return page.picture(event._data)
 
+        def after_picture(told: str, *given: Any) -> tuple[Any, Any, Any, Marks]:
+            near, near_other, message, marks = page.search(*given)
+            refused = 'role="alert"' in told  # why stays to be read
+            return near, near_other, told if refused else message, marks
+
         def on_chip(event: gr.EventData) -> tuple[str, None, str]:
             return str(event._data.get("prompt", ""))[: limits.text], None, drop_html()
 
@@ -323,8 +328,9 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             return int(seed or 0) + int(n or 1)
 
         blocks.load(**search)
-        # The last letter counts: what is typed while a search runs is searched for after it.
-        prompt.input(**search, trigger_mode="always_last")
+        # The last letter counts: what is typed while a search runs is searched for after it. Not
+        # ``input``, which Gradio does not tell of text that was pasted.
+        prompt.change(**search, trigger_mode="always_last")
         settings: list[Any] = [names, shares, where, mode, k, seed, other, other_where]
         for part in settings:
             part.change(**search, trigger_mode="always_last")
@@ -332,7 +338,9 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             on_compare, [compare, names], [beside, near_other, made_other, other], **direct
         ).then(**search)
         near.select(on_mark, marks, marks, **direct).then(**search)
-        drop.upload(on_picture, None, [picture, drop, message], **direct).success(**search)
+        drop.upload(on_picture, None, [picture, drop, message], **direct).success(
+            after_picture, [message, *inputs], found, **direct
+        )
         runs: list[Any] = [
             sample.click(page.sample, **sampling),
             prompt.submit(page.sample, **sampling),
