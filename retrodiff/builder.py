@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from torch import nn
 
@@ -204,13 +204,16 @@ class Builder:
             arguments: of that function.
 
         Raises:
+            TypeError: it has no such argument.
             ValueError: it is no function, or returns something else.
         """
         if not callable(preset):
             raise ValueError(
                 f"a preset is a function, not {preset!r}: from_preset(presets.rdm_small, ...)"
             )
-        made = getattr(preset, "recipe", preset)(**arguments)
+        recipe = getattr(preset, "recipe", preset)
+        _refuse_unknown(recipe, arguments)
+        made = recipe(**arguments)
         if isinstance(made, Model):
             return cls.from_model(made)
         if not isinstance(made, Builder):
@@ -229,11 +232,48 @@ def preset(recipe: Callable[P, Builder]) -> Callable[P, Model]:
 
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> Model:
+        _refuse_unknown(recipe, kwargs)
         return recipe(*args, **kwargs).build()
 
     build.recipe = recipe  # type: ignore[attr-defined]
     build.__annotations__ = {**recipe.__annotations__, "return": "Model"}
     return build
+
+
+def preset_arguments(preset: Callable[..., Any]) -> dict[str, str]:
+    """Names of a preset's arguments, and their types in words; those of ``Unpack[...]`` one by one.
+
+    Args:
+        preset: a function of `retrodiff.presets`, or your own.
+    """
+    recipe = getattr(preset, "recipe", preset)
+    parameters = inspect.signature(recipe).parameters.values()
+    named = {p.name: str(p.annotation) for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return named | _unpacked(recipe)
+
+
+def _unpacked(recipe: Callable[..., Any]) -> dict[str, str]:
+    """Arguments that come in as ``**options: Unpack[Options]``; none where they may be any."""
+    for parameter in inspect.signature(recipe).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            hint = parameter.annotation
+            if isinstance(hint, str):  # annotations are postponed in the recipe's module
+                words = hint.removeprefix("Unpack[").removesuffix("]")
+                options = inspect.unwrap(recipe).__globals__.get(words)
+            else:
+                options = next(iter(get_args(hint)), None)
+            hints = getattr(options, "__annotations__", {})
+            return {name: str(getattr(h, "__forward_arg__", h)) for name, h in hints.items()}
+    return {}
+
+
+def _refuse_unknown(recipe: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """One line for an argument that ``**options`` would swallow; Python refuses all others."""
+    known = preset_arguments(recipe)
+    if _unpacked(recipe) and (unknown := sorted(set(given) - set(known))):
+        raise TypeError(
+            f"{recipe.__name__} has no argument {', '.join(unknown)}: it takes {', '.join(known)}"
+        )
 
 
 def _networks(component: Any) -> list[nn.Module]:

@@ -703,6 +703,8 @@ def test_files_that_moved(folder, tmp_path):
 def test_contact_sheet(database):
     found = database.search(Query(database.embeddings(torch.tensor([4, 9]))), 3)
     records = tuple(tuple(database.records(row)) for row in found.indices)
+    with pytest.raises(ValueError, match=r"no records: .*database\.records"):
+        captions_of(found)
     captions = captions_of(replace(found, records=records))
     assert captions[0][0] == "1.000\nf4.png"
     shown = [[database.image(i) for i in row] for row in found.indices.tolist()]

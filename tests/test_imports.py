@@ -18,7 +18,6 @@ LAYERS = [
     {"checkpoints"},
     {"model"},
     {"builder"},
-    {"relatives"},
     {"training", "presets", "evaluation", "bridges"},
     {"demo", "serving"},
     {"ui"},

@@ -212,6 +212,22 @@ def test_an_unknown_argument_is_named(tiny):
     assert (repr(model.sampler), model.guidance.scale, model.k) == ("PLMS()", 3.0, 2)
 
 
+@pytest.mark.parametrize("through", [lambda f, **x: f(**x), Builder.from_preset])
+def test_no_preset_swallows_an_unknown_argument(through):
+    for name in presets.__all__:
+        with pytest.raises(TypeError, match=r"sizes"):
+            through(getattr(presets, name), sizes=8)
+    with pytest.raises(TypeError, match="ldm has no argument size: it takes encoder, latent"):
+        through(presets.ldm, size=8)
+
+
+def test_a_preset_of_ones_own_may_take_any_argument():
+    def mine(**options: object) -> Builder:
+        return Builder.from_preset(presets.ldm, channels=options["width"])
+
+    assert Builder.from_preset(mine, width=64).build() is not None
+
+
 def test_the_papers_preset_fits_on_a_page():
     lines = inspect.getsource(presets.rdm_imagenet.recipe).splitlines()
     assert len(lines) <= 40

@@ -8,7 +8,8 @@ import pytest
 import torch
 from parts import HashingEncoder
 
-from retrodiff import presets, relatives
+from retrodiff import presets
+from retrodiff.presets import relatives
 from retrodiff.builder import Builder
 from retrodiff.databases import ArrayDatabase
 from retrodiff.diffusion import (

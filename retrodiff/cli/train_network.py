@@ -119,16 +119,9 @@ def _parameters(preset: str) -> Mapping[str, inspect.Parameter]:
 
 def arguments_of(preset: Callable[..., Any]) -> dict[str, str]:
     """Arguments of a preset that can be said in plain values, with their types in words."""
-    from retrodiff import presets
+    from retrodiff.builder import preset_arguments
 
-    found: dict[str, str] = {}
-    recipe = getattr(preset, "recipe", preset)
-    for name, parameter in inspect.signature(recipe).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            hints = {n: getattr(h, "__forward_arg__", h) for n, h in _hints(presets.Chosen)}
-            found |= {n: str(hint) for n, hint in hints.items()}
-        else:
-            found[name] = str(parameter.annotation)
+    found = preset_arguments(preset)
     return {n: hint for n, hint in found.items() if n not in PARTS and PLAIN.search(hint)}
 
 
@@ -208,7 +201,3 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{file} holds no arguments by name, such as `channels: 96`")
     return value
-
-
-def _hints(chosen: Any) -> list[tuple[str, Any]]:
-    return list(chosen.__annotations__.items())

@@ -42,7 +42,15 @@ def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
     Args:
         neighbors: with records.
         side: of a cell, in pixels; longer names are cut.
+
+    Raises:
+        ValueError: the neighbors have no records.
     """
+    if not neighbors.records and len(neighbors.similarity):
+        raise ValueError(
+            "these neighbors have no records: give replace(neighbors, records=...) those of "
+            "database.records(row), a tuple for each query"
+        )
     return [
         [_caption(record, float(s), side) for record, s in zip(row, similarity, strict=True)]
         for row, similarity in zip(neighbors.records, neighbors.similarity, strict=True)
