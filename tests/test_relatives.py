@@ -9,13 +9,14 @@ import torch
 from parts import HashingEncoder
 
 from retrodiff import presets
-from retrodiff.presets import relatives
 from retrodiff.builder import Builder
 from retrodiff.databases import ArrayDatabase
 from retrodiff.diffusion import (
+    ClassifierFree,
     DiffusionPrior,
     Dropped,
     EDMDenoiser,
+    Mixture,
     Noised,
     QueryAndNeighbors,
     QueryOnly,
@@ -27,6 +28,7 @@ from retrodiff.encoders import ClassNames
 from retrodiff.interfaces import Neighbors, Query, Randomness, unit
 from retrodiff.model import Model
 from retrodiff.networks.dit import DiT
+from retrodiff.presets import relatives
 from retrodiff.retrieval import (
     ExcludeSelf,
     Instances,
@@ -106,6 +108,13 @@ def test_streams_of_different_widths_are_refused(encoder):
 
 
 # --- latent diffusion ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [ClassifierFree(3.0), Mixture({"cond": 3.0})])
+def test_guidance_of_a_model_without_conditions_changes_nothing(guidance):
+    model = alive(presets.ldm())
+    guided = model.sample(n=2, steps=2, seed=0, guidance=guidance).images
+    assert torch.equal(guided, model.sample(n=2, steps=2, seed=0).images)
 
 
 def test_the_baseline_retrieves_nothing(pictures):

@@ -6,7 +6,7 @@ branches have in common (x itself) is handed over once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -70,10 +70,10 @@ class ClassifierFree(Guidance):
         """One network call per step on both branches at once."""
         if self.scale == 1:
             return Unguided().guide(denoiser, branches)
-        prepared = denoiser.prepare(Context.cat([branches["cond"], branches["null"]]))
+        both = _together(denoiser, [branches["cond"], branches["null"]])
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            cond, null = denoiser.denoise(x, sigma, prepared).chunk(2)
+            cond, null = both(x, sigma)
             return null + self.scale * (cond - null)
 
         return denoise
@@ -118,17 +118,32 @@ class Mixture(Guidance):
         # The whole condition comes first, where attribution looks for it.
         names = sorted(self.weights, key=lambda name: name != "cond")
         parts = [_branch(name, branches) for name in names]
-        prepared = denoiser.prepare(Context.cat([*parts, branches["null"]]))
+        together = _together(denoiser, [*parts, branches["null"]])
         weights = [self.weights[name] for name in names]
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            *each, null = denoiser.denoise(x, sigma, prepared).chunk(len(weights) + 1)
+            *each, null = together(x, sigma)
             out = null
             for weight, one in zip(weights, each, strict=True):
                 out = out + weight * (one - null)
             return out
 
         return denoise
+
+
+def _together(
+    denoiser: Denoiser, parts: Sequence[Context]
+) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """The estimate of each branch, from one network call per step."""
+    joined = Context.cat(parts)
+    prepared, n = denoiser.prepare(joined), len(parts)
+
+    def estimates(x: Tensor, sigma: Tensor) -> list[Tensor]:
+        found = denoiser.denoise(x, sigma, prepared)
+        # A model without conditions has one branch only, which is all of them.
+        return list(found.chunk(n)) if len(joined) else [found] * n
+
+    return estimates
 
 
 def _branch(name: str, branches: Mapping[str, Context]) -> Context:
