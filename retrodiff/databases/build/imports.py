@@ -47,7 +47,7 @@ class Rows(Protocol):
 
 
 class Part(NamedTuple):
-    """Some rows.
+    """Rows to import: embeddings and their records.
 
     Attributes:
         embeddings: (n, d), an array or something that reads a slice of rows when it is asked.
