@@ -258,7 +258,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             with gr.Row():
                 where = gr.Textbox(
                     label="Filter",
-                    info=f"Only rows that meet a condition on {columns}",
+                    info=f"Only rows that meet a condition on {columns}; Enter applies it",
                     placeholder="license == 'MIT'",
                     max_lines=1,
                     elem_id="rd-where",
@@ -330,9 +330,12 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
         blocks.load(**search)
         # One event for all parts, so that an older search never overwrites a newer one: what is
         # changed while a search runs is searched for after it. Not ``input``, which Gradio does
-        # not tell of text that was pasted.
-        asking: list[Any] = [prompt, names, shares, where, mode, k, seed, other, other_where]
-        gr.on([part.change for part in asking], **search, trigger_mode="always_last")
+        # not tell of text that was pasted. Conditions are read when they are whole, not with every
+        # letter: half of one is an error.
+        asking: list[Any] = [part.change for part in (prompt, names, mode, k, seed, other)]
+        for part in (shares, where, other_where):
+            asking += [part.submit, part.blur]
+        gr.on(asking, **search, trigger_mode="always_last")
         compare.change(
             on_compare, [compare, names], [beside, near_other, made_other, other], **direct
         ).then(**search)
