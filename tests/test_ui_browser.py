@@ -189,16 +189,31 @@ def test_databases_are_swapped_and_compared(visit):
 
 def test_what_does_not_fit_is_said_in_a_line(visit):
     visit.settings()
-    visit.page.locator("#rd-where :is(textarea, input)").fill("colour == 'red'")
-    visit.page.locator("#rd-where :is(textarea, input)").blur()
+    where = visit.page.locator("#rd-where :is(textarea, input)")
+    where.press_sequentially("colour ==", delay=20)
+    visit.page.wait_for_timeout(500)
     alert = visit.page.get_by_role("alert")
+    expect(alert).to_have_count(0)  # half a condition is not complained of
+    where.fill("colour == 'red'")
+    where.blur()
     expect(alert).to_contain_text("unknown column 'colour'; columns: file, license, number")
     assert "Traceback" not in visit.page.content()
     assert "\n" not in alert.inner_text().strip()
-    visit.page.locator("#rd-where :is(textarea, input)").fill("license == 'MIT'")
+    expect(alert).to_be_in_viewport()  # though the neighbors that it stands above are not
+    where.fill("license == 'MIT'")
+    where.press("Enter")
     expect(alert).to_have_count(0)
     expect(visit.page.locator("#rd-near .rd-license").first).to_have_text("MIT")
     expect(visit.page.get_by_text("CC0", exact=True)).to_have_count(0)
+
+
+def test_without_a_prompt_the_page_says_what_to_do(visit):
+    visit.page.locator("#rd-names").get_by_label("photos").check()  # an older search
+    visit.page.get_by_label("Prompt").fill("")
+    expect(visit.page.locator("#rd-near")).to_contain_text("Type a prompt, or give a picture")
+    expect(visit.cards).to_have_count(0)
+    visit.page.get_by_role("button", name="Sample", exact=True).click()
+    expect(visit.page.get_by_role("alert")).to_contain_text("write a prompt, or give a picture")
 
 
 def test_a_picture_is_asked_with(visit):
@@ -247,15 +262,41 @@ def test_the_keyboard_is_enough(visit):
     expect(visit.page.locator("#rd-where")).to_be_visible()
 
 
+# Things to press that are lower or narrower than 24 pixels; what is in a label is pressed by it.
+SMALL = """() => [...document.querySelectorAll("button, a, label, summary")].filter((part) => {
+  const { width, height } = part.getBoundingClientRect();
+  return width && height && (width < 24 || height < 24) && part.checkVisibility();
+}).map((part) => part.innerText)"""
+
+
 def test_a_phone_needs_no_scrolling_sideways(place):
-    visit = Visit(place, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visit = Visit(place, viewport={"width": 360, "height": 800}, is_mobile=True, has_touch=True)
+    assert visit.cards.first.bounding_box()["y"] < 740  # neighbors begin on the first screen
+    visit.page.get_by_role("button", name="Sample", exact=True).tap()
+    expect(visit.page.locator("#rd-made h2")).to_be_in_viewport()  # one is taken to the samples
+    expect(visit.page.locator("#rd-made .rd-links")).to_have_count(4)
     visit.settings()
-    visit.sampled()
-    wide = visit.page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 360
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
     first, second = (visit.samples.nth(i).bounding_box() for i in (0, 1))
-    assert first["width"] >= 160
+    assert first["width"] >= 150
     assert second["x"] + second["width"] <= 360
+    assert second["y"] == first["y"]
+    assert visit.page.evaluate(SMALL) == []
+    visit.samples.first.locator(".rd-by").first.tap()
+    expect(visit.samples.first.locator(".rd-heat")).to_have_class("rd-heat on")
+    visit.page.close()
+
+
+def test_a_phone_compares_side_by_side(place):
+    visit = Visit(place, viewport={"width": 360, "height": 800}, is_mobile=True, has_touch=True)
+    visit.page.get_by_label("Compare with others").check()
+    expect(visit.page.locator("#rd-near-other .rd-card")).to_have_count(12)
+    visit.sampled()
+    expect(visit.page.locator("#rd-made-other .rd-links")).to_have_count(4)
+    other = visit.page.locator("#rd-made-other .rd-sample").first.bounding_box()
+    own = visit.samples.first.bounding_box()
+    assert own["x"] + own["width"] <= other["x"]
+    assert other["x"] + other["width"] <= 360
     visit.page.close()
 
 

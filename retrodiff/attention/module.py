@@ -38,7 +38,7 @@ Prepared = AttentionTables | KeysValues | OneNeighbor
 
 
 class NeighborAttention(nn.Module):
-    """x + to_out(attention(norm(x), neighbors)).
+    """Attention from positions to neighbors: x + to_out(attention(norm(x), neighbors)).
 
     Holds weights and hyper-parameters, no cache: what a sampling run computes once is returned by
     `prepare`, and whoever runs the steps holds it.

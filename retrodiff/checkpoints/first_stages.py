@@ -81,7 +81,7 @@ def save_autoencoder(
 
 
 def load_autoencoder(folder: str | Path) -> Autoencoder:
-    """The first stage in a folder that `save_autoencoder` wrote, or that of a saved model.
+    """The first stage in a folder written by `save_autoencoder`, or that of a saved model.
 
     Args:
         folder: of either.

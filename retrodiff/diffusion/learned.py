@@ -88,7 +88,7 @@ class VectorTokens(nn.Module, Wrapper):
     Args:
         conditioner: what gives the vector, such as `QueryVector`.
         dim: width of an embedding, the encoder's ``dim``.
-        tokens: how many.
+        tokens: number of tokens.
         width: of each.
         stream: its name.
 

@@ -177,7 +177,8 @@ class LinearFlow(Schedule):
 
     Args:
         t_max: first time; below 1, where sigma is infinite.
-        shift: > 1 spends more steps at high noise (Esser et al. 2024, eq. 23); 1 leaves t as it is.
+        shift: above 1 spends more steps at high noise (Esser et al. 2024, eq. 23); 1 leaves t
+            as it is.
 
     Examples:
         >>> from retrodiff.diffusion import LinearFlow

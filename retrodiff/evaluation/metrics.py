@@ -28,8 +28,8 @@ class Score:
     Args:
         name: of the metric, with its settings.
         value: the number.
-        generated: how many generated images.
-        reference: how many reference images; 0: the metric has no reference.
+        generated: number of generated images.
+        reference: number of reference images; 0: the metric has no reference.
         better: ``lower`` or ``higher``.
         spread: standard deviation over random choices of the metric, or standard error of a mean.
         note: what to keep in mind when reading it.

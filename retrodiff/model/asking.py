@@ -50,8 +50,8 @@ class Part:
 
     Args:
         rows: their numbers.
-        query: theirs.
-        neighbors: theirs.
+        query: queries of the images.
+        neighbors: neighbors of the images.
         context: what conditions them.
         null: the condition of the unconditional branch.
         others: the conditions that other databases give, by name.

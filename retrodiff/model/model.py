@@ -326,7 +326,7 @@ class Model(Saved, Placed):
         Args:
             images: (b, c, h, w) in [-1, 1].
             query: the images' own embeddings.
-            neighbors: theirs.
+            neighbors: neighbors of the images.
             generator: of conditioning dropout, noise levels and noise, in that order.
             drop: apply conditioning dropout.
             chosen: ``sigma`` (b,) and ``noise`` (b, c, h, w) of a diffusion model, where they are

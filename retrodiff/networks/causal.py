@@ -153,7 +153,7 @@ class CausalTransformer(Placed):
             context: of b rows, or of a whole multiple of b: the branches of guidance.
 
         Returns:
-            (rows of the context, i + 1, vocabulary): place j has the logits of code j.
+            Logits (rows of the context, i + 1, vocabulary); place j has those of code j.
 
         Raises:
             ValueError: codes and network, or codes and context, do not fit.

@@ -108,7 +108,7 @@ def rdm_pictograms(
     k: int = 4,
     pretrained: bool = False,
 ) -> Builder:
-    """Pictograms of 64x64 pixels: what to draw and in which style is what the database says.
+    """The shipped model: draws pictograms of 64x64 pixels from neighbors in its database.
 
     A UNet of 3.6 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
     preconditioning; prompt and neighbors as two streams of tokens, their means beside the timestep,

@@ -37,11 +37,11 @@ from retrodiff.training.reading import Reading
 
 @dataclass(frozen=True, repr=False)
 class TrainingSet:
-    """X with its neighbors in D, found once before training. Make one with `of`.
+    """Training images with their neighbors in a database, found once. Make one with `of`.
 
     Args:
         images: n images; a tensor (n, c, h, w), uint8 or floats in [-1, 1], will do.
-        embeddings: theirs (n, d), raw scale; or (n, r, d) for r regions.
+        embeddings: of the images, (n, d), raw scale; or (n, r, d) for r regions.
         table: row numbers of their neighbors (n, k), or (n, r, k).
         database: D.
         pairing: which image is drawn from whose condition; None: each from its own.

@@ -27,7 +27,7 @@ DRAWN = 1 << 16
 
 @dataclass(frozen=True)
 class Held:
-    """One measurement.
+    """One measurement of the held-out loss.
 
     Args:
         done: steps done.
@@ -193,7 +193,7 @@ def noise_levels(model: Model, levels: int) -> tuple[float, ...]:
 
     Args:
         model: of any kind; one without noise levels has none.
-        levels: how many.
+        levels: number of noise levels.
     """
     draw = getattr(model.denoiser, "draw_sigmas", None)
     if model.generator is not None or draw is None:

@@ -91,11 +91,11 @@ def neighbors_html(
             mark = "pinned" if row in pinned else "used" if used else "further"
             parts.append(_card(row, similarity, record, uri, mark, marks))
     used = 0 if found.used is None else found.used.k
-    said = found.note or (f"The first {used} condition every picture." if used > 1 else "")
+    said = found.note or (f"The first {used} are used for every picture." if used > 1 else "")
     if used == 1:
-        said = found.note or "The first one conditions every picture."
+        said = found.note or "The first one is used for every picture."
     if found.used is not None and not used:
-        said = said or "The prompt alone is used in this mode; these are near to it."
+        said = said or "Only the prompt is used in this mode; these are near to it."
     if not parts and not said:
         said = "Type a prompt, or give a picture: its neighbors appear here."
     back = ""
@@ -132,7 +132,7 @@ def _card(row: int, similarity: float, record: Record, uri: str, mark: str, mark
         f'<span class="rd-name" title="{_text(name)}">{_text(name)}</span>'
         f'<span class="rd-file" title="{_text(about)}">{_text(file if file != name else "")}</span>'
         f'<span class="rd-similar" title="similarity (cosine)"><i style="width:{width}%"></i>'
-        f"<b>{similarity:.2f}</b></span>"
+        f"<b>similarity {similarity:.2f}</b></span>"
         f'<span class="rd-license" title="{_text(credit or license)}">{_text(license)}</span>'
         f"{buttons}</li>"
     )
@@ -185,7 +185,7 @@ def samples_html(
         )
     hint = ""
     if forming.done is not None and forming.done.attribution is not None:
-        hint = "<p>Point at a neighbor below a sample to see what it painted.</p>"
+        hint = "<p>Point at or tap a neighbor below a sample to see what it painted.</p>"
     return (
         f'<section class="rd-samples"><div class="rd-head"><h2>{_text(title)}</h2>{hint}{state}'
         f'{every}</div><ul class="rd-grid">{"".join(items)}</ul></section>'

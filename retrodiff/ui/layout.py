@@ -30,7 +30,7 @@ MODES = {
     "text+neighbors": "prompt and neighbors",
     "neighbors": "neighbors only",
     "text": "prompt only",
-    "unconditional": "nothing: rows are drawn",
+    "unconditional": "random rows, no prompt",
 }
 """What the page calls the modes."""
 
@@ -211,7 +211,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             prompt = gr.Textbox(
                 value=examples[0] if examples else "",
                 label="Prompt",
-                placeholder="What is to be drawn?",
+                placeholder="What should be drawn?",
                 max_lines=1,
                 scale=6,
                 min_width=220,
@@ -220,7 +220,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                 elem_id="rd-prompt",
             )
             sample = gr.Button(
-                "Sample", variant="primary", size="lg", scale=2, min_width=140, elem_id="rd-sample"
+                "Sample", variant="primary", size="lg", scale=1, min_width=140, elem_id="rd-sample"
             )
             again = gr.Button("Next seed", size="lg", scale=1, min_width=90, elem_id="rd-again")
             stop = gr.Button("Stop", size="lg", scale=1, min_width=90, elem_id="rd-stop")
@@ -234,18 +234,18 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                 choices, value=first, label="Databases", elem_id="rd-names", scale=5, min_width=260
             )
             compare = gr.Checkbox(
-                label="Compare with others, same seed",
+                label="Compare with others",
                 container=False,
                 elem_id="rd-compare",
                 scale=2,
                 min_width=200,
             )
-        with gr.Row(visible=False) as beside:
+        with gr.Row(visible=False, elem_classes="rd-shelves") as beside:
             other = gr.CheckboxGroup(
                 choices, value=others, label="Compared with", elem_id="rd-other", scale=3
             )
             other_where = gr.Textbox(
-                label="Filter of these", max_lines=1, elem_id="rd-other-where", scale=2
+                label="Filter for these", max_lines=1, elem_id="rd-other-where", scale=2
             )
         message = gr.HTML(message_html(), elem_id="rd-message")
         with gr.Row(elem_classes="rd-sides"):
@@ -258,7 +258,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             with gr.Row():
                 where = gr.Textbox(
                     label="Filter",
-                    info=f"A condition on {columns}",
+                    info=f"Only rows that meet a condition on {columns}; Enter applies it",
                     placeholder="license == 'MIT'",
                     max_lines=1,
                     elem_id="rd-where",
@@ -269,10 +269,10 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
                     placeholder="3, 1",
                     max_lines=1,
                 )
-            mode = gr.Radio(modes, value=studio.modes[0], label="What conditions a picture")
+            mode = gr.Radio(modes, value=studio.modes[0], label="What guides the picture")
             with gr.Row():
                 most = min(limits.k, LARGEST_K)
-                k = gr.Slider(0, most, model.k, step=1, label="k, prompt and neighbors")
+                k = gr.Slider(0, most, model.k, step=1, label="k: prompt and neighbors together")
                 n = gr.Slider(1, limits.samples, 4, step=1, label="Samples")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="rd-seed")
             with gr.Row():
@@ -328,12 +328,14 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
             return int(seed or 0) + int(n or 1)
 
         blocks.load(**search)
-        # The last letter counts: what is typed while a search runs is searched for after it. Not
-        # ``input``, which Gradio does not tell of text that was pasted.
-        prompt.change(**search, trigger_mode="always_last")
-        settings: list[Any] = [names, shares, where, mode, k, seed, other, other_where]
-        for part in settings:
-            part.change(**search, trigger_mode="always_last")
+        # One event for all parts, so that an older search never overwrites a newer one: what is
+        # changed while a search runs is searched for after it. Not ``input``, which Gradio does
+        # not tell of text that was pasted. Conditions are read when they are whole, not with every
+        # letter: half of one is an error.
+        asking: list[Any] = [part.change for part in (prompt, names, mode, k, seed, other)]
+        for part in (shares, where, other_where):
+            asking += [part.submit, part.blur]
+        gr.on(asking, **search, trigger_mode="always_last")
         compare.change(
             on_compare, [compare, names], [beside, near_other, made_other, other], **direct
         ).then(**search)
@@ -355,7 +357,7 @@ def build(studio: Studio, examples: Sequence[str] = (), about: str = "") -> Any:
 
 def head_html(about: str) -> str:
     """Name and sentence."""
-    said = about or "Type, and see what the database knows; press Sample, and see it painted."
+    said = about or "Type to search the database; press Sample to draw from what was found."
     return f'<header class="rd-title"><h1>retrodiff</h1><p>{printable(said)}</p></header>'
 
 
@@ -379,13 +381,14 @@ def drop_html(shown: str = "") -> str:
         )
     return (
         '<label class="rd-drop"><input type="file" accept="image/*">'
-        "<span>Or drop a picture here, or <u>choose one</u></span></label>"
+        "<span>Or ask with a picture: "
+        '<span class="rd-mouse">drop it here or </span><u>choose one</u></span></label>'
     )
 
 
 def empty_html() -> str:
     """What stands where samples will be."""
-    return '<p class="rd-empty">Press <b>Sample</b>, or Enter: pictures form here.</p>'
+    return '<p class="rd-empty">Press <b>Sample</b> or Enter, and pictures form here.</p>'
 
 
 def _js(part: str) -> str:
@@ -404,7 +407,8 @@ def _beside(question: Question, names: Sequence[str], where: str) -> Question:
 
 def _title(what: str, question: Question, compare: bool) -> str:
     if not compare:
-        return what
+        asked = what == "Samples" and question.mode != "unconditional" and question.picture is None
+        return f"{what} of “{question.prompt.strip()}”" if asked else what
     where = f" where {question.where.strip()}" if question.where.strip() else ""
     return f"{what}: {', '.join(question.names)}{where}"
 

@@ -64,6 +64,13 @@ window.retrodiff = {
     }
   },
 };
-for (const kind of ["mouseover", "focusin", "click"]) {
+// Where neighbors and samples lie below the screen, as on a phone, whoever asks for pictures is taken there.
+function follow() {
+  const near = document.querySelector("#rd-near");
+  if (document.querySelector("#rd-made").getBoundingClientRect().top > innerHeight - 200) near.scrollIntoView();
+}
+document.addEventListener("click", (event) => event.target.closest?.("#rd-sample, #rd-again, [data-prompt]") && follow());
+document.addEventListener("keydown", (event) => event.key === "Enter" && event.target.closest?.("#rd-prompt") && follow());
+for (const kind of ["pointerover", "focusin", "click"]) {
   document.addEventListener(kind, (event) => window.retrodiff.light(event.target));
 }

@@ -32,7 +32,7 @@ EXAMPLES = (
 )
 """Prompts that the pictograms answer well."""
 
-ABOUT = "One small network; the databases say what it draws, and in which style."
+ABOUT = "Type to find pictures in the databases; a small network draws new ones from them."
 
 
 def opened(

@@ -47,9 +47,9 @@ class Rows(Protocol):
 
 
 class Part(NamedTuple):
-    """Some rows.
+    """Rows to import: embeddings and their records.
 
-    Args:
+    Attributes:
         embeddings: (n, d), an array or something that reads a slice of rows when it is asked.
         records: n mappings, a pyarrow table of n rows, or ``(first, end) -> table``; None: the
             records are the numbers of the rows.

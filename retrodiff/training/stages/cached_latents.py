@@ -152,7 +152,7 @@ def encode_latents(
 
 
 def open_latents(path: str | Path, images: Images | Any | None = None) -> CachedLatents:
-    """Latents from a file that `encode_latents` wrote.
+    """Latents from a file written by `encode_latents`.
 
     Args:
         path: of the file.
