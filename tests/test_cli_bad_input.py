@@ -128,7 +128,7 @@ TABLE = [
     ("database search lib.rdb --encoder enc", "--text or --image"),
     (SEARCH.replace("library/0.png", "no.png"), "--image no.png: "),
     (SEARCH.replace("library/0.png", "notes.txt"), "--image notes.txt: "),
-    (f"{SEARCH} --where file=='none'", "no row of lib.rdb meets --where"),
+    (f"{SEARCH} --where file=='none'", "no row of lib.rdb meets the condition of --where"),
     ("database index lib.rdb annoy:trees=x", "trees"),
     ("database index lib.rdb annoy:trees=0", "trees"),
     ("database index lib.rdb usearch:rerank=-1", "rerank"),

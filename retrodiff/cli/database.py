@@ -405,7 +405,7 @@ def _search(options: argparse.Namespace) -> int:
         parts.append(encoder.encode_image(queries[-1][None]))
     if not len(database):
         raise ValueError(
-            f"no row of {options.database} meets --where {options.where}: change the condition"
+            f"no row of {options.database} meets the condition of --where: change it"
             if options.where
             else f"{options.database} has no rows: append pictures to it"
         )
