@@ -3,6 +3,7 @@
 import argparse
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +89,23 @@ def test_search_shows_what_was_found(built, encoder, photos, tmp_path, capsys):
     only.append("--overwrite")
     assert run("search", built, "--encoder", encoder, *only) == 0
     assert "animals/" not in capsys.readouterr().out
+
+
+def test_a_small_database_is_shown_whole_and_names_are_not_cut(
+    encoder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("few").mkdir()
+    names = [f"a rather long name of a picture, number {i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (40, 30), (80 * i, 20, 90)).save(tmp_path / "few" / name)
+    assert run("build", "few", "few.rdb", "--encoder", encoder) == 0
+    capsys.readouterr()
+    assert run("search", "few.rdb", "--encoder", encoder, "--text", "a cat") == 0
+    told = capsys.readouterr().out
+    assert all(told.count(name) == 1 for name in names)
+    with pytest.raises(ValueError, match="k=4"):
+        run("search", "few.rdb", "--encoder", encoder, "--text", "a cat", "-k", 4)
 
 
 def test_a_second_search_keeps_the_first_sheet(built, encoder, tmp_path, monkeypatch):
@@ -222,7 +240,7 @@ def test_refusals(words, message, photos, built, encoder):
 
 def test_search_refuses_another_encoder_and_one_without_text(built, photos, tmp_path):
     timm = ["--encoder", "timm:resnet10t", "--no-pretrained"]
-    with pytest.raises(ValueError, match="dim=512 against dim=32"):
+    with pytest.raises(ValueError, match=r"dim=512 against dim=32: give the encoder .*\(clip:"):
         run("search", built, "--text", "a", *timm)
     run("build", photos, tmp_path / "t", *timm)
     with pytest.raises(ValueError, match="no text tower"):

@@ -707,6 +707,9 @@ def test_contact_sheet(database):
         captions_of(found)
     captions = captions_of(replace(found, records=records))
     assert captions[0][0] == "1.000\nf4.png"
+    titled = tuple(tuple({"title": "a red apple on a table"} for _ in row) for row in records)
+    first = captions_of(replace(found, records=titled), side=60)[0][0]
+    assert first == "1.000\na red app…"  # its beginning; of a file the end is kept
     shown = [[database.image(i) for i in row] for row in found.indices.tolist()]
     sheet = np.asarray(contact_sheet([database.image(4), "a prompt"], shown, captions, side=64))
     # The query and its nearest neighbor are the same picture, side by side.

@@ -40,6 +40,7 @@ from retrodiff.checkpoints.sharded import load_shards, save_sharded
 from retrodiff.checkpoints.state import fill, not_finite, own_state
 from retrodiff.components import modules
 from retrodiff.disk.files import check_free, place, plain_json, write_folder, write_json
+from retrodiff.disk.shipped import SHIPPED
 from retrodiff.disk.untrusted import inside, read_json
 from retrodiff.encoders.fingerprint import difference
 from retrodiff.interfaces import Encoder, Fingerprint, member
@@ -158,6 +159,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{shown} is a diffusers pipeline and no saved model: hand it to a preset, "
             "presets.rdm_768(checkpoint=...), or to load_diffusers"
+        )
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{shown} does not exist: give the folder of a saved model, or the name of one with a "
+            f"package ({', '.join(SHIPPED)})"
         )
     if not file.is_file():
         raise FileNotFoundError(f"{shown} has no model.json: it is not a saved model")

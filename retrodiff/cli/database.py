@@ -29,7 +29,6 @@ from retrodiff.databases import (
     open_database,
     open_parts,
     open_source,
-    read_image,
 )
 from retrodiff.databases.build.ingest import ENGINES
 from retrodiff.databases.sources.folders import Source
@@ -40,8 +39,15 @@ from retrodiff.disk.shipped import shipped
 from retrodiff.encoders import encoder_from_string
 from retrodiff.indexes import build_automatic, recipe_from_string
 from retrodiff.interfaces import Fingerprint, Query
+from retrodiff.pictures import to_image
 from retrodiff.pictures.thumbnails import to_float
 from retrodiff.retrieval.known_words import warning_of_strange
+
+NEIGHBORS = 8
+"""How many a search shows where --k is not given."""
+
+WHOLE = 100_000
+"""Pixels for a caption in a terminal: names are not cut."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -120,7 +126,12 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument(
         "--image", type=types.path, action="append", default=[], help="a file; may be repeated"
     )
-    search.add_argument("-k", "--k", type=types.count, default=8, help="neighbors per query")
+    search.add_argument(
+        "-k",
+        "--k",
+        type=types.count,
+        help=f"neighbors per query; if not given: {NEIGHBORS}, or all of fewer rows",
+    )
     search.add_argument("--index", help="a saved index, or exact; chosen by the rows if not given")
     search.add_argument("--where", help="condition on the columns")
     search.add_argument(
@@ -169,7 +180,8 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
 
 def _encoder_options(
     parser: argparse.ArgumentParser,
-    help: str = "open_clip:NAME:TAG, timm:NAME, or a folder with an encoder of your own",
+    help: str = "open_clip:NAME:TAG, timm:NAME, pictograms (that of the shipped model), or a "
+    "folder with an encoder of your own",
     required: bool = True,
 ) -> None:
     parser.add_argument("--encoder", required=required, help=help)
@@ -378,7 +390,10 @@ def _search(options: argparse.Namespace) -> int:
         options.encoder = options.database
     encoder = _encoder(options)
     if (what := encoder.fingerprint.disagreement(database.fingerprint)) is not None:
-        raise ValueError(f"--encoder and {options.database} disagree: {what}")
+        raise ValueError(
+            f"--encoder {options.encoder} and {options.database} disagree: {what}: give the "
+            f"encoder that it was built with ({database.fingerprint.encoder})"
+        )
     queries: list[Any] = list(options.text)
     parts = []
     if options.text:
@@ -386,20 +401,29 @@ def _search(options: argparse.Namespace) -> int:
             raise ValueError(f"{options.encoder} has no text tower: search with --image")
         parts.append(encoder.encode_text(options.text))
     for file in options.image:
-        queries.append(to_float(read_image(Path(file))))
+        queries.append(to_float(to_image(file)))
         parts.append(encoder.encode_image(queries[-1][None]))
-    found = database.search(Query(torch.cat(parts).cpu()), options.k)
+    if not len(database):
+        raise ValueError(
+            f"no row of {options.database} meets the condition of --where: change it"
+            if options.where
+            else f"{options.database} has no rows: append pictures to it"
+        )
+    k = min(NEIGHBORS, len(database)) if options.k is None else options.k
+    found = database.search(Query(torch.cat(parts).cpu()), k)
     records = tuple(tuple(database.records(row)) for row in found.indices)
     found = replace(found, records=records)
-    captions = captions_of(found)
     names = [*options.text, *options.image]
-    for name, row, lines in zip(names, found.indices.tolist(), captions, strict=True):
+    whole = captions_of(found, side=WHOLE)
+    for name, row, lines in zip(names, found.indices.tolist(), whole, strict=True):
         print(name)
         for i, line in zip(row, lines, strict=True):
-            print(f"  row {i}: " + line.replace("\n", " "))
+            print(f"  row {i}: " + line.replace("\n", " ").rstrip())
     pictures = [[database.image(i) for i in row] for row in found.indices.tolist()]
     with atomic_write(out) as partial:
-        contact_sheet(queries, pictures, captions).save(partial, format=types.picture_format(out))
+        contact_sheet(queries, pictures, captions_of(found)).save(
+            partial, format=types.picture_format(out)
+        )
     print(f"contact sheet: {out}")
     asked = found.rows(slice(0, len(options.text)))
     if (told := warning_of_strange(encoder, options.text, database, asked)) is not None:

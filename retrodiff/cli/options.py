@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,23 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _Help)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Refuses a misspelt option first: what is missing is often what it was meant to be."""
+        if self._subparsers is None:
+            self._check_names(args or [])
+        return super().parse_known_args(args, namespace)
+
+    def _check_names(self, words: Sequence[str]) -> None:
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words:
+            if word == "--":
+                return
+            name = word.split("=")[0]
+            if not name.startswith("--") or " " in name or name in known:
+                continue
+            near = difflib.get_close_matches(name, known, 1)
+            self.error(f"no option {name}" + (f": did you mean {near[0]}?" if near else ""))
 
     def error(self, message: str) -> NoReturn:
         """Raises the message, with the command that explains the options."""
@@ -108,6 +126,15 @@ def path(text: str) -> str:
     if "\0" in text:
         raise argparse.ArgumentTypeError("a path cannot hold a zero byte")
     return text if "://" in text else str(Path(text).expanduser())
+
+
+def prompt(text: str) -> str:
+    """A text that asks for something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "an empty prompt was given: say what to draw, or ask for nothing with --unconditional"
+        )
+    return text
 
 
 def new_folder(text: str) -> str:

@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("out", type=types.new_folder, help="folder for the images")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", action="append", help="a text; may be given several times")
+    asked.add_argument(
+        "--prompt", type=types.prompt, action="append", help="a text; may be given several times"
+    )
     asked.add_argument("--class", dest="classes", action="append", help="a class name; likewise")
     asked.add_argument("--image", type=types.path, action="append", help="an image file; likewise")
     asked.add_argument(
@@ -105,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
 
     _, out = sampled(options, options.out)
     drawn = f" and {options.out}/{ATTRIBUTION}" if options.attribution else ""
-    print(f"{len(out)} images in {options.out}; look at {options.out}/{SHEET}{drawn}")
+    images = "1 image" if len(out) == 1 else f"{len(out)} images"
+    print(f"{images} in {options.out}; look at {options.out}/{SHEET}{drawn}")
     return 0
 
 
@@ -202,7 +205,7 @@ def _save_sheet(file: Any, model: Model, out: Generation, asked: dict[str, Any])
         kept = [(row, said) for row, said in zip(rows, captions, strict=True) if row >= 0][:12]
         near = [_picture(model, row, blank) for row, _ in kept]
         lines[key] = Line(query, near, [out.images[i]], captions=[said for _, said in kept])
-    title = f"{len(out)} images" if n == len(out) else f"{n} of {len(out)} images"
+    title = f"{len(out)} image{'s' * (n > 1)}" if n == len(out) else f"{n} of {len(out)} images"
     with atomic_write(file) as partial:
         draw_sheet([Section(title, list(lines.values()))], 128).save(partial, format="PNG")
 

@@ -37,7 +37,7 @@ def contact_sheet(
 
 
 def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
-    """Two short lines per neighbor: similarity and box, then file.
+    """Two short lines per neighbor: similarity and box, then file, title, label or number.
 
     Args:
         neighbors: with records.
@@ -62,6 +62,8 @@ def _caption(record: Record | Mapping[str, Any], similarity: float, side: int) -
     box = record.get("box")
     if box is not None and len(box) == 4:
         where += " ({},{})-({},{})".format(*box)
-    name = printable(record.get("file") or record.get("label") or record.get("number", ""))
-    most = side // 6
-    return f"{where}\n{name if len(name) <= most else '…' + name[1 - most :]}"
+    most, file = side // 6, record.get("file")
+    name = printable(file or record.get("title") or record.get("label") or record.get("number", ""))
+    if len(name) > most:
+        name = "…" + name[1 - most :] if file else name[: most - 1] + "…"
+    return f"{where}\n{name}"

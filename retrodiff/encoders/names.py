@@ -16,7 +16,7 @@ from retrodiff.text import printable
 
 E = TypeVar("E", CLIPEncoder, TimmEncoder)
 
-FORMS = "open_clip:NAME:TAG, timm:NAME, or the folder of a saved encoder"
+FORMS = "open_clip:NAME:TAG, timm:NAME, the folder of a saved encoder, or pictograms"
 """What a text may look like."""
 
 OPTIONS = ("preprocessing", "image_size")
