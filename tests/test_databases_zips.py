@@ -177,7 +177,7 @@ def test_a_broken_member_costs_itself_only(tmp_path):
             tmp_path / "d", Zips([path]), Pooled(), workers=2, batch_size=2, progress=False
         )
     assert database.column("key").tolist() == ["a.zip:0.png", "a.zip:2.png"]
-    text = str(seen[0].message)
+    text = next(str(w.message) for w in seen if issubclass(w.category, UserWarning))
     for part in (
         "a.zip:1.png (damaged in the archive: Bad CRC-32",
         "a.zip:3.png (damaged in the archive: File name in directory",
