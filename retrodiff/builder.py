@@ -253,13 +253,16 @@ def preset_arguments(preset: Callable[..., Any]) -> dict[str, str]:
 
 
 def _unpacked(recipe: Callable[..., Any]) -> dict[str, str]:
-    """Arguments that come in as ``**options: Unpack[Options]``; none where they may be any."""
+    """Arguments that come in as ``**options: Unpack[Options]``; none where they may be any.
+
+    A partial function is asked for nothing here: the preset inside of it refuses for itself.
+    """
     for parameter in inspect.signature(recipe).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             hint = parameter.annotation
             if isinstance(hint, str):  # annotations are postponed in the recipe's module
                 words = hint.removeprefix("Unpack[").removesuffix("]")
-                options = inspect.unwrap(recipe).__globals__.get(words)
+                options = getattr(inspect.unwrap(recipe), "__globals__", {}).get(words)
             else:
                 options = next(iter(get_args(hint)), None)
             hints = getattr(options, "__annotations__", {})

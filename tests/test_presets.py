@@ -1,5 +1,6 @@
 """The paper's models by name: they build offline, say what is missing, and keep their numbers."""
 
+import functools
 import inspect
 
 import pytest
@@ -219,6 +220,13 @@ def test_no_preset_swallows_an_unknown_argument(through):
             through(getattr(presets, name), sizes=8)
     with pytest.raises(TypeError, match="ldm has no argument size: it takes encoder, latent"):
         through(presets.ldm, size=8)
+
+
+def test_a_partial_preset_is_a_preset(tiny):
+    fewer = functools.partial(presets.rdm_imagenet, k=2)
+    assert Builder.from_preset(fewer, sampler="plms").build().k == 2
+    with pytest.raises(TypeError, match="rdm_imagenet has no argument size"):
+        Builder.from_preset(fewer, size=8)
 
 
 def test_a_preset_of_ones_own_may_take_any_argument():

@@ -46,9 +46,6 @@ from retrodiff.retrieval.known_words import warning_of_strange
 NEIGHBORS = 8
 """How many a search shows where --k is not given."""
 
-WHOLE = 100_000
-"""Pixels for a caption in a terminal: names are not cut."""
-
 
 def add_parser(subparsers: Any) -> None:
     """Adds ``database`` and its commands to the command line."""
@@ -414,7 +411,7 @@ def _search(options: argparse.Namespace) -> int:
     records = tuple(tuple(database.records(row)) for row in found.indices)
     found = replace(found, records=records)
     names = [*options.text, *options.image]
-    whole = captions_of(found, side=WHOLE)
+    whole = captions_of(found, side=None)
     for name, row, lines in zip(names, found.indices.tolist(), whole, strict=True):
         print(name)
         for i, line in zip(row, lines, strict=True):

@@ -36,12 +36,12 @@ def contact_sheet(
     return draw_sheet([Section("", lines)], side)
 
 
-def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
+def captions_of(neighbors: Neighbors, side: int | None = 128) -> list[list[str]]:
     """Two short lines per neighbor: similarity and box, then file, title, label or number.
 
     Args:
         neighbors: with records.
-        side: of a cell, in pixels; longer names are cut.
+        side: of a cell, in pixels; longer names are cut. None: names are whole, as in a terminal.
 
     Raises:
         ValueError: the neighbors have no records.
@@ -57,13 +57,13 @@ def captions_of(neighbors: Neighbors, side: int = 128) -> list[list[str]]:
     ]
 
 
-def _caption(record: Record | Mapping[str, Any], similarity: float, side: int) -> str:
+def _caption(record: Record | Mapping[str, Any], similarity: float, side: int | None) -> str:
     where = f"{similarity:.3f}"
     box = record.get("box")
     if box is not None and len(box) == 4:
         where += " ({},{})-({},{})".format(*box)
-    most, file = side // 6, record.get("file")
+    file = record.get("file")
     name = printable(file or record.get("title") or record.get("label") or record.get("number", ""))
-    if len(name) > most:
+    if side is not None and len(name) > (most := side // 6):
         name = "…" + name[1 - most :] if file else name[: most - 1] + "…"
     return f"{where}\n{name}"

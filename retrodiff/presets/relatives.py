@@ -101,13 +101,13 @@ def knn_diffusion(
     conditioner = QueryAndNeighbors("unit")
     for stream in ("query", "neighbors", None):
         conditioner = Dropped(conditioner, 0.1, stream)
-    recipe = (
+    return (
         _small(dict.fromkeys(("query", "neighbors"), encoder.dim), None, sizes)
         .encoder(encoder)
         .conditioner(conditioner)
         .defaults(k=k)
+        .set(database=database)
     )
-    return recipe if database is None else recipe.database(database)
 
 
 @preset
@@ -159,13 +159,13 @@ def region_retrieval(
         k: neighbors of each region.
         sizes: see `Sizes`.
     """
-    recipe = (
+    return (
         _small({"neighbors": encoder.dim}, None, sizes)
         .encoder(Regions(encoder, side))
         .conditioner(Dropped(NeighborEmbeddings("unit"), 0.1))
         .defaults(k=k)
+        .set(database=database)
     )
-    return recipe if database is None else recipe.database(database)
 
 
 @preset

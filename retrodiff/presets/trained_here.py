@@ -83,7 +83,7 @@ def rdm_small(
         )
         return FlowDenoiser(network)
 
-    recipe = (
+    return (
         Builder()
         .encoder(encoder)
         .retriever(retriever or NearestNeighbors())
@@ -93,8 +93,8 @@ def rdm_small(
         .sampler(Heun())
         .guidance(ClassifierFree(1.5))
         .defaults(k=k, steps=12)
+        .set(database=database)
     )
-    return recipe if database is None else recipe.database(database)
 
 
 @preset
