@@ -136,6 +136,31 @@ def test_what_is_given_stays_and_the_latents_have_unit_variance() -> None:
 
 
 @pytest.mark.parametrize("make", [kl, vq])
+def test_a_decoder_alone_learns_and_latents_stay_as_they_are(make: Any, tmp_path: Path) -> None:
+    images = blobs(4, 8, seed=1)
+    settings: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "ema": 0.95, "progress": False}
+    first = fit_autoencoder(make(groups=8), images, steps=40, **settings).autoencoder
+    settings |= {"decoder_only": True, "adversarial": critic(start=75), "steps": 80}
+    result = fit_autoencoder(first, images, **settings)
+    second = result.autoencoder
+    with torch.no_grad():
+        latents = first.encode(images)
+        assert torch.equal(second.encode(images), latents)
+        errors = [(s.decode(latents) - images).abs().mean() for s in (first, second)]
+    assert errors[1] < 0.8 * errors[0]
+    assert second.scale_factor == first.scale_factor != 1
+    assert not {"kl", "codebook"} & result.parts.keys()
+    assert (result.code_use is None) == (make is kl)
+    keep = {"checkpoint": tmp_path / "state", "checkpoint_every": 1, "resume": True}
+    with pytest.raises(Killed):
+        fit_autoencoder(first, images, **settings, **keep, after=killed_at(76))
+    again = fit_autoencoder(first, images, **settings, **keep)
+    assert torch.equal(result.losses, again.losses)
+    with pytest.raises(ValueError, match="decoder_only"):
+        fit_autoencoder(first, images, **keep, **(settings | {"decoder_only": False}))
+
+
+@pytest.mark.parametrize("make", [kl, vq])
 def test_a_few_images_are_learned_by_heart(make: Any) -> None:
     images = blobs(4, 8, seed=1)
     settings = {"steps": 120, "batch_size": 4, "lr": 3e-3, "ema": 0.95, "progress": False}

@@ -158,6 +158,9 @@ class Points:
             database = self.database(training, point.database)
             model = model.replace(database=database, proposal=self._proposal(point, database))
             how["k"] = point.k or training.k
+        if self.scale.compiled:
+            torch.compiler.reset()  # a network's code is kept for a few networks only
+            model.compile()
         device = self.trainer.device
         bfloat16 = best_precision(device) == "bfloat16"
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
@@ -254,7 +257,7 @@ class Points:
             errors = (without.var(0, correction=0) * (self.scale.groups - 1)).sqrt()
             for name, value, error in zip(names.split(), whole, errors.tolist(), strict=True):
                 found |= {name: round(value, 5), f"{name}_error": round(error, 5)}
-        kid = kernel_distance(features, reference)
+        kid = kernel_distance(features, reference, subsets=20)
         density, coverage = density_coverage(features, reference)
         more = {"kid": kid, "mind": mind(features, reference), "density": density}
         for name, value in {**more, "coverage": coverage}.items():

@@ -23,6 +23,7 @@ class Scale:
         phi: encoder of the conditions, ``lite0`` or ``pixels``.
         judge: features that quality is measured in, ``lite2`` or ``pixels``.
         groups: parts that samples are divided into to estimate the error of a score.
+        compiled: whether networks go through ``torch.compile`` before they sample.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Scale:
     phi: str = "lite0"
     judge: str = "lite2"
     groups: int = 4
+    compiled: bool = True
 
 
 SCALES = {
@@ -45,7 +47,7 @@ SCALES = {
     for scale in (
         Scale("small", 20_000, 20_000, 10_000, 1200, 64, 96, 2000, 2000, 16),
         Scale("full", 20_000, 20_000, 10_000, 60_000, 256, 192, 20_000, 5000, 32),
-        Scale("toy", 96, 64, 240, 4, 8, 64, 4, 64, 2, "pixels", "pixels", 2),
+        Scale("toy", 96, 64, 240, 4, 8, 64, 4, 64, 2, "pixels", "pixels", 2, False),
     )
 }
 """``small`` takes hours on two cores, ``full`` hours on a GPU; ``toy`` takes seconds, for tests."""

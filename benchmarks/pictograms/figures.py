@@ -3,10 +3,8 @@
     python benchmarks/pictograms/figures.py
     python benchmarks/pictograms/figures.py --model runs/pictograms/half --out runs/half_figures
 
-The judges know nothing of the model's encoder. *Concept*: features of EfficientNet-Lite0; a picture
-is of the concept whose mean over the other styles is nearest, among all concepts of the sets.
-*Style*: a logistic regression on the same features and on edges, trained on real held-out pictures
-of four styles. Both are asked about real pictures, too: that is the ceiling.
+The judges (`judges.py`) know nothing of the model's encoder. They are asked about real pictures,
+too, and about these through the first stage and back: the ceiling for every network on it.
 
 Writes ``figures.json``, ``best_and_worst.png`` and ``copies.png`` (the twenty nearest pairs).
 """
@@ -23,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judges import Judges
 from sets import STYLES, Pictograms
-from teachers import picture_features
 from torch import Tensor
 
 from retrodiff.databases import ArrayDatabase, Union
@@ -32,77 +30,11 @@ from retrodiff.demo.poster import Cell, Grid, draw_poster
 from retrodiff.evaluation.copying import copying
 from retrodiff.evaluation.fidelity import kernel_distance
 from retrodiff.evaluation.metrics import mind
-from retrodiff.interfaces import unit
 from retrodiff.model import Model
 from retrodiff.pictures import to_bytes
 
 OWN = STYLES[:3]
 MODES = ("text", "neighbors", "text+neighbors")
-
-
-class Judges:
-    """Names concept and style of pictures, by features that the model does not use.
-
-    Args:
-        sets: all pictures.
-    """
-
-    def __init__(self, sets: Pictograms) -> None:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        self.sets = sets
-        self.rows = sets.where(lambda row: row["style"] in STYLES)
-        raw = picture_features(sets.images[self.rows])
-        self.center = raw.mean(0)
-        self.features = unit(raw - self.center)
-        records = [sets.rows[i] for i in self.rows.tolist()]
-        self.style = torch.tensor([STYLES.index(r["style"]) for r in records])
-        self.names = sorted({r["concept"] for r in records})
-        number = {name: i for i, name in enumerate(self.names)}
-        self.concept = torch.tensor([number[r["concept"]] for r in records])
-        self.split = [r["split"] for r in records]
-        self.means = {style: self._means(style) for style in range(len(STYLES))}
-        held = torch.tensor([s == "held-out" for s in self.split])
-        looks = self.looks(raw, sets.images[self.rows])
-        self.styles: Any = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-        self.styles.fit(looks[held].numpy(), self.style[held].numpy())
-        train = torch.tensor([s == "train" for s in self.split])
-        told = torch.from_numpy(self.styles.predict(looks[train].numpy()))
-        self.ceiling = {
-            name: float((told == self.style[train])[self.style[train] == i].float().mean())
-            for i, name in enumerate(STYLES)
-        }
-
-    def _means(self, style: int) -> Tensor:
-        """Means (concepts, f) over the other styles; zeros where a concept has none."""
-        sums = torch.zeros(len(self.names), self.features.shape[1])
-        others = self.style != style
-        sums.index_add_(0, self.concept[others], self.features[others])
-        return torch.nn.functional.normalize(sums, dim=1)
-
-    @staticmethod
-    def looks(raw: Tensor, images: Tensor) -> Tensor:
-        """What tells styles apart: features, and how strong edges are in dark and in light."""
-        x = images.float() / 255
-        edges = (x[..., 1:, 1:] - x[..., :-1, 1:]).abs().amax(1).flatten(1).sort(1).values
-        values = x.amin(1).flatten(1).sort(1).values
-        return torch.cat([raw, edges[:, ::63] * 4, values[:, ::64] * 4], 1)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Bytes (n, 3, h, w) -> features of unit norm."""
-        return unit(picture_features(images) - self.center)
-
-    def concept_rank(self, features: Tensor, concepts: Tensor, style: int) -> Tensor:
-        """How many concepts are nearer than the asked one (n,)."""
-        scores = features @ self.means[style].T
-        return (scores > scores.gather(1, concepts[:, None])).sum(1)
-
-    def style_of(self, images: Tensor) -> Tensor:
-        """Numbers of the styles that pictures look like (n,)."""
-        looks = self.looks(picture_features(images), images)
-        return torch.from_numpy(self.styles.predict(looks.numpy()))
 
 
 class Asked:
@@ -180,6 +112,20 @@ class Measured:
         self.trained = Asked(judges, "train", options.concepts)
         self.unseen = Asked(judges, "held-out", options.unseen)
         self.made: dict[tuple[str, str], list[Tensor]] = {}
+        self.ceilings = {
+            "real pictures": {s: self.real(self.trained, s) for s in STYLES},
+            "the first stage's round trip": {
+                s: self.round_trip(self.real(self.trained, s)) for s in STYLES
+            },
+        }
+
+    @torch.no_grad()
+    def round_trip(self, images: Tensor) -> Tensor:
+        """Pictures through the first stage and back, all in bytes."""
+        stage = self.model.generating()
+        return torch.cat(
+            [to_bytes(stage.decode(stage.encode(some / 127.5 - 1))) for some in images.split(50)]
+        )
 
     def all(self) -> dict[str, Any]:
         """Every figure, with its N and what it was measured on."""
@@ -245,8 +191,9 @@ class Measured:
                 for images in self.made[style, mode]
             ]
             found[mode] = summary(torch.stack([h.float().mean() for h in hits]), hits)
-        real = [self.hit(self.real(self.trained, s), self.trained, STYLES.index(s)) for s in OWN]
-        found["real pictures"] = summary(torch.stack([h.float().mean() for h in real]), real)
+        for name, pictures in self.ceilings.items():
+            hits = [self.hit(pictures[s], self.trained, STYLES.index(s)) for s in OWN]
+            found[name] = summary(torch.stack([h.float().mean() for h in hits]), hits)
         return found
 
     def hit(self, images: Tensor, asked: Asked, style: int) -> Tensor:
@@ -262,15 +209,19 @@ class Measured:
 
     def styles(self) -> dict[str, Any]:
         """Shares that look like the style of their database, by mode and style."""
-        found: dict[str, Any] = {"real pictures of trained concepts": self.judges.ceiling}
-        for mode in ("neighbors", "text+neighbors"):
-            found[mode] = {}
-            for style in STYLES:
-                right = [
-                    self.judges.style_of(images) == STYLES.index(style)
-                    for images in self.made[style, mode]
-                ]
-                found[mode][style] = round(float(torch.cat(right).float().mean()), 3)
+        asked = {
+            mode: {s: torch.cat(self.made[s, mode]) for s in STYLES}
+            for mode in ("neighbors", "text+neighbors")
+        }
+        found: dict[str, Any] = {
+            name: {
+                style: round(
+                    float((self.judges.styles(images) == STYLES.index(style)).float().mean()), 3
+                )
+                for style, images in pictures.items()
+            }
+            for name, pictures in {**self.ceilings, **asked}.items()
+        }
         found["n per style"] = len(self.options.seeds) * len(self.trained.titles)
         return found
 

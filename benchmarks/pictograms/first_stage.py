@@ -13,6 +13,14 @@ finished. It trains on Noto, Fluent and Twemoji, on the concepts of the splits `
 - runs/pictograms/first_stage.reconstructions.png: for each style a line of held-out originals and
   a line of their reconstructions.
 
+``--decoder-of FOLDER`` goes on with the decoder of a finished first stage alone: its latents stay,
+and so does a network that was trained on them. With ``--perceptual lite1`` (features of
+EfficientNet-Lite1, which judges nothing here) and ``--adversarial-start`` edges become sharp:
+
+    python benchmarks/pictograms/first_stage.py --decoder-of runs/pictograms/first_stage \
+        --out runs/pictograms/sharp --pictures 200000 --perceptual lite1 --adversarial-start 1000 \
+        --latent-noise 0.1 --lr 5e-4
+
 ``--report`` writes these three for the state of a training that is still going on.
 """
 
@@ -21,6 +29,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +37,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrodiff.checkpoints.first_stages import save_autoencoder
+from retrodiff.checkpoints.first_stages import load_autoencoder, save_autoencoder
 from retrodiff.evaluation.reconstruction import reconstruction
-from retrodiff.networks import KLAutoencoder
-from retrodiff.training import cosine
+from retrodiff.networks import KLAutoencoder, PatchDiscriminator
+from retrodiff.training import Adversarial, FeatureDistance, cosine
 from retrodiff.training.checkpoint import read_state
 from retrodiff.training.stages.first_stage import fit_autoencoder, normalize_latents
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lite0 import lite
 
 TRAINED = ("noto", "fluent", "twemoji")
 
@@ -50,14 +62,21 @@ def main() -> None:
     parser.add_argument("--latent-noise", type=float, default=0.05)
     parser.add_argument("--kl-weight", type=float, default=1e-6)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--decoder-of", type=Path, help="a first stage whose latents are kept")
+    parser.add_argument("--perceptual", choices=("lite1",), help="a distance of its feature maps")
+    parser.add_argument("--perceptual-weight", type=float, default=0.1)
+    parser.add_argument("--adversarial-start", type=int, help="step from which a critic counts")
+    parser.add_argument("--adversarial-weight", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="of the state so far; no training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    autoencoder = KLAutoencoder(
+    autoencoder: Any = KLAutoencoder(
         channels=32, multipliers=options.multipliers, blocks_per_level=1, latent_channels=4
     )
+    if options.decoder_of is not None:
+        autoencoder = load_autoencoder(options.decoder_of)
     images = torch.cat([read(options.data, s, ("train", "database")) for s in TRAINED])
     size = sum(p.numel() for p in autoencoder.parameters())
     print(f"{size / 1e6:.2f} M parameters, {len(images)} pictures", flush=True)
@@ -67,9 +86,10 @@ def main() -> None:
         state = read_state(checkpoint)
         average = state.part("ema.average")
         with torch.no_grad():
-            for name, parameter in autoencoder.named_parameters():
-                parameter.copy_(average[name])
-        normalize_latents(autoencoder.eval(), images)
+            for name, parameter in autoencoder.eval().named_parameters():
+                parameter.copy_(average.get(name, parameter))
+        if options.decoder_of is None:
+            normalize_latents(autoencoder, images)
         report(autoencoder, options, {"steps": state.done})
         return
     started, seen = time.perf_counter(), 0
@@ -89,6 +109,10 @@ def main() -> None:
         lr=cosine(options.lr, steps, min(200, steps // 10)),
         kl_weight=options.kl_weight,
         latent_noise=options.latent_noise,
+        decoder_only=options.decoder_of is not None,
+        perceptual=perceptual(options),
+        perceptual_weight=options.perceptual_weight,
+        adversarial=adversarial(options),
         ema=0.999,
         precision=options.precision,
         checkpoint=checkpoint,
@@ -98,6 +122,21 @@ def main() -> None:
         progress=False,
     )
     report(result.autoencoder, options, {"steps": steps, "loss": float(result.losses[-50:].mean())})
+
+
+def perceptual(options: argparse.Namespace) -> FeatureDistance | None:
+    """The distance of feature maps down to an eighth of the pixels, where one is asked for."""
+    if options.perceptual is None:
+        return None
+    return FeatureDistance.of(lite(1, 64), layers=(0, 1, 2))
+
+
+def adversarial(options: argparse.Namespace) -> Adversarial | None:
+    """A critic of patches, where one is asked for."""
+    if options.adversarial_start is None:
+        return None
+    critic = PatchDiscriminator(channels=32, levels=2)
+    return Adversarial(critic, options.adversarial_start, options.adversarial_weight)
 
 
 def read(folder: Path, style: str, splits: tuple[str, ...]) -> Tensor:

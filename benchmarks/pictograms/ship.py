@@ -3,8 +3,8 @@
     python benchmarks/pictograms/network.py --report   # of a training that is still going on
     python benchmarks/pictograms/ship.py
 
-Reads runs/pictograms/{network,encoder,database}. Into packages/pictograms/retrodiff_pictograms it
-writes ``model`` (the model with D inside) and ``held_out`` (a database of concepts that were never
+Reads runs/pictograms/{network,sharp,encoder,database}. Into
+packages/pictograms/retrodiff_pictograms it writes ``model`` (the model with D inside) and ``held_out`` (a database of concepts that were never
 trained on, for the demo). Prints the size of every part.
 """
 
@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from network import STYLES
 
+from retrodiff.checkpoints.first_stages import load_autoencoder
 from retrodiff.databases import ParquetImages, build_database
+from retrodiff.diffusion import Folded
 from retrodiff.encoders import load_encoder, save_encoder
 from retrodiff.model import Model
 
@@ -37,8 +39,9 @@ def main() -> None:
     package = Path("packages/pictograms/retrodiff_pictograms")
     parser.add_argument("--out", type=Path, default=package)
     parser.add_argument("--steps", type=int, default=16, help="of the sampler")
+    parser.add_argument("--decoder", type=Path, help="a first stage of the same latents")
     options = parser.parse_args()
-    model = Model.load(options.data / "network")
+    model = sharper(Model.load(options.data / "network"), options.decoder or options.data / "sharp")
     database = small_pictures(options.data, model.encoder)
     model = model.replace(database=database, proposal=model.proposal, steps=options.steps)
     where = options.out / "model"
@@ -50,6 +53,20 @@ def main() -> None:
     for part in ("model", "model/encoder", "model/database", "held_out"):
         files = [f for f in (options.out / part).rglob("*") if f.is_file()]
         print(f"{part}: {sum(f.stat().st_size for f in files) / 1e6:.2f} MB")
+
+
+@torch.no_grad()
+def sharper(model: Model, folder: Path) -> Model:
+    """The model with a first stage whose decoder alone was trained further."""
+    stage: Any = Folded(load_autoencoder(folder), 2)
+    before: Any = model.autoencoder
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    if not torch.equal(stage.encode(picture), before.encode(picture)):
+        raise ValueError(
+            f"{folder} has other latents than the first stage of the network: train it with "
+            "first_stage.py --decoder-of"
+        )
+    return model.replace(autoencoder=stage)
 
 
 def small_pictures(data: Path, encoder: Any) -> Any:

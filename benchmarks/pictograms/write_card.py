@@ -22,6 +22,7 @@ MODES = {
     "neighbors": "4 neighbors",
     "text+neighbors": "the prompt and 3 neighbors",
 }
+TRIP = "the first stage's round trip"
 STYLES = {"noto": "Noto", "fluent": "Fluent", "twemoji": "Twemoji", "openmoji": "OpenMoji"}
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     whole = read(options.data / "figures" / "figures.json")
     half = read(options.data / "half_figures" / "figures.json")
-    encoder, first_stage = (read(options.data / f"{n}.json") for n in ("encoder", "first_stage"))
+    encoder, first_stage = (read(options.data / f"{n}.json") for n in ("encoder", "sharp"))
     assert whole is not None
     assert encoder is not None
     assert first_stage is not None
@@ -63,16 +64,18 @@ def rows(
             value += f"; half the training {half['concept among the top 5'][mode]['share']:.2f}"
         bound = "≥ 0.60" if mode == "text+neighbors" else ""
         found.append((f"trained concepts, asked one in the judge's top 5: {name}", value, bound))
-    found.append(("the same judge on real pictures", share(concepts["real pictures"]), "(ceiling)"))
+    for name in ("real pictures", TRIP):
+        found.append((f"the same judge on {name}", share(concepts[name]), "(ceiling)"))
     styles = whole["style of the database"]
     n = styles["n per style"]
     for style, name in STYLES.items():
         both = ", ".join(
             f"{MODES[m]} {styles[m][style]:.2f}" for m in ("text+neighbors", "neighbors")
         )
-        real = styles["real pictures of trained concepts"][style]
+        both += f"; real pictures {styles['real pictures'][style]:.2f}"
+        both += f", their round trip {styles[TRIP][style]:.2f}"
         bound = "≥ 0.90" if style != "openmoji" else "never trained on"
-        what = f"looks like {name}, the database's style (n = {n}; real pictures {real:.2f})"
+        what = f"looks like {name}, the database's style (n = {n})"
         found.append((what, both, bound))
     unseen = whole["unseen concepts, top 5"]
     for mode, name in (
@@ -165,7 +168,8 @@ def measured(whole: dict[str, Any]) -> str:
         f"{', '.join(map(str, whole['seeds']))}, {machine}, "
         f"no GPU, torch {whole['torch']}. ± is the deviation over seeds and styles. The judge of "
         "concepts: EfficientNet-Lite0, nearest mean over the other styles, among all concepts; of "
-        "styles: a logistic regression trained on real held-out pictures."
+        "styles: a logistic regression on the statistics of its early maps, trained on real "
+        "held-out pictures and softened copies of them."
     )
 
 

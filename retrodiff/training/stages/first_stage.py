@@ -80,6 +80,7 @@ def fit_autoencoder(
     commitment: float = 0.25,
     restart_after: int = 100,
     latent_noise: float = 0.0,
+    decoder_only: bool = False,
     perceptual: Perceptual | None = None,
     perceptual_weight: float = 1.0,
     adversarial: Adversarial | None = None,
@@ -98,7 +99,7 @@ def fit_autoencoder(
     """Trains an autoencoder on images; the one that is given stays as it was.
 
     At the end the standard deviation of the latents is measured and put into ``scale_factor``, so
-    that what `encode` returns has unit variance.
+    that what `encode` returns has unit variance; with ``decoder_only`` it is kept.
 
     Args:
         autoencoder: `KLAutoencoder` or `VQAutoencoder`, new or trained before.
@@ -114,6 +115,9 @@ def fit_autoencoder(
         latent_noise: standard deviation of noise that is added to the latents before they are
             decoded, as a share of their own. 0.05 makes decoding forgive what a diffusion model
             gets slightly wrong.
+        decoder_only: train the decoder of an autoencoder that was trained before; its latents stay
+            what they are, to the last bit, so that a network that was trained on them stays
+            valid and its samples become sharper. Nothing then regularizes the latents.
         perceptual: a distance of images, such as `FeatureDistance` or what `lpips_distance`
             returns; its gradient reaches the images only if it is differentiable.
         perceptual_weight: of it.
@@ -145,6 +149,7 @@ def fit_autoencoder(
         noise=real("latent_noise", latent_noise, 0),
         perceptual=real("perceptual_weight", perceptual_weight, 0),
         restart_after=whole("restart_after", restart_after, 0),
+        decoder_only=decoder_only,
     )
     shown = as_images(images)
     check_fit(autoencoder, shown, batch_size)
@@ -152,7 +157,9 @@ def fit_autoencoder(
     objective = StageObjective(
         copy.deepcopy(autoencoder), weights, perceptual, copy.deepcopy(adversarial)
     )
-    objective.to(device).requires_grad_(True)
+    objective.to(device).requires_grad_(False)
+    for module in objective.trained():
+        module.requires_grad_(True)
     trained = objective.autoencoder
     average = NamedEMA(trained, ema)
     parts, order = LossParts(steps), Order(len(shown), batch_size, seed)
@@ -169,7 +176,7 @@ def fit_autoencoder(
         "batch_size": batch_size,
         "images": digest(shown),
         "autoencoder": {"kind": type(autoencoder).__name__, **autoencoder.config()},
-        "weights": asdict(weights),
+        "weights": {k: v for k, v in asdict(weights).items() if v is not False},
         "perceptual": _named(perceptual),
         "adversarial": None
         if adversarial is None
@@ -196,11 +203,12 @@ def fit_autoencoder(
         what="first stage",
     )
     average.copy_to(trained).eval().requires_grad_(False)
+    if decoder_only:
+        return StageResult(trained, losses, parts.curves, measured_latents(trained, shown)[1])
     use = normalize_latents(trained, shown, batch_size)
     return StageResult(trained, losses, parts.curves, use)
 
 
-@torch.no_grad()
 def normalize_latents(
     autoencoder: FirstStage, images: Images, batch_size: int = 64
 ) -> CodeUse | None:
@@ -217,6 +225,21 @@ def normalize_latents(
     Raises:
         ValueError: all latents are the same.
     """
+    deviation, use = measured_latents(autoencoder, images, batch_size)
+    if not deviation > 0:
+        raise ValueError(
+            "the latents of all images are the same, so nothing was learned: train longer, with a "
+            "lower learning rate or a smaller kl_weight"
+        )
+    autoencoder.scale_factor = 1 / deviation
+    return use
+
+
+@torch.no_grad()
+def measured_latents(
+    autoencoder: FirstStage, images: Images, batch_size: int = 64
+) -> tuple[float, CodeUse | None]:
+    """Standard deviation of some images' latents before the scale, and how codes are used."""
     device, _ = where(autoencoder) or (torch.device("cpu"), None)
     rows = torch.linspace(0, len(images) - 1, min(len(images), MEASURED)).long()
     count, total, squares = 0, 0.0, 0.0
@@ -230,14 +253,8 @@ def normalize_latents(
             codes = autoencoder.nearest(scaled).flatten().cpu()
             found = torch.bincount(codes, minlength=len(autoencoder.codebook.weight))
             counts = found if not len(counts) else counts + found
-    variance = squares / count - (total / count) ** 2
-    if not variance > 0:
-        raise ValueError(
-            "the latents of all images are the same, so nothing was learned: train longer, with a "
-            "lower learning rate or a smaller kl_weight"
-        )
-    autoencoder.scale_factor = variance**-0.5
-    return CodeUse.of(counts) if len(counts) else None
+    variance = max(0.0, squares / count - (total / count) ** 2)
+    return variance**0.5, CodeUse.of(counts) if len(counts) else None
 
 
 def check_fit(autoencoder: FirstStage, images: Images, batch_size: int) -> None:

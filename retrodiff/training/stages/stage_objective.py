@@ -38,6 +38,7 @@ class Weights:
         noise: standard deviation of noise on the latents, as a share of their own.
         perceptual: perceptual distance.
         restart_after: steps without use after which a code is moved to a latent; 0: never.
+        decoder_only: nothing regularizes the latents, and no gradient reaches them.
     """
 
     kl: float
@@ -46,6 +47,7 @@ class Weights:
     noise: float
     perceptual: float
     restart_after: int
+    decoder_only: bool = False
 
 
 class StageObjective(nn.Module):
@@ -80,11 +82,19 @@ class StageObjective(nn.Module):
             codes = len(autoencoder.codebook.weight)
             self.register_buffer("age", torch.zeros(codes, dtype=torch.int64))
 
+    def trained(self) -> list[nn.Module]:
+        """The parts whose weights change."""
+        whole = self.autoencoder
+        parts = [whole.from_latent, whole.decoder] if self.weights.decoder_only else [whole]
+        return parts if self.discriminator is None else [*parts, self.discriminator]
+
     def forward(
         self, images: Tensor, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Images (b, c, h, w) in [-1, 1] -> loss and its parts."""
-        if isinstance(self.autoencoder, VQAutoencoder):
+        if self.weights.decoder_only:
+            made, regularization, parts = self._decoded(images, generator)
+        elif isinstance(self.autoencoder, VQAutoencoder):
             made, regularization, parts = self._quantized(self.autoencoder, images, generator)
         else:
             made, regularization, parts = self._gaussian(self.autoencoder, images, generator)
@@ -99,6 +109,20 @@ class StageObjective(nn.Module):
             added, more = self._adversarial(self.adversarial, images, made, reconstruction)
             loss, parts = loss + added, {**parts, **more}
         return loss, parts
+
+    def _decoded(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        whole, none = self.autoencoder, images.new_zeros(())
+        with torch.no_grad():
+            latents = whole.encode(images)
+            if not isinstance(whole, VQAutoencoder):
+                latents = self._noisy(latents, generator)
+            else:
+                codes = whole.codebook(whole.nearest(latents))
+                latents = self._noisy(rearrange(codes, "b h w c -> b c h w").float(), generator)
+        decode = whole.decode_vectors if isinstance(whole, VQAutoencoder) else whole.decode
+        return decode(latents), none, {}
 
     def _gaussian(
         self, autoencoder: KLAutoencoder, images: Tensor, generator: torch.Generator
