@@ -4,8 +4,9 @@
     python benchmarks/pictograms/ship.py
 
 Reads runs/pictograms/{network,sharp,encoder,database}. Into
-packages/pictograms/retrodiff_pictograms it writes ``model`` (the model with D inside) and ``held_out`` (a database of concepts that were never
-trained on, for the demo). Prints the size of every part.
+packages/pictograms/retrodiff_pictograms it writes ``model`` (the model with D inside) and
+``held_out`` (a database of concepts that were never trained on, for the demo). Prints the size of
+every part.
 """
 
 from __future__ import annotations
