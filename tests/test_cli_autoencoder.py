@@ -57,6 +57,25 @@ def test_a_first_stage_is_made_measured_and_shown(
     assert (len(latents), latents.shape) == (12, (4, 8, 8))
 
 
+def test_a_decoder_is_trained_alone(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    quick = "--size 16 --steps 4 --batch-size 4".split()
+    alone = ["train-autoencoder", "photos", "sharper", *quick, "--decoder-of"]
+    assert main([*alone, "stage"]) == 0
+    before, after = load_autoencoder("stage"), load_autoencoder("sharper")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = before.encode(images)
+    assert torch.equal(after.encode(images), latents)
+    assert not torch.equal(after.decode(latents), before.decode(latents))
+    capsys.readouterr()
+    assert main([*alone, "stage", "--resume"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert main([*alone, "stage", "--overwrite", "--channels", "64"]) == 2
+    assert "--channels is of a new first stage" in capsys.readouterr().err
+    assert main([*alone, "nowhere", "--overwrite"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_interrupted_it_continues_to_the_same_bits(
     room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

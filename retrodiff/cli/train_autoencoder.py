@@ -21,6 +21,16 @@ MULTIPLIERS = (1, 2, 3, 4, 4, 4)
 
 MOST_HELD_OUT = 500
 
+SHAPE = {
+    "kind": "kl",
+    "factor": 4,
+    "latent_channels": 4,
+    "channels": 32,
+    "blocks": 1,
+    "codes": 1024,
+}
+"""Options of a new first stage, and their defaults."""
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
@@ -39,29 +49,29 @@ def add_parser(commands: Any) -> None:
         help="folder of images that are only measured; else one in twenty is left out for that",
     )
     parser.add_argument(
-        "--kind", choices=("kl", "vq"), default="kl", help="Gaussian latents, or a codebook"
+        "--decoder-of",
+        type=types.path,
+        help="train the decoder of this first stage alone: its latents stay, and so does a network "
+        "that was trained on them",
     )
+    parser.add_argument("--kind", choices=("kl", "vq"), help="Gaussian latents, or a codebook")
     parser.add_argument("--size", type=types.integer(8), default=64, help="side of the images")
     parser.add_argument(
         "--factor",
         type=int,
         choices=(2, 4, 8, 16, 32),
-        default=4,
         help="pixels per latent position and side",
     )
     parser.add_argument(
-        "--latent-channels", type=types.integer(1), default=4, help="numbers per latent position"
+        "--latent-channels", type=types.integer(1), help="numbers per latent position"
     )
     parser.add_argument(
         "--channels",
         type=types.count,
-        default=32,
         help="width of the first level, a multiple of 32; the next ones have 2, 3 and 4 times that",
     )
-    parser.add_argument(
-        "--blocks", type=types.integer(1, 8), default=1, help="residual blocks of each level"
-    )
-    parser.add_argument("--codes", type=types.integer(2), default=1024, help="of a vq codebook")
+    parser.add_argument("--blocks", type=types.integer(1, 8), help="residual blocks of each level")
+    parser.add_argument("--codes", type=types.integer(2), help="of a vq codebook")
     parser.add_argument("--steps", type=types.count, default=5000, help="training steps")
     parser.add_argument("--batch-size", type=types.count, default=32, help="images per step")
     parser.add_argument(
@@ -118,7 +128,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier first stage there"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, **SHAPE)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -146,6 +156,7 @@ def run(options: argparse.Namespace) -> int:
             lr=cosine(options.lr, options.steps, min(100, options.steps // 10)),
             kl_weight=options.kl_weight,
             latent_noise=options.latent_noise,
+            decoder_only=options.decoder_of is not None,
             perceptual=_perceptual(options),
             perceptual_weight=options.perceptual_weight,
             adversarial=_adversarial(options),
@@ -181,7 +192,13 @@ def _finished(out: Path, checkpoint: Path, options: argparse.Namespace) -> bool:
     from retrodiff.disk.files import check_free
     from retrodiff.training.checkpoint import Checkpoint
 
-    if options.size % options.factor:
+    for name, usual in SHAPE.items():
+        if options.decoder_of is not None and getattr(options, name) != usual:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of a new first stage, and --decoder-of keeps that "
+                f"of {options.decoder_of}: leave one of the two out"
+            )
+    if options.decoder_of is None and options.size % options.factor:
         raise ValueError(
             f"size={options.size} is no multiple of factor={options.factor}: choose one that is"
         )
@@ -199,8 +216,11 @@ def _finished(out: Path, checkpoint: Path, options: argparse.Namespace) -> bool:
 def _autoencoder(options: argparse.Namespace) -> KLAutoencoder | VQAutoencoder:
     import torch
 
+    from retrodiff.checkpoints.first_stages import load_autoencoder
     from retrodiff.networks import KLAutoencoder, VQAutoencoder
 
+    if options.decoder_of is not None:
+        return load_autoencoder(options.decoder_of)
     torch.manual_seed(options.seed)
     levels = options.factor.bit_length()
     shape: dict[str, Any] = {
@@ -278,4 +298,6 @@ def _measured(autoencoder: Any, held_out: Tensor) -> tuple[Reconstruction, bytes
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is trained."""
     no = {"images", "out", "held_out", "resume", "overwrite", "run", "command", "device", "latents"}
+    if options.decoder_of is None:  # as it was before there was this option
+        no |= {"decoder_of"}
     return {k: v for k, v in vars(options).items() if k not in no and k != "checkpoint_every"}
