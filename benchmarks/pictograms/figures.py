@@ -34,6 +34,7 @@ from retrodiff.model import Model
 from retrodiff.pictures import to_bytes
 
 OWN = STYLES[:3]
+GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0)
 MODES = ("text", "neighbors", "text+neighbors")
 
 
@@ -65,12 +66,14 @@ class Asked:
         seed: int,
         steps: int | None,
         pictures: Tensor | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """One picture of each concept in bytes (n, 3, 64, 64), asked by title or by a picture."""
         given: dict[str, Any] = {"prompts": self.titles}
         if pictures is not None:
             given = {"images": pictures / 127.5 - 1}
-        return to_bytes(model.sample(**given, mode=mode, seed=seed, steps=steps).images)
+        how: dict[str, Any] = {"mode": mode, "seed": seed, "steps": steps, "guidance": guidance}
+        return to_bytes(model.sample(**given, **how).images)
 
 
 def main() -> None:
@@ -141,6 +144,7 @@ class Measured:
             "concept among the top 5": self.concepts(),
             "style of the database": self.styles(),
             "unseen concepts, top 5": self.before_and_after(),
+            "guidance": self.guidances(),
             "copying": self.copying(),
             "against held-out pictures": self.fidelity(),
             "seconds for 16 pictures": seconds,
@@ -223,6 +227,27 @@ class Measured:
             for name, pictures in {**self.ceilings, **asked}.items()
         }
         found["n per style"] = len(self.options.seeds) * len(self.trained.titles)
+        return found
+
+    def guidances(self) -> dict[str, Any]:
+        """Concept and style of text+neighbors at several guidance scales, one seed."""
+        found: dict[str, Any] = {}
+        for scale in GUIDANCE:
+            concepts, styles = [], []
+            for style in OWN:
+                asked = self.model.replace(database=self.of_style(style), proposal=None)
+                images = self.trained.sample(
+                    asked, "text+neighbors", 0, self.options.steps, guidance=scale
+                )
+                number = STYLES.index(style)
+                concepts.append(self.hit(images, self.trained, number))
+                styles.append(self.judges.styles(images) == number)
+            found[str(scale)] = {
+                "concept among the top 5": round(float(torch.cat(concepts).float().mean()), 3),
+                "style": round(float(torch.cat(styles).float().mean()), 3),
+            }
+            print("guidance", scale, found[str(scale)], flush=True)
+        found["n"] = len(OWN) * len(self.trained.titles)
         return found
 
     def before_and_after(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from network import STYLES
 
 from retrodiff.checkpoints.first_stages import load_autoencoder
 from retrodiff.databases import ParquetImages, build_database
-from retrodiff.diffusion import Folded
+from retrodiff.diffusion import ClassifierFree, Folded
 from retrodiff.encoders import load_encoder, save_encoder
 from retrodiff.model import Model
 
@@ -40,11 +40,14 @@ def main() -> None:
     package = Path("packages/pictograms/retrodiff_pictograms")
     parser.add_argument("--out", type=Path, default=package)
     parser.add_argument("--steps", type=int, default=16, help="of the sampler")
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--decoder", type=Path, help="a first stage of the same latents")
     options = parser.parse_args()
     model = sharper(Model.load(options.data / "network"), options.decoder or options.data / "sharp")
     database = small_pictures(options.data, model.encoder)
-    model = model.replace(database=database, proposal=model.proposal, steps=options.steps)
+    guidance = ClassifierFree(options.guidance)
+    more: dict[str, Any] = {"steps": options.steps, "guidance": guidance}
+    model = model.replace(database=database, proposal=model.proposal, **more)
     where = options.out / "model"
     model.save(where, overwrite=True, include_database=True, dtype=torch.float16)
     # The encoder's weights are numbers of float16 already, so nothing is rounded here.

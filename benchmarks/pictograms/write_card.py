@@ -77,6 +77,18 @@ def rows(
         bound = "≥ 0.90" if style != "openmoji" else "never trained on"
         what = f"looks like {name}, the database's style (n = {n})"
         found.append((what, both, bound))
+    scales = {k: v for k, v in whole["guidance"].items() if k != "n"}
+    found.append(
+        (
+            f"guidance {', '.join(scales)}: asked concept in the top 5, the database's style (one "
+            f"seed, n = {whole['guidance']['n']})",
+            "; ".join(
+                ", ".join(f"{v[what]:.2f}" for v in scales.values())
+                for what in ("concept among the top 5", "style")
+            ),
+            "",
+        )
+    )
     unseen = whole["unseen concepts, top 5"]
     for mode, name in (
         ("neighbors", "neighbors of the title"),
@@ -114,7 +126,7 @@ def rows(
         found.append((f"distance to held-out pictures: {what} (n = {one['n']})", value, "falling"))
     found.append(
         (
-            f"16 pictures, {whole['steps']} steps, {whole['threads']} threads",
+            f"16 pictures, {whole['steps']} steps, {whole['threads']} CPU thread(s)",
             f"{whole['seconds for 16 pictures']:.1f} s",
             "≤ 10 s",
         )
@@ -162,7 +174,8 @@ def table(found: list[tuple[str, str, str]]) -> list[str]:
 
 def measured(whole: dict[str, Any]) -> str:
     """When and on what."""
-    machine = f"{whole['threads']} CPU threads ({whole['machine']})"
+    threads = whole["threads"]
+    machine = f"{threads} CPU thread{'s' * (threads > 1)} ({whole['machine']})"
     return (
         f"Measured {whole['date']} by `benchmarks/pictograms/figures.py`, seeds "
         f"{', '.join(map(str, whole['seeds']))}, {machine}, "

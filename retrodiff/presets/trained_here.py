@@ -172,7 +172,7 @@ def rdm_pictograms(
         .autoencoder(Folded(first_stage or Identity(), 2))
         .denoiser(denoiser)
         .sampler(DPMpp2M())
-        .guidance(ClassifierFree(2.0))
+        .guidance(ClassifierFree(4.0))
         .defaults(k=k, steps=16, prompt_template="{}")
     )
     return recipe.set(**given)
