@@ -129,19 +129,15 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
             errors.append(error_of(panel.y[0], own))
             if len(values) > 1:
                 axis.plot([place] * len(values), values, ".", color="black", markersize=4, zorder=3)
-        if panel.bars:
+        if _is_share(panel):
             axis.bar(places, means, width * 0.92, yerr=errors, capsize=3, color=color, label=label)
+        elif panel.bars:
+            axis.errorbar(places, means, errors, fmt="o", capsize=3, color=color, label=label)
         else:
             order = sorted(range(len(places)), key=places.__getitem__)
             places, means, errors = ([v[j] for j in order] for v in (places, means, errors))
             axis.errorbar(places, means, errors, marker="o", markersize=4, capsize=3,
                           color=color, label=label)  # fmt: skip
-    anchors = [r for r in rows if r["line"] == "anchor" and panel.y[0] in r]
-    for side, row in zip((0.01, 0.99), anchors, strict=False):  # the two names lie apart
-        axis.axhline(row[panel.y[0]], color="gray", linestyle=":", linewidth=1)
-        axis.annotate(str(row["at"]), (side, row[panel.y[0]]), fontsize=6, color="gray",
-                      xycoords=("axes fraction", "data"), ha="left" if side < 0.5 else "right",
-                      va="bottom")  # fmt: skip
     if panel.bars:
         axis.set_xticks(list(ticks.values()), [name.replace(" ", "\n", 1) for name in ticks])
     if panel.logarithmic:
@@ -153,13 +149,39 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
     if not panel.bars:
         axis.set_xlim(left=None if panel.logarithmic else min(0, axis.get_xlim()[0]))
     low, high = axis.get_ylim()
-    if low > 0 or panel.bars:
-        axis.set_ylim(bottom=0 if panel.bars and low >= 0 else low, top=high)
+    if panel.bars and not _is_share(panel):
+        axis.set_xlim(-0.6, len(ticks) - 0.4)
+    if low > 0 or _is_share(panel):
+        axis.set_ylim(bottom=0 if _is_share(panel) and low >= 0 else low, top=high)
+    _anchors(axis, panel, rows)
     axis.tick_params(labelsize=8)
     axis.set_xlabel(panel.x, fontsize=9)
     axis.set_ylabel(panel.y[1], fontsize=9)
     if len(lines) > 1:
         axis.legend(fontsize=7, frameon=False)
+
+
+def _is_share(panel: Panel) -> bool:
+    """Whether zero belongs to the picture, so that bars are honest."""
+    return panel.bars and panel.y[0].startswith(("share", "near"))
+
+
+def _anchors(axis: Any, panel: Panel, rows: Rows) -> None:
+    """Real pictures: lines where they lie within the axis, words above it where they do not."""
+    low, high = axis.get_ylim()
+    outside: list[str] = []
+    anchors = [r for r in rows if r["line"] == "anchor" and panel.y[0] in r]
+    for side, row in zip((0.01, 0.99), anchors, strict=False):  # the two names lie apart
+        value, name = float(row[panel.y[0]]), str(row["at"])
+        if not low <= value <= high:
+            outside.append(f"{name}: {value:,.0f}" if value >= 100 else f"{name}: {value:.2f}")
+            continue
+        axis.axhline(value, color="gray", linestyle=":", linewidth=1)
+        axis.annotate(name, (side, value), fontsize=6, color="gray",
+                      xycoords=("axes fraction", "data"), ha="left" if side < 0.5 else "right",
+                      va="bottom")  # fmt: skip
+    if outside:
+        axis.set_title(f"outside: {'; '.join(outside)}", fontsize=7, color="gray")
 
 
 def _place(panel: Panel, row: Mapping[str, Any]) -> Any:

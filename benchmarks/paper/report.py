@@ -86,7 +86,10 @@ def _value(column: str, rows: Rows) -> str:
     if not rows:
         return ""
     mean, error = statistics.fmean(float(r[column]) for r in rows), error_of(column, rows)
-    return f"{mean:.3g} ± {error:.2g}" if error else f"{mean:.3g}"
+    shown, spread = (
+        f"{x:,.0f}" if mean >= 100 else f"{x:.{n}g}" for x, n in ((mean, 3), (error, 2))
+    )
+    return f"{shown} ± {spread}" if error else shown
 
 
 def _span(rows: Rows, column: str) -> str:
