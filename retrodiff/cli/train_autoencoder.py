@@ -220,7 +220,13 @@ def _autoencoder(options: argparse.Namespace) -> KLAutoencoder | VQAutoencoder:
     from retrodiff.networks import KLAutoencoder, VQAutoencoder
 
     if options.decoder_of is not None:
-        return load_autoencoder(options.decoder_of)
+        found = load_autoencoder(options.decoder_of)
+        if not isinstance(found, (KLAutoencoder, VQAutoencoder)):
+            raise ValueError(
+                f"--decoder-of {options.decoder_of} holds {type(found).__name__}: only KL and VQ "
+                "autoencoders are trained here"
+            )
+        return found
     torch.manual_seed(options.seed)
     levels = options.factor.bit_length()
     shape: dict[str, Any] = {

@@ -85,7 +85,9 @@ class StageObjective(nn.Module):
     def trained(self) -> list[nn.Module]:
         """The parts whose weights change."""
         whole = self.autoencoder
-        parts = [whole.from_latent, whole.decoder] if self.weights.decoder_only else [whole]
+        parts: list[nn.Module] = [whole]
+        if self.weights.decoder_only:
+            parts = [whole.from_latent, whole.decoder]
         return parts if self.discriminator is None else [*parts, self.discriminator]
 
     def forward(
