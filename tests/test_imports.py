@@ -132,6 +132,18 @@ def test_importing_everything_loads_no_heavy_package():
     assert run(code).strip() == "[]"
 
 
+def test_readers_of_other_projects_files_are_imported_when_they_are_called():
+    code = (
+        "import sys, retrodiff, retrodiff.presets, retrodiff.checkpoints as c\n"
+        "there = {'compvis', 'diffusers', 'load'}\n"
+        "names = {f'retrodiff.checkpoints.foreign.{n}' for n in there}\n"
+        "before = names & sys.modules.keys()\n"
+        "assert all(callable(getattr(c, n)) for n in c.__all__ if n.startswith('load'))\n"
+        "print(len(before), len(names & sys.modules.keys()), hasattr(c, 'load_nothing'))"
+    )
+    assert run(code).split() == ["0", "3", "False"]
+
+
 def test_import_costs_little_more_than_torch():
     """The bound is 0.3 s; the median of three, since a busy machine is slow at everything."""
     code = (

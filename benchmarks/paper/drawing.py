@@ -148,11 +148,11 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
         axis.minorticks_off()
     if not panel.bars:
         axis.set_xlim(left=None if panel.logarithmic else min(0, axis.get_xlim()[0]))
-    low, high = axis.get_ylim()
+    low, _ = axis.get_ylim()
     if panel.bars and not _is_share(panel):
         axis.set_xlim(-0.6, len(ticks) - 0.4)
-    if low > 0 or _is_share(panel):
-        axis.set_ylim(bottom=0 if _is_share(panel) and low >= 0 else low, top=high)
+    if _is_share(panel) and low >= 0:
+        axis.set_ylim(bottom=0)
     _anchors(axis, panel, rows)
     axis.tick_params(labelsize=8)
     axis.set_xlabel(panel.x, fontsize=9)

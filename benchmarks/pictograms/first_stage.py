@@ -18,8 +18,8 @@ and so does a network that was trained on them. With ``--perceptual lite1`` (fea
 EfficientNet-Lite1, which judges nothing here) and ``--adversarial-start`` edges become sharp:
 
     python benchmarks/pictograms/first_stage.py --decoder-of runs/pictograms/first_stage \
-        --out runs/pictograms/sharp --pictures 200000 --perceptual lite1 --adversarial-start 1000 \
-        --latent-noise 0.1 --lr 5e-4
+        --out runs/pictograms/sharp --pictures 80000 --perceptual lite1 --adversarial-start 700 \
+        --latent-noise 0.1 --lr 7e-4
 
 ``--report`` writes these three for the state of a training that is still going on.
 """

@@ -176,6 +176,7 @@ def fit_autoencoder(
         "batch_size": batch_size,
         "images": digest(shown),
         "autoencoder": {"kind": type(autoencoder).__name__, **autoencoder.config()},
+        # Without decoder_only as before there was this option: its checkpoints continue.
         "weights": {k: v for k, v in asdict(weights).items() if v is not False},
         "perceptual": _named(perceptual),
         "adversarial": None
@@ -203,9 +204,12 @@ def fit_autoencoder(
         what="first stage",
     )
     average.copy_to(trained).eval().requires_grad_(False)
-    if decoder_only:
-        return StageResult(trained, losses, parts.curves, measured_latents(trained, shown)[1])
-    use = normalize_latents(trained, shown, batch_size)
+    if not decoder_only:
+        use = normalize_latents(trained, shown, batch_size)
+    elif isinstance(trained, VQAutoencoder):
+        _, use = measured_latents(trained, shown, batch_size)
+    else:
+        use = None
     return StageResult(trained, losses, parts.curves, use)
 
 
