@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def draw(study: Study, rows: Rows, file: Path) -> bool:
     panels = [panel for panel in study.panels if _lines(study, panel, rows)]
     if not panels:
         return False
-    across = min(3, len(panels))
+    across = 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
     figure, axes = plt.subplots(
         down, across, figsize=(4.3 * across, 3.6 * down + 1.0), squeeze=False, layout="constrained"
@@ -139,7 +140,8 @@ def _panel(axis: Any, study: Study, panel: Panel, rows: Rows) -> None:
             axis.errorbar(places, means, errors, marker="o", markersize=4, capsize=3,
                           color=color, label=label)  # fmt: skip
     if panel.bars:
-        axis.set_xticks(list(ticks.values()), [name.replace(" ", "\n", 1) for name in ticks])
+        narrow = max(8, 44 // len(ticks))  # letters that fit side by side
+        axis.set_xticks(list(ticks.values()), [textwrap.fill(name, narrow) for name in ticks])
     if panel.logarithmic:
         axis.set_xscale("log")
         shown = sorted({float(_place(panel, r)) for r in rows

@@ -256,9 +256,9 @@ STUDIES = (
             line("D and X", {
                 "apart": replace(RDM, copies=True),
                 "same": Point("rdm own", copies=True),
-                "same, own row\nexcluded": Point("rdm own excluded", copies=True),
+                "same, own row excluded": Point("rdm own excluded", copies=True),
                 "no D (LDM)": replace(LDM, copies=True),
-                "X itself,\nround trip": Point(ROUND_TRIP, copies=True),
+                "X itself, round trip": Point(ROUND_TRIP, copies=True),
             }),
         ),
         (
@@ -306,9 +306,9 @@ STUDIES = (
         "Neighbors in CLIP's space are better than in that of VQ-GAN features.",
         (
             line("RDM", {
-                "EfficientNet\nLite0": SEEDS,
-                "VQ-GAN\nlatents": Point("rdm vqgan phi"),
-                "Lite0, random\nweights": Point("rdm random phi"),
+                "EfficientNet Lite0": SEEDS,
+                "VQ-GAN latents": Point("rdm vqgan phi"),
+                "Lite0, random weights": Point("rdm random phi"),
                 "no D (LDM)": LDM_SEEDS,
             }),
         ),

@@ -47,7 +47,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 {
                     "line": name,
                     "at": label,
-                    "seed": report["seed"],
+                    "seed": int(file.stem.removeprefix("seed ")),
                     "share": shares[key][mode],
                     "n": n,
                 }
