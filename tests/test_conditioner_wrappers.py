@@ -37,7 +37,6 @@ def found(rows):
         Dropped(Rescaled(NeighborEmbeddings("unit"), 0.5), 0.1),
         NeighborPatches(NeighborEmbeddings("unit"), channels=3, size=4, grid=2),
         Dropped(NeighborPatches(Pooled(PromptAndNeighbors("unit")), 3, 4, 2), 0.1),
-        Dropped(NeighborPatches(PromptAndNeighbors("unit"), 3, 4, 2, aligned=True), 0.1),
     ],
     ids=lambda c: type(c).__name__,
 )

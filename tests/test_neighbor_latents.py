@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from retrodiff.attention import NeighborAttention
 from retrodiff.builder import Builder
 from retrodiff.databases import ArrayDatabase
 from retrodiff.diffusion import (
@@ -13,13 +12,12 @@ from retrodiff.diffusion import (
     Dropped,
     EDMDenoiser,
     Mixture,
-    NeighborEmbeddings,
     NeighborPatches,
     PixelUnshuffle,
     PromptAndNeighbors,
 )
 from retrodiff.encoders import TimmEncoder
-from retrodiff.interfaces import Context, Neighbors, Query, Tokens
+from retrodiff.interfaces import Neighbors, Query
 from retrodiff.model import Model
 from retrodiff.model.neighbor_latents import encoded_pictures, seen
 from retrodiff.networks import UNet
@@ -33,14 +31,14 @@ def pictures(n=12):
     return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["all cells", "aligned"])
-def model(request):
+@pytest.fixture(scope="module")
+def model():
     encoder = TimmEncoder("test_resnet", image_size=32)
     database = ArrayDatabase(
         encoder.encode_image(pictures()), encoder.fingerprint, images=pictures()
     )
     torch.manual_seed(0)
-    patches = NeighborPatches(PromptAndNeighbors("unit"), 12, size=4, grid=2, aligned=request.param)
+    patches = NeighborPatches(PromptAndNeighbors("unit"), channels=12, size=4, grid=2)
     network = UNet(
         in_channels=12,
         out_channels=12,
@@ -79,17 +77,6 @@ def neighbors(rows, latents=True):
     return dataclasses.replace(one, latents=values)
 
 
-class Regional(NeighborEmbeddings):
-    """Tokens for each of nine regions."""
-
-    def __init__(self):
-        super().__init__("unit")
-
-    def condition(self, query, neighbors):
-        values = neighbors.embeddings.unsqueeze(1).expand(-1, 9, -1, -1)
-        return Context({"neighbors": Tokens(values)})
-
-
 def test_a_token_holds_its_cell_and_its_place():
     found = neighbors([[3, 5]])
     conditioner = NeighborPatches(PromptAndNeighbors("unit"), channels=12, size=4, grid=2)
@@ -103,42 +90,6 @@ def test_a_token_holds_its_cell_and_its_place():
                 assert torch.equal(token[6:-4], cell.flatten())
                 assert token[-4:].nonzero().flatten().tolist() == [y * 2 + x]
                 assert not token[:6].any()
-
-
-def test_an_aligned_position_sees_its_own_place_alone():
-    found = neighbors([[3, 5, -1], [-1, -1, -1]])
-    plain = NeighborPatches(PromptAndNeighbors("unit"), channels=12, size=4, grid=2)
-    aligned = dataclasses.replace(plain, aligned=True)
-    query = Query(torch.zeros(2, 6))
-    every, own = plain.condition(query, found).streams, aligned.condition(query, found).streams
-    assert own["patches"].values.shape == (2, 4, 3, 6 + 12 * 4 + 4)
-    for place in range(4):
-        # The tokens of the three neighbors at this place, of all that are cut from them.
-        assert torch.equal(own["patches"].values[:, place], every["patches"].values[:, place::4])
-        assert own["patches"].mask[0, place].tolist() == [True, True, False]
-        assert own["patches"].mask[1, place].all()
-        for name in ("query", "neighbors"):
-            assert torch.equal(own[name].values[:, place], every[name].values)
-            assert torch.equal(own[name].mask[:, place], every[name].mask)
-
-
-def test_attention_to_aligned_cells_keeps_their_places():
-    conditioner = NeighborPatches(NeighborEmbeddings("unit"), 12, size=4, grid=2, aligned=True)
-    torch.manual_seed(0)
-    block = NeighborAttention(width=32, context_width=conditioner.widths(6)["patches"], heads=2)
-    found, x = neighbors([[3, 5]]), torch.randn(1, 16, 32)
-
-    def attended(given):
-        patches = conditioner.condition(Query(torch.zeros(1, 6)), given).streams["patches"]
-        return block(x, patches, (4, 4)).view(4, 4, 32)
-
-    other = found.latents.clone()
-    other[..., :2, 2:] += 1  # upper right
-    with torch.no_grad():
-        change = attended(dataclasses.replace(found, latents=other)) - attended(found)
-    assert change[:2, 2:].abs().amin(-1).gt(0).all()
-    change[:2, 2:] = 0
-    assert not change.any()
 
 
 def test_a_prompt_has_no_patches():
@@ -161,9 +112,6 @@ def test_what_does_not_fit_is_refused():
         conditioner.condition(query, neighbors([[1]], latents=False))
     with pytest.raises(ValueError, match=r"those of shape \(12, 4, 4\)"):
         conditioner.condition(query, neighbors([[1]]))
-    aligned = NeighborPatches(Regional(), 12, size=4, grid=2, aligned=True)
-    with pytest.raises(ValueError, match=r"'neighbors' has its own, \(1, 9, 1, 6\)"):
-        aligned.condition(query, neighbors([[1]]))
 
 
 def test_latents_are_those_of_the_rows_and_each_is_encoded_once(model):
@@ -183,6 +131,17 @@ def test_latents_are_those_of_the_rows_and_each_is_encoded_once(model):
     assert Counting.encoded == 2
     assert seen(told, model.conditioner, None, None) is told
     assert seen(found, PromptAndNeighbors("unit"), None, None) is found
+
+
+def test_a_table_of_latents_keeps_no_graph(model):
+    class Trainable(PixelUnshuffle):
+        weight = torch.nn.Parameter(torch.ones(()))
+
+        def encode(self, images):
+            return super().encode(images) * self.weight
+
+    found = encoded_pictures(torch.arange(12), model.database, Trainable(2), SHAPE)
+    assert not found.requires_grad  # or the activations of the whole database stay in memory
 
 
 def test_larger_pictures_are_resized(model):

@@ -29,11 +29,6 @@ class NeighborPatches(Wrapper):
     the inner conditioner get zeros there, so that all streams have one width. The idea of
     IP-Adapter's fine-grained features (Ye et al. 2023), of the neighbors that a database gives.
 
-    ``aligned``: a position of the sample attends to the cells at its own place alone, one of each
-    neighbor, beside the inner tokens, instead of to all cells. Where things stand in the same place
-    in sample and neighbors, as in centered pictures, nothing has to be learned about places, and
-    `Attribution` says of each region which neighbor it was taken from.
-
     A token that is no row of the database (index -1, the prompt) has no picture: its patches are
     masked. `Dropped` goes around it.
 
@@ -41,9 +36,7 @@ class NeighborPatches(Wrapper):
         conditioner: what gives the tokens of query and neighbors.
         channels: c of the latents, as the denoiser sees them.
         size: h = w of the latents.
-        grid: cells along each side; it divides ``size``, and where ``aligned`` also the size of
-            the latents at every level of the network that attends.
-        aligned: each position sees the cells of its own place. The sample's latents are square.
+        grid: cells along each side; it divides ``size``.
 
     Raises:
         ValueError: ``size`` cannot be cut into ``grid`` cells.
@@ -58,7 +51,6 @@ class NeighborPatches(Wrapper):
     channels: int
     size: int
     grid: int
-    aligned: bool = False
 
     def __post_init__(self) -> None:
         whole("channels", self.channels)
@@ -91,9 +83,6 @@ class NeighborPatches(Wrapper):
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
         """The inner context, wider, and k * grid² tokens of the neighbors' pictures.
 
-        Where ``aligned``, all streams have grid² regions, (b, grid², n, d), with k of these tokens
-        in each.
-
         Raises:
             ValueError: the neighbors have no latents, or those of another shape.
         """
@@ -112,16 +101,12 @@ class NeighborPatches(Wrapper):
         if neighbors.mask is not None:
             rows = rows & neighbors.mask
         values = torch.cat([cells, place], -1) * rows[..., None, None]
-        if self.aligned:
-            values = rearrange(values, "b k n d -> b n k d")
-            mask = rows.unsqueeze(1).expand(-1, self.grid**2, -1)
-        else:
-            values = rearrange(values, "b k n d -> b (k n) d")
-            mask = rows.repeat_interleave(self.grid**2, -1)
+        mask = rows.repeat_interleave(self.grid**2, -1)
         # Without a picture its patches are the null condition, as dropping shows them in training.
         mask = mask | ~mask.any(-1, keepdim=True)
         wide = next((t.values.shape[-1] for t in inner.streams.values()), 0)
-        return self._with(self._everywhere(inner), Tokens(F.pad(values, (wide, 0)), mask))
+        patches = F.pad(rearrange(values, "b k n d -> b (k n) d"), (wide, 0))
+        return self._with(inner, Tokens(patches, mask))
 
     def null(self, context: Context) -> Context:
         """The inner null, and patches of zeros."""
@@ -139,29 +124,6 @@ class NeighborPatches(Wrapper):
             name: replace(t, values=self._padded(t.values)) for name, t in inner.streams.items()
         }
         return replace(inner, streams={**streams, "patches": patches})
-
-    def _everywhere(self, inner: Context) -> Context:
-        """The inner tokens in every region, where there are regions.
-
-        Raises:
-            ValueError: they have regions of their own.
-        """
-        if not self.aligned:
-            return inner
-        streams: dict[str, Tokens] = {}
-        for name, tokens in inner.streams.items():
-            if tokens.values.ndim != 3:
-                raise ValueError(
-                    f"NeighborPatches(aligned=True) makes regions, but the stream {name!r} has "
-                    f"its own, {tuple(tokens.values.shape)}: retrieve for whole images"
-                )
-            regions, mask = self.grid**2, tokens.mask
-            streams[name] = replace(
-                tokens,
-                values=tokens.values.unsqueeze(1).expand(-1, regions, -1, -1),
-                mask=None if mask is None else mask.unsqueeze(1).expand(-1, regions, -1),
-            )
-        return replace(inner, streams=streams)
 
     def _padded(self, values: Tensor) -> Tensor:
         return F.pad(values, (0, self.extra))

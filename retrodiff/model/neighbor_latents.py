@@ -59,6 +59,7 @@ def seen(
     return replace(neighbors, latents=latents[at].to(neighbors.embeddings.device))
 
 
+@torch.no_grad()
 def encoded_pictures(
     rows: Tensor,
     database: Database | None,
