@@ -63,7 +63,9 @@ def main() -> None:
     """Writes a folder that ``--features`` takes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--number", type=int, default=0, help="of the network: 0, 1, 2, ...")
+    parser.add_argument(
+        "--number", type=int, choices=sorted(SHA256), default=0, help="of the network"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     save_encoder(lite(options.number, options.size), options.out)
