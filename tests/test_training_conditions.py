@@ -168,6 +168,40 @@ def test_the_rows_of_a_caption_are_those_that_sampling_finds(data, texts, encode
             assert torch.equal(found.indices[i, 1:], nearest[: K - 1])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_neighbors_alone_are_found_for_a_caption_by_a_share(data, encoder, share):
+    texts = [[f"a {i}", f"b {i}"] for i in range(N)]
+    options = {"modes": MODES, "searched_by": "caption", **QUIET}
+    usual = data.captioned(texts, encoder, **options)
+    by_text = data.captioned(texts, encoder, neighbors_by_caption=share, **options)
+    rows, _, query, found = seen(by_text)
+    _, _, usual_query, usually = seen(usual)
+    by_caption = 0
+    alone = [i for i in range(len(rows)) if mode_of(found, i) == "neighbors"]
+    for i in alone:
+        row = int(rows[i])
+        ids = torch.tensor([row])
+        nearest = ExcludeSelf(NearestNeighbors()).retrieve(
+            Query(query[i : i + 1], ids=ids), data.database, K
+        )
+        assert torch.equal(found.indices[i], nearest.indices[0])
+        asked = [bool((encoder.encode_text([t])[0] == query[i]).all()) for t in texts[row]]
+        assert any(asked) or torch.equal(query[i], data.embeddings[row])
+        by_caption += any(asked)
+    assert abs(by_caption / len(alone) - share) < (0.11 if 0 < share < 1 else 1e-9)  # 200 draws
+    others = torch.tensor([i for i in range(len(rows)) if i not in set(alone)])
+    assert torch.equal(query[others], usual_query[others])
+    assert torch.equal(found.indices[others], usually.indices[others])
+
+
+def test_a_caption_that_finds_neighbors_must_be_searched_by(data, encoder):
+    with pytest.raises(ValueError, match=r"neighbors_by_caption=0.5, but searched_by='image'"):
+        data.captioned(["a"] * N, encoder, modes=MODES, neighbors_by_caption=0.5, **QUIET)
+    options = {"searched_by": "caption", "neighbors_by_caption": 1.5}
+    with pytest.raises(ValueError, match=r"neighbors_by_caption=1.5"):
+        data.captioned(["a"] * N, encoder, modes=MODES, **options, **QUIET)
+
+
 @pytest.mark.parametrize(
     ("captions", "modes", "message"),
     [
@@ -505,6 +539,14 @@ def variants(data, encoder):
         "modes": data.captioned(texts, encoder, modes={"text": 1.0}, **QUIET),
         "texts": data.captioned([*texts[:-1], "b"], encoder, modes=MODES, **QUIET),
         "searched_by": data.captioned(texts, encoder, modes=MODES, searched_by="caption", **QUIET),
+        "by_caption": data.captioned(
+            texts,
+            encoder,
+            modes=MODES,
+            searched_by="caption",
+            neighbors_by_caption=0.5,
+            **QUIET,
+        ),
         "groups": data.grouped("style", 0.5, groups=own_style(len(texts)), **QUIET),
         "share": data.grouped("style", 0.25, groups=own_style(len(texts)), **QUIET),
         "members": data.grouped("style", 0.5, groups=["oil"] * len(texts), **QUIET),
@@ -518,6 +560,7 @@ def variants(data, encoder):
         ("captions", "modes", "captions.modes"),
         ("captions", "texts", "other captions of the training images"),
         ("captions", "searched_by", "captions.searched_by image, but this one has caption"),
+        ("searched_by", "by_caption", "captions.neighbors_by_caption None, but this one has 0.5"),
         ("captions", None, "captions"),
         ("groups", "share", "groups.share 0.5, but this one has 0.25"),
         ("groups", "members", "other groups of images or rows"),

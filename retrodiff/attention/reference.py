@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.interfaces import Tokens
 
 
@@ -342,7 +343,7 @@ def standard_attention(
     h = weights.heads
     y = F.layer_norm(x[:live], x.shape[-1:], weights.gain, weights.shift, weights.eps)
     q = split_regions(F.linear(y, weights.query), cached.regions, shape)
-    out = F.scaled_dot_product_attention(
+    out = dot_product_attention(
         rearrange(q, "b r n (h e) -> (b r) h n e", h=h),
         rearrange(cached.keys, "b r k (h e) -> (b r) h k e", h=h).to(q.dtype),
         rearrange(cached.values, "b r k (h e) -> (b r) h k e", h=h).to(q.dtype),

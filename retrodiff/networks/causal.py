@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.attention import NeighborAttention
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.interfaces import Context, Tokens
 from retrodiff.networks.placed import Placed
 from retrodiff.networks.streams import join_streams
@@ -286,7 +286,7 @@ class CausalAttention(SelfAttention):
         )
         if past is not None:
             k, v = past.extended(k, v)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        h = dot_product_attention(q, k, v, causal=past is None)
         return x + self.to_out(rearrange(h, "b heads n e -> b n (heads e)"))
 
 

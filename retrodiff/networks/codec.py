@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.networks.blocks import GROUPS, Downsample, ResBlock, Upsample, check_channels
 from retrodiff.networks.normalization import GroupNorm
 from retrodiff.networks.placed import check_floating
@@ -40,7 +41,7 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
         y = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + rearrange(self.to_out(y), "b 1 (h w) c -> b c h w", h=x.shape[-2])
 
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.attention import KeysValues, NeighborAttention, Prepared
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.attention.reference import Neighborhood
 from retrodiff.interfaces import Tokens
 
@@ -127,7 +128,7 @@ class OwnQueries(nn.Module):
             for part in (prepared.keys, prepared.values)
         )
         mask = None if prepared.mask is None else rearrange(prepared.mask, "b 1 k -> b 1 1 k")
-        found = F.scaled_dot_product_attention(q, keys, values, mask)
+        found = dot_product_attention(q, keys, values, mask)
         found = self.to_out(rearrange(found, "b h n e -> b n (h e)"))
         return F.pad(found, (0, 0, 0, 0, 0, prepared.null_rows))
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from retrodiff.attention import NeighborAttention
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.interfaces import Context, Tokens
 from retrodiff.networks.blocks import timestep_embedding, zeroed
 from retrodiff.networks.placed import Placed, check_floating, check_rows
@@ -206,7 +207,7 @@ class DiTBlock(nn.Module):
         )
         y = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
         q, k, v = rearrange(y, "b n (t h e) -> t b h n e", t=3, h=self.heads).unbind(0)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n e -> b n (h e)")
+        y = rearrange(dot_product_attention(q, k, v), "b h n e -> b n (h e)")
         x = x + gate1 * self.merge(y)
         if self.cross_attention is not None:
             x = self.cross_attention(x, prepared, grid)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrodiff.attention import NeighborAttention
+from retrodiff.attention.dot_product import dot_product_attention
 from retrodiff.networks.blocks import GROUPS, zeroed
 from retrodiff.networks.linear import Linear
 from retrodiff.networks.normalization import GroupNorm
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
             project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        h = F.scaled_dot_product_attention(q, k, v)  # (b, heads, n, e)
+        h = dot_product_attention(q, k, v)  # (b, heads, n, e)
         return x + self.to_out(h.transpose(1, 2).flatten(2))
 
 

@@ -38,6 +38,8 @@ class Captions:
             without a caption are always in ``neighbors``.
         searched_by: whether an image's neighbors are its own or, where a caption is used, the
             caption's, as they will be when sampling.
+        neighbors_by_caption: share of the images in the mode ``neighbors`` whose rows are found
+            for a caption, which is not shown: as those of a prompt are in this mode of sampling.
         made_from: the texts and who embedded them, to be compared when a training is continued.
     """
 
@@ -46,11 +48,18 @@ class Captions:
     modes: Mapping[Mode, float]
     searched_by: SearchedBy = "image"
     made_from: Mapping[str, Any] = field(default_factory=dict)
+    neighbors_by_caption: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modes", checked_modes(self.modes))
         if self.searched_by not in ("image", "caption"):
             raise ValueError(f"searched_by={self.searched_by!r}: give 'image' or 'caption'")
+        share = real("neighbors_by_caption", self.neighbors_by_caption, 0, 1)
+        if share and self.searched_by == "image":
+            raise ValueError(
+                f"neighbors_by_caption={share:g}, but searched_by='image' finds neighbors for no "
+                "caption: give searched_by='caption' as well"
+            )
 
     @classmethod
     def of(
@@ -61,6 +70,7 @@ class Captions:
         modes: Mapping[Mode, float],
         searched_by: SearchedBy,
         *,
+        neighbors_by_caption: float,
         path: Path | None,
         batch_size: int,
         progress: bool,
@@ -73,6 +83,7 @@ class Captions:
             database: D.
             modes: share of each mode.
             searched_by: whose neighbors an image gets.
+            neighbors_by_caption: share of the mode ``neighbors`` that a caption finds.
             path: file that keeps the embeddings; None: in memory.
             batch_size: texts per call of the encoder.
             progress: show a bar.
@@ -104,7 +115,14 @@ class Captions:
         )
         counts = torch.tensor([len(own) for own in texts])
         made_from = {"texts": known, "encoder": dict(vars(encoder.identity))}
-        return cls(embeddings, counts, modes, searched_by, made_from)
+        return cls(
+            embeddings,
+            counts,
+            modes,
+            searched_by,
+            made_from,
+            neighbors_by_caption=neighbors_by_caption,
+        )
 
     @property
     def images(self) -> Tensor:
@@ -113,7 +131,10 @@ class Captions:
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a training is continued."""
-        return {**self.made_from, "modes": dict(self.modes), "searched_by": self.searched_by}
+        found = {**self.made_from, "modes": dict(self.modes), "searched_by": self.searched_by}
+        if self.neighbors_by_caption:  # left out where it changes nothing: old runs go on
+            found["neighbors_by_caption"] = self.neighbors_by_caption
+        return found
 
     @cached_property
     def first(self) -> Tensor:
@@ -129,10 +150,12 @@ class Captions:
             mode: (b,) numbers in [0, 1) that decide the mode.
 
         Returns:
-            Numbers of captions (b,), -1 where none is used; and modes.
+            Numbers of captions (b,), -1 where none is used; and modes. In the mode ``neighbors``
+            a caption finds neighbors and is not shown.
         """
         names = list(self.modes)
-        bounds = torch.tensor([self.modes[name] for name in names], dtype=torch.float64).cumsum(0)
+        shares = torch.tensor([self.modes[name] for name in names], dtype=torch.float64)
+        bounds = shares.cumsum(0)
         bounds[-1] = 1.0  # whatever the shares' rounding
         drawn = torch.searchsorted(bounds, mode.double().contiguous(), right=True)
         found = [names[i] for i in drawn.tolist()]
@@ -144,6 +167,10 @@ class Captions:
             for name, number in zip(found, caption.tolist(), strict=True)
         ]
         used = torch.tensor([name in WITH_TEXT for name in modes], dtype=torch.bool)
+        if self.neighbors_by_caption:
+            # The same number decides: how far it lies within what the mode takes of [0, 1).
+            within = 1 - (bounds[drawn] - mode.double()) / shares[drawn]
+            used |= within < self.neighbors_by_caption
         return torch.where(used, caption, -1), modes
 
 

@@ -265,6 +265,7 @@ class TrainingSet:
         *,
         modes: Mapping[Any, float],
         searched_by: SearchedBy = "image",
+        neighbors_by_caption: float = 0.0,
         cache: str | Path | None = None,
         batch_size: int = 256,
         progress: bool = True,
@@ -285,6 +286,9 @@ class TrainingSet:
                 "text": 0.1}``; their sum is 1.
             searched_by: ``image``: rows are the image's own neighbors; ``caption``: where a
                 caption is used, they are the caption's, as they will be when sampling.
+            neighbors_by_caption: share of the images in the mode ``neighbors`` whose rows are
+                found for a caption, which is not shown: as those of a prompt are in this mode of
+                sampling. Needs ``searched_by="caption"``.
             cache: folder that keeps the captions' embeddings; see `of`.
             batch_size: texts per call of the encoder.
             progress: show a bar.
@@ -305,6 +309,7 @@ class TrainingSet:
             self.database,
             modes,
             searched_by,
+            neighbors_by_caption=neighbors_by_caption,
             path=None if cache is None else Path(cache).expanduser() / "captions.safetensors",
             batch_size=whole("batch_size", batch_size),
             progress=progress,
