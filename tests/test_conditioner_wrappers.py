@@ -1,6 +1,7 @@
 """Wrappers of conditioners that pool and rescale, and folded latents."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def found(rows):
     [
         Pooled(NeighborEmbeddings("unit")),
         Pooled(PromptAndNeighbors("unit")),
+        Pooled(PromptAndNeighbors("unit"), first="neighbors"),
         Rescaled(Pooled(PromptAndNeighbors("unit")), 3.0),
         Dropped(Rescaled(NeighborEmbeddings("unit"), 0.5), 0.1),
         NeighborPatches(NeighborEmbeddings("unit"), channels=3, size=4, grid=2),
@@ -55,6 +57,32 @@ def test_pooled_is_the_mean_of_the_tokens_that_are_there():
     null = Pooled(PromptAndNeighbors("unit")).null(context)
     assert null.vector.shape == (3, 12)
     assert not null.vector.any()
+
+
+def test_the_first_token_that_is_there_stands_behind_the_means():
+    neighbors = found([[-1, 3, 4], [1, 2, 3], [-1, -1, -1]])
+    conditioner = Pooled(PromptAndNeighbors("unit"), first="neighbors")
+    query = Query(torch.zeros(3, 6))
+    context = conditioner.condition(query, neighbors)
+    e, means = neighbors.embeddings, Pooled(PromptAndNeighbors("unit"))
+    assert context.vector.shape == (3, conditioner.vector_width(6)) == (3, 18)
+    assert torch.equal(context.vector[:, :12], means.condition(query, neighbors).vector)
+    torch.testing.assert_close(context.vector[0, 12:], e[0, 1])
+    torch.testing.assert_close(context.vector[1, 12:], e[1, 0])
+    assert not context.vector[2, 12:].any()
+    assert not conditioner.null(context).vector.any()
+    regions = Pooled(NeighborEmbeddings("unit"), first="neighbors")
+    several = replace(
+        found([[1, 2], [3, 4]]), indices=torch.tensor([[[1, 2]], [[3, 4]]]),
+        similarity=torch.ones(2, 1, 2), embeddings=neighbors.embeddings[:2, None, :2],
+    )  # fmt: skip
+    vector = regions.condition(Query(torch.zeros(2, 1, 6)), several).vector
+    torch.testing.assert_close(vector[:, 6:], e[:2, 0])
+
+
+def test_an_unknown_first_stream_is_one_line():
+    with pytest.raises(ValueError, match=r"first='patches', but PromptAndNeighbors has the str"):
+        Pooled(PromptAndNeighbors("unit"), first="patches").vector_width(6)
 
 
 def test_rescaled_gives_unit_variance_to_unit_norms():

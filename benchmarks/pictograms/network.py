@@ -7,12 +7,17 @@
 
 The same command continues after an interruption. Two processes of one thread share a batch; they
 are faster than one process of two threads. D holds the concepts of the splits ``train`` and
-``database`` in three styles; the network is trained on ``train``, each picture left out of its own
-neighbors. Half of the time neighbors come from the picture's own style only, so that style follows
-the database. Each picture is trained with neighbors, with one of its captions and neighbors, or
-with a caption alone, so that every mode of sampling is trained; some captions name the style.
-``--start FOLDER`` begins with the weights of an earlier network, also of one that saw less of its
-neighbors: what it has no weights for is fresh.
+``database`` in three styles; the network is trained on ``train``. Neighbors are found among other
+views of D's pictures: each moved, made smaller and half of them mirrored, so that no picture is its
+own neighbor. For half of the images their own row is left out, too: they learn from what only
+resembles them. The others may find it, as a prompt finds a concept that is in D. Most of the time
+neighbors come from the picture's own style only, so that style follows the database.
+
+Each picture is trained with neighbors, with one of its captions and neighbors, or with a caption
+alone, so that every mode of sampling is trained; half of the neighbors that are shown alone are a
+caption's, and one to four are shown. Some captions name the style. ``--start FOLDER`` begins with
+the weights of an earlier network, also of one whose tokens were wider or narrower: what it has no
+weights for is zero.
 
 It writes runs/pictograms/network (the model with the averaged weights), network.log.jsonl (loss of
 training and of held-out concepts), and network.samples.png: prompts down, databases across.
@@ -32,12 +37,16 @@ from torch import Tensor
 
 from retrodiff import presets
 from retrodiff.checkpoints.first_stages import load_autoencoder
-from retrodiff.databases import EmbeddingDatabase, ParquetImages, build_database
+from retrodiff.databases import (
+    ArrayDatabase,
+    EmbeddingDatabase,
+    ParquetImages,
+    build_database,
+)
 from retrodiff.diffusion import Folded
 from retrodiff.disk.files import atomic_write
 from retrodiff.encoders import load_encoder
 from retrodiff.model import Model
-from retrodiff.model.neighbor_latents import encoded_pictures
 from retrodiff.retrieval import ExcludeSelf, NearestNeighbors, NeighborCounts
 from retrodiff.training import TrainingSet, cosine, fit
 from retrodiff.training.processes import Processes
@@ -143,7 +152,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--channels", type=int, default=96)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--own-style", type=float, default=0.5)
+    parser.add_argument("--own-style", type=float, default=0.65)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--log-every", type=int, default=200)
@@ -159,9 +168,6 @@ def main() -> None:
     processes.wait()  # for the one that builds it
     database = build(options.data, encoder)
     data, held_out = training_data(options, encoder, first_stage, database)
-    rows = torch.arange(len(database))
-    pictures = encoded_pictures(rows, database, Folded(first_stage, 2), (16, 8, 8)).half()
-    data, held_out = data.seeing(pictures), held_out.seeing(pictures)
     torch.manual_seed(options.seed)
     model = presets.rdm_pictograms(encoder=encoder, database=database, channels=options.channels)
     if options.start is not None:
@@ -199,7 +205,7 @@ def main() -> None:
 
 @torch.no_grad()
 def continue_from(model: Model, earlier: Model) -> None:
-    """Copies the weights of an earlier network; columns that it has not got stay small noise."""
+    """Copies the weights of an earlier network; columns it has not got are zero."""
     there: Any = model.denoiser
     before: Any = earlier.denoiser
     old = before.network.state_dict()
@@ -207,8 +213,9 @@ def continue_from(model: Model, earlier: Model) -> None:
         if old[name].shape == weight.shape:
             weight.copy_(old[name])
         else:
-            torch.nn.init.normal_(weight, std=0.02)
-            weight[:, : old[name].shape[1]].copy_(old[name])
+            weight.zero_()
+            both = min(weight.shape[1], old[name].shape[1])
+            weight[:, :both].copy_(old[name][:, :both])
 
 
 def build(folder: Path, encoder: Any) -> EmbeddingDatabase:
@@ -240,21 +247,28 @@ def training_data(
          for part in rows.split(256)]
     )  # fmt: skip
     data = TrainingSet.of(
-        Latents(latents, database.embeddings(rows)),
+        Latents(latents.repeat(2, 1, 1, 1), database.embeddings(rows).repeat(2, 1)),
         encoder,
-        database,
+        views(database, encoder),
         ExcludeSelf(NearestNeighbors()),
         4,
-        ids=rows,
+        ids=torch.cat([rows, torch.full_like(rows, -1)]),
         progress=False,
     )
     data = data.captioned(
-        [captions(record) for record in records],
+        2 * [captions(record) for record in records],
         encoder,
         modes=MODES,
         searched_by="caption",
+        neighbors_by_caption=0.5,
         progress=False,
-    ).grouped("style", options.own_style, progress=False)
+    ).grouped(
+        "style",
+        options.own_style,
+        groups=2 * [record["style"] for record in records],
+        progress=False,
+    )
+    data = data.jittered()
     pictures = held_out_pictures(options.data)
     held_out = TrainingSet.of(
         Latents(encode(first_stage, pictures), encoder.encode_image(pictures)),
@@ -265,6 +279,32 @@ def training_data(
         progress=False,
     )
     return data, held_out
+
+
+def views(database: EmbeddingDatabase, encoder: Any) -> ArrayDatabase:
+    """D with another view of each picture: moved, smaller by up to a fifth, some mirrored."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = []
+    for rows in torch.arange(len(database)).split(256):
+        images = torch.stack([database.image(int(row)) for row in rows])
+        embeddings.append(encoder.encode_image(another_view(images, generator)))
+    rows = torch.arange(len(database))
+    return ArrayDatabase(
+        torch.cat(embeddings), encoder.fingerprint, records=list(database.records(rows))
+    )
+
+
+def another_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (n, 3, h, w) in [-1, 1] on white -> the same, moved, smaller, maybe mirrored."""
+    n = len(images)
+    scale = 1 / (1 - 0.2 * torch.rand(n, generator=generator))
+    mirrored = 1 - 2 * (torch.rand(n, generator=generator) < 0.5).float()
+    moved = (2 * torch.rand(n, 2, generator=generator) - 1) * (scale - 1).unsqueeze(-1)
+    turn = torch.zeros(n, 2, 3)
+    turn[:, 0, 0], turn[:, 1, 1], turn[:, :, 2] = scale * mirrored, scale, moved
+    grid = torch.nn.functional.affine_grid(turn, list(images.shape), align_corners=False)
+    # Outside is zero: white, in pictures whose white is zero.
+    return torch.nn.functional.grid_sample(images - 1, grid, align_corners=False) + 1
 
 
 def captions(record: Any) -> list[str]:
@@ -295,7 +335,7 @@ def finish(model: Model, first_stage: Any, data: TrainingSet, options: argparse.
     from PIL import Image
 
     database: Any = model.database
-    proposal = NeighborCounts.from_table(data.table, database)
+    proposal = NeighborCounts.from_table(data.table, database)  # rows of views are rows of D
     model = model.replace(autoencoder=Folded(first_stage, 2), proposal=proposal)
     model.save(options.out, overwrite=True)
     columns = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrodiff.diffusion.conditioner import Wrapper
-from retrodiff.interfaces import Conditioner, Context, Neighbors, Query
+from retrodiff.interfaces import Conditioner, Context, Neighbors, Query, Tokens
 from retrodiff.numbers import real
 
 
@@ -22,8 +22,13 @@ class Pooled(Wrapper):
     knows from the first step on what is asked; attention to tokens is learned more slowly. The
     means of the streams stand one behind the other; one without a token that is there is zero.
 
+    A mean does not tell the nearest neighbor from the others, nor does attention to a set: with
+    ``first`` the network knows which one it is.
+
     Args:
         conditioner: what gives the tokens, without a vector of its own.
+        first: a stream whose first token that is there stands behind the means; of ``neighbors``
+            it is the nearest, as retrievers return them. None: no token does.
 
     Examples:
         >>> from retrodiff.diffusion import Pooled, PromptAndNeighbors
@@ -33,10 +38,23 @@ class Pooled(Wrapper):
     """
 
     conditioner: Conditioner
+    first: str | None = None
 
     def vector_width(self, dim: int) -> int | None:
-        """The widths of the streams together."""
-        return sum(self.conditioner.widths(dim).values())
+        """The widths of the streams together, and that of the first token.
+
+        Raises:
+            ValueError: there is no stream ``first``.
+        """
+        widths = self.conditioner.widths(dim)
+        if self.first is None:
+            return sum(widths.values())
+        if self.first not in widths:
+            raise ValueError(
+                f"first={self.first!r}, but {type(self.conditioner).__name__} has the streams "
+                f"{', '.join(widths)}: name one of them, or None"
+            )
+        return sum(widths.values()) + widths[self.first]
 
     def condition(self, query: Query, neighbors: Neighbors) -> Context:
         """The inner context with the vector."""
@@ -46,15 +64,25 @@ class Pooled(Wrapper):
         """The inner null with the vector of its tokens."""
         return self._pooled(self.conditioner.null(context))
 
-    @staticmethod
-    def _pooled(context: Context) -> Context:
-        means: list[Tensor] = []
-        for tokens in context.streams.values():
-            values, mask = tokens.values.flatten(1, -2), tokens.mask
-            there = values.new_ones(values.shape[:-1]) if mask is None else mask.flatten(1)
-            there = there.to(values.dtype).unsqueeze(-1)
-            means.append((values * there).sum(1) / there.sum(1).clamp(min=1))
-        return replace(context, vector=torch.cat(means, -1))
+    def _pooled(self, context: Context) -> Context:
+        parts = [_weighted(tokens, _there(tokens)) for tokens in context.streams.values()]
+        if self.first is not None:
+            tokens = context.streams[self.first]
+            there = _there(tokens)
+            parts.append(_weighted(tokens, there * (there.cumsum(1) == 1)))
+        return replace(context, vector=torch.cat(parts, -1))
+
+
+def _there(tokens: Tokens) -> Tensor:
+    """Ones for the tokens that are there (b, k, 1), regions one behind the other."""
+    values, mask = tokens.values.flatten(1, -2), tokens.mask
+    there = values.new_ones(values.shape[:-1]) if mask is None else mask.flatten(1)
+    return there.to(values.dtype).unsqueeze(-1)
+
+
+def _weighted(tokens: Tokens, weights: Tensor) -> Tensor:
+    """The mean (b, d) of the tokens by weights (b, k, 1) of zero and one; zero where all are."""
+    return (tokens.values.flatten(1, -2) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)

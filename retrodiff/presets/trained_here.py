@@ -16,7 +16,6 @@ from retrodiff.diffusion import (
     Heun,
     Identity,
     NeighborEmbeddings,
-    NeighborPatches,
     PixelUnshuffle,
     Pooled,
     PromptAndNeighbors,
@@ -110,10 +109,9 @@ def rdm_pictograms(
 ) -> Builder:
     """The shipped model: draws pictograms of 64x64 pixels from neighbors in its database.
 
-    A UNet of 3.6 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
-    preconditioning; prompt and neighbors as two streams of tokens, their means beside the timestep,
-    and a third stream of the cells of the neighbors' pictures (`NeighborPatches`), so that D must
-    have pictures.
+    A UNet of 3.5 million weights on latents of 4 x 16 x 16, folded to 16 x 8 x 8; EDM
+    preconditioning; prompt and neighbors as two streams of tokens, their means and the nearest
+    neighbor beside the timestep.
 
     Examples:
         >>> model = rdm_pictograms(pretrained=True)  # doctest: +SKIP
@@ -145,8 +143,7 @@ def rdm_pictograms(
         model = Model.load("pictograms").replace(**given, **first, k=k)
         return Builder().set(**{s: part for s, part in model.parts().items() if part is not None})
     width = 256 if encoder is None else encoder.dim
-    tokens = Rescaled(Pooled(PromptAndNeighbors("unit")), width**0.5)
-    patches = NeighborPatches(tokens, channels=16, size=8, grid=4)
+    tokens = Rescaled(Pooled(PromptAndNeighbors("unit"), first="neighbors"), width**0.5)
 
     def denoiser() -> EDMDenoiser:
         network = UNet(
@@ -157,9 +154,9 @@ def rdm_pictograms(
             multipliers=(3, 3),
             blocks_per_level=1,
             attention_factors=(1, 2),
-            context_width=width + patches.extra,
-            streams=("query", "neighbors", "patches"),
-            vector_width=2 * width,
+            context_width=width,
+            streams=("query", "neighbors"),
+            vector_width=3 * width,
         )
         return EDMDenoiser(
             network, sigma_data=1.0, mean=0.3, std=1.4, sigma_min=0.01, sigma_max=40.0
@@ -168,7 +165,7 @@ def rdm_pictograms(
     recipe = (
         Builder()
         .retriever(NearestNeighbors())
-        .conditioner(Dropped(patches, 0.1))
+        .conditioner(Dropped(tokens, 0.1))
         .autoencoder(Folded(first_stage or Identity(), 2))
         .denoiser(denoiser)
         .sampler(DPMpp2M())
