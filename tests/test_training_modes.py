@@ -67,7 +67,12 @@ def model(images, shown, database):
     modes = {"neighbors": 0.4, "text+neighbors": 0.3, "text": 0.3}
     data = (
         data.captioned(
-            [SHOWN[i] for i in shown], Shades(), modes=modes, searched_by="caption", **quiet
+            [SHOWN[i] for i in shown],
+            Shades(),
+            modes=modes,
+            searched_by="caption",
+            neighbors_by_caption=0.3,
+            **quiet,
         )
         .grouped("style", 0.5, **quiet)
         .jittered()
@@ -87,7 +92,7 @@ def model(images, shown, database):
         .defaults(k=3, steps=10)
         .build()
     )
-    objective, steps = Objective(model), 200
+    objective, steps = Objective(model), 320
     optimizer = torch.optim.AdamW(objective.parameters(), 1e-2)
     randomness = torch.Generator().manual_seed(0)
     for step, batch in enumerate(data.batches(0, steps, batch_size=64, seed=0, k=3)):

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--decoder", type=Path, help="a first stage of the same latents")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in network.py --threads 1: embeddings of D to the bit
     model = sharper(Model.load(options.data / "network"), options.decoder or options.data / "sharp")
     database = small_pictures(options.data, model.encoder)
     guidance = ClassifierFree(options.guidance)

@@ -52,10 +52,10 @@ class Settings:
             of a style that the network was never trained on.
     """
 
-    prompts: Sequence[str] = ("red apple", "cat face", "bell", "sunglasses")
-    modes: Sequence[str] = ("red heart", "tropical fish")
-    unseen: Sequence[str] = ("rocket", "peacock", "thumbs down")
-    filmed: Sequence[str] = ("red apple", "cat face", "bell", "sunglasses")
+    prompts: Sequence[str] = ("red apple", "cat face", "wrapped gift", "jack-o-lantern")
+    modes: Sequence[str] = ("red heart", "sunflower")
+    unseen: Sequence[str] = ("woman swimming", "person shrugging", "peacock")
+    filmed: Sequence[str] = ("red apple", "cat face", "guitar", "jack-o-lantern")
     steps: int | None = None
     swapped_in: Mapping[str, Path] = field(default_factory=dict)
 
