@@ -253,24 +253,26 @@ class Measured:
     def before_and_after(self) -> dict[str, Any]:
         """Unseen concepts by their neighbors, before and after their pictures are in D.
 
-        D has one style. Asked for by title, or by the concept's picture in another style.
+        D has one style. Asked for by title, by the concept's picture in another style, or by its
+        picture in that style, which is then found in any case: what the network alone can do.
         """
         rows = self.sets.where(lambda row: row["split"] == "held-out" and row["style"] in OWN)
         new, found = self.rows_of(rows), {}
         for name, whole in (("before", self.database), ("after", Union(self.database, new))):
-            for mode in ("neighbors", "image"):
+            for mode, by in (("neighbors", "neighbors"), ("image", "image"), ("image", "itself")):
                 hits: list[Tensor] = []
                 for i, style in enumerate(OWN):
                     those = whole.where(f"style == '{style}'")
                     asked = self.model.replace(database=those, proposal=None)
-                    query = self.real(self.unseen, OWN[i - 1]) if mode == "image" else None
+                    shown = style if by == "itself" else OWN[i - 1]
+                    query = self.real(self.unseen, shown) if mode == "image" else None
                     for seed in self.options.seeds:
                         images = self.unseen.sample(asked, mode, seed, self.options.steps, query)
                         hits.append(self.hit(images, self.unseen, STYLES.index(style)))
-                found[f"{name}, {mode}"] = summary(
+                found[f"{name}, {by}"] = summary(
                     torch.stack([h.float().mean() for h in hits]), hits
                 )
-                print(name, mode, flush=True)
+                print(name, by, flush=True)
         real = [self.hit(self.real(self.unseen, s), self.unseen, STYLES.index(s)) for s in OWN]
         found["real pictures"] = summary(torch.stack([h.float().mean() for h in real]), real)
         return found

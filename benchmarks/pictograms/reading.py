@@ -5,7 +5,8 @@
 The loss on pictures of the split ``database``, which no network was trained on, with neighbors that
 are found for their titles (or, ``--found-by picture``, for the pictures) among all other pictures
 of D: as they are; with the cells of another picture's neighbors; with another's embeddings; with
-both; and with the null condition. What makes no difference is not read.
+both; and with the null condition. What makes no difference is not read. With ``--itself`` the
+pictures are in D: what a network makes of the very thing.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ def main() -> None:
     parser.add_argument("networks", nargs="+", help="saved models, or names of shipped ones")
     parser.add_argument("--data", type=Path, default=Path("runs/pictograms"))
     parser.add_argument("--found-by", choices=("title", "picture"), default="title")
+    parser.add_argument("--itself", action="store_true", help="pictures may find themselves")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    latents, query, neighbors, database = pictures(options.data, options.found_by)
+    latents, query, neighbors, database = pictures(options.data, options.found_by, options.itself)
     for name in options.networks:
         model = Model.load(name, database=database)
         for level in LEVELS:
@@ -61,7 +63,7 @@ def main() -> None:
             print(json.dumps({"network": name, "sigma": level, **found}), flush=True)
 
 
-def pictures(folder: Path, found_by: str) -> tuple[Tensor, Query, Neighbors, Any]:
+def pictures(folder: Path, found_by: str, itself: bool) -> tuple[Tensor, Query, Neighbors, Any]:
     """Latents (n, 16, 8, 8) of the split, what they are asked with, and their neighbors."""
     encoder: Any = load_encoder(folder / "encoder")
     first_stage: Any = load_autoencoder(folder / "first_stage")
@@ -74,7 +76,8 @@ def pictures(folder: Path, found_by: str) -> tuple[Tensor, Query, Neighbors, Any
     else:
         asked = database.embeddings(rows)
     query = Query(asked, ids=rows)
-    neighbors = ExcludeSelf(NearestNeighbors()).retrieve(query, database, 4)
+    retriever = NearestNeighbors() if itself else ExcludeSelf(NearestNeighbors())
+    neighbors = retriever.retrieve(query, database, 4)
     own = [[n["concept"] == mine["concept"] for n in database.records(near)]
            for near, mine in zip(neighbors.indices, records, strict=True)]  # fmt: skip
     print(f"{len(rows)} pictures; {torch.tensor(own).float().mean():.3f} of their neighbors show "
