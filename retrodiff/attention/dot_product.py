@@ -1,8 +1,8 @@
 """Softmax-attention whose gradient in bfloat16 is fast on a CPU, too.
 
 Torch's own gradient takes up to eleven times as long there as the formula written out, for the few
-positions and neighbors of a small latent (`benchmarks/attention_gradient.py`); half of a training
-step went into it. In float32 and for many positions torch's is the faster one.
+positions and neighbors of a small latent (`benchmarks/attention_gradient.py`); a third of a
+training step went into it. In float32 and for many positions torch's is the faster one.
 """
 
 from __future__ import annotations
