@@ -145,11 +145,10 @@ def test_readers_of_other_projects_files_are_imported_when_they_are_called():
 
 
 def test_import_costs_little_more_than_torch():
-    """0.3 s, where torch takes 1.2 s: a quarter of its time on slower machines. Median of three."""
+    """The bound is 0.3 s; the median of three, since a busy machine is slow at everything."""
     code = (
-        "import time; start = time.process_time(); import torch; between = time.process_time()\n"
+        "import time; import torch; start = time.process_time()\n"
         "import retrodiff, retrodiff.presets\n"
-        "print(time.process_time() - between, between - start)"
+        "print(time.process_time() - start)"
     )
-    ours, torchs = sorted(tuple(map(float, run(code).split())) for _ in range(3))[1]
-    assert ours <= max(0.3, torchs / 4)
+    assert sorted(float(run(code)) for _ in range(3))[1] <= 0.3
